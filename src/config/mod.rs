@@ -1,0 +1,167 @@
+//! proxy.yaml, in two stages: as written ([`raw`], every key optional or checked by serde, with
+//! file, line and key in the error) and as used ([`Config`], parsed types only).
+//!
+//! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
+
+mod raw;
+mod target;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use raw::ConfigError;
+pub use target::{Secret, SslMode, Target};
+
+use crate::control::{Phase, Side};
+
+/// The configuration as used.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The file it was read from, for messages and reloads.
+    pub path: PathBuf,
+    pub listen: Vec<SocketAddr>,
+    pub admin: Admin,
+    pub phase: Phase,
+    pub databases: BTreeMap<String, DatabaseConfig>,
+    pub auth: Auth,
+    pub tls: Option<ClientTls>,
+    pub limits: Limits,
+    pub writes: Writes,
+    pub journal: Journal,
+    pub reads: Reads,
+    pub mismatch_log: MismatchLog,
+    pub switchover: Switchover,
+    pub stray_writers: StrayWriters,
+}
+
+impl Config {
+    /// Reads, substitutes `${NAME}`, parses and checks the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        raw::load(path)
+    }
+}
+
+/// The name of the entry that stands for every database not named.
+pub const EVERY_OTHER_DATABASE: &str = "*";
+
+/// One entry of `databases:`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatabaseConfig {
+    pub legacy: Target,
+    pub new: Target,
+}
+
+impl DatabaseConfig {
+    pub const fn target(&self, side: Side) -> &Target {
+        match side {
+            Side::Legacy => &self.legacy,
+            Side::New => &self.new,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    pub address: SocketAddr,
+    /// Asked for as `Authorization: Bearer …`; required where `address` is not loopback.
+    pub token: Option<Secret>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Auth {
+    pub method: AuthMethod,
+    /// Client roles that proxy.yaml knows; others are looked up on the primary.
+    pub users: BTreeMap<String, Credential>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AuthMethod {
+    Scram,
+    /// Accepted only when every listen address is loopback.
+    Trust,
+}
+
+/// What proxy.yaml holds of a client role.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credential {
+    Password(Secret),
+    /// `SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey`, as `pg_authid.rolpassword` has it.
+    Verifier(Secret),
+}
+
+/// TLS towards clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientTls {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Refuse clients that do not ask for TLS.
+    pub required: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Client sessions at once, over all databases; one more gets 53300.
+    pub max_connections: usize,
+    /// From accept to the end of authentication.
+    pub handshake_timeout: Duration,
+    /// From connect to the end of the server's authentication.
+    pub connect_timeout: Duration,
+    /// Threads that relay sessions; 0 means one for each core.
+    pub worker_threads: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Writes {
+    pub acknowledge: Acknowledge,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acknowledge {
+    Primary,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Journal {
+    /// Bytes of journal tables on the primary before `when_full` acts.
+    pub max_bytes: u64,
+    pub when_full: WhenFull,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    Block,
+    StopMirroring,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Reads {
+    /// 0 to 100.
+    pub shadow_percent: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MismatchLog {
+    pub path: PathBuf,
+    pub values: LoggedValues,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoggedValues {
+    Hashed,
+    Plain,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Switchover {
+    pub drain_timeout: Duration,
+}
+
+/// What happens to a write on the side that is not the primary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StrayWriters {
+    Refuse,
+    Report,
+}

@@ -1,0 +1,176 @@
+//! The proxy's own connections (catalog, applier, fence), through tokio-postgres and as the
+//! proxy's own role. Clients' sessions never go this way.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_postgres::Client;
+use tokio_postgres::config::SslMode as PgSslMode;
+use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
+use tokio_rustls::TlsConnector;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::config::{SslMode, Target};
+use crate::upstream::tls;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection of the proxy's own role. Its driver task ends with it.
+pub struct Control {
+    client: Client,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl std::ops::Deref for Control {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl std::ops::DerefMut for Control {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+/// Why a control connection could not be had; says which server.
+#[derive(Debug, thiserror::Error)]
+#[error("{target}: {cause}")]
+pub struct ConnectError {
+    pub target: String,
+    pub cause: String,
+    /// The server's own answer, where it gave one.
+    pub sqlstate: Option<String>,
+}
+
+/// Connects as the proxy's own role. `purpose` becomes part of `application_name`, so that a
+/// DBA sees in `pg_stat_activity` what each connection is for.
+pub async fn connect(target: &Target, purpose: &str) -> Result<Control, ConnectError> {
+    let failed = |cause: String, sqlstate: Option<String>| ConnectError {
+        target: target.describe(),
+        cause,
+        sqlstate,
+    };
+    let connector = tls::connector(target).map_err(|error| failed(error.to_string(), None))?;
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host(&target.host)
+        .port(target.port)
+        .user(&target.user)
+        .dbname(target.dbname())
+        .application_name(format!("pgtandem {purpose}"))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .keepalives_idle(Duration::from_secs(30))
+        .ssl_mode(match target.ssl_mode {
+            SslMode::Disable => PgSslMode::Disable,
+            SslMode::Prefer => PgSslMode::Prefer,
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => PgSslMode::Require,
+        });
+    if let Some(password) = &target.password {
+        config.password(password.expose());
+    }
+    let connected = config.connect(MakeTls(connector)).await;
+    let (client, connection) = connected.map_err(|error| {
+        let sqlstate = error.code().map(|code| code.code().to_owned());
+        failed(error_chain(&error), sqlstate)
+    })?;
+    let described = target.describe();
+    let driver = tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(
+                target = described,
+                error = error_chain(&error),
+                "control connection ended"
+            );
+        }
+    });
+    Ok(Control {
+        client,
+        _driver: AbortOnDropHandle::new(driver),
+    })
+}
+
+/// An error with its causes on one line: tokio-postgres keeps the server's words one level down.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+#[derive(Clone)]
+struct MakeTls(Option<TlsConnector>);
+
+impl MakeTlsConnect<TcpStreamOrUnix> for MakeTls {
+    type Stream = Encrypted;
+    type TlsConnect = Handshake;
+    type Error = io::Error;
+
+    fn make_tls_connect(&mut self, host: &str) -> Result<Handshake, io::Error> {
+        Ok(Handshake {
+            connector: self.0.clone(),
+            host: host.to_owned(),
+        })
+    }
+}
+
+type TcpStreamOrUnix = tokio_postgres::Socket;
+
+struct Handshake {
+    connector: Option<TlsConnector>,
+    host: String,
+}
+
+impl TlsConnect<TcpStreamOrUnix> for Handshake {
+    type Stream = Encrypted;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Encrypted>> + Send>>;
+
+    fn connect(self, stream: TcpStreamOrUnix) -> Self::Future {
+        Box::pin(async move {
+            let connector = self
+                .connector
+                .ok_or_else(|| io::Error::other("the server asks for TLS, sslmode is disable"))?;
+            let name = tls::server_name(&self.host)?;
+            Ok(Encrypted(Box::new(connector.connect(name, stream).await?)))
+        })
+    }
+}
+
+struct Encrypted(Box<tokio_rustls::client::TlsStream<TcpStreamOrUnix>>);
+
+impl TlsStream for Encrypted {
+    fn channel_binding(&self) -> ChannelBinding {
+        // Plain SCRAM-SHA-256: servers accept it with and without TLS.
+        ChannelBinding::none()
+    }
+}
+
+impl AsyncRead for Encrypted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Encrypted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_shutdown(cx)
+    }
+}
