@@ -7,5 +7,9 @@ pub mod config;
 pub mod control;
 /// Throwaway Postgres servers, for the demo and the tests.
 pub mod servers;
+/// Changing the phase, and the flip of the primary.
+pub mod switchover;
+/// Logs and metrics of the process.
+pub mod telemetry;
 /// Connections to the two servers.
 pub mod upstream;
