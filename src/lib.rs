@@ -7,5 +7,7 @@ pub mod config;
 pub mod control;
 /// Throwaway Postgres servers, for the demo and the tests.
 pub mod servers;
+/// What statements are, decided from their text alone.
+pub mod sql;
 /// Connections to the two servers.
 pub mod upstream;
