@@ -1,15 +1,24 @@
 //! pgtandem mirrors every committed write between two Postgres databases and flips the primary.
 //! A sentence per module, each using only what stands above it.
 
-/// proxy.yaml, as written and as used.
-pub mod config;
 /// The words every layer shares: side, phase, epoch, control.
 pub mod control;
-/// Throwaway Postgres servers, for the demo and the tests.
-pub mod servers;
-/// Changing the phase, and the flip of the primary.
-pub mod switchover;
+
+/// proxy.yaml, as written and as used.
+pub mod config;
 /// Logs and metrics of the process.
 pub mod telemetry;
 /// Connections to the two servers.
 pub mod upstream;
+
+/// What statements are, decided from their text alone.
+pub mod sql;
+
+/// Changing the phase, and the flip of the primary.
+pub mod switchover;
+
+/// The HTTP server beside the proxy, its documents, and the commands' client.
+pub mod admin;
+
+/// Throwaway Postgres servers, for the demo and the tests.
+pub mod servers;
