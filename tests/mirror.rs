@@ -25,7 +25,11 @@ async fn a_storm_ends_with_both_sides_identical() {
     let status = rig.status().await.unwrap();
     let mirroring = status.databases[0].mirroring.as_ref().unwrap();
     assert_eq!(mirroring.divergences, 0);
-    assert!(mirroring.tables.iter().all(|table| table.seeding == "synced"), "{:?}", mirroring.tables);
+    assert!(
+        mirroring.tables.iter().all(|table| table.seeding == "synced"),
+        "{:?}",
+        mirroring.tables
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -48,8 +52,19 @@ async fn the_primary_flips_under_load_and_back() {
     for side in [Side::Legacy, Side::New] {
         ledger.assert_kept(&rig.direct(side, APP).await).await;
     }
-    let refused = rig.direct(Side::Legacy, APP).await.batch_execute("INSERT INTO jobs DEFAULT VALUES").await;
-    assert_eq!(refused.unwrap_err().code().map(|code| code.code().to_owned()).as_deref(), Some("25006"));
+    let refused = rig
+        .direct(Side::Legacy, APP)
+        .await
+        .batch_execute("INSERT INTO jobs DEFAULT VALUES")
+        .await;
+    assert_eq!(
+        refused
+            .unwrap_err()
+            .code()
+            .map(|code| code.code().to_owned())
+            .as_deref(),
+        Some("25006")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -80,22 +95,35 @@ async fn the_secondary_may_be_away_at_start_and_later() {
     rig.new.stop("fast").unwrap();
     rig.serve(Phase::DualWrite).await;
     let client = rig.client().await;
-    client.batch_execute("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'away')").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'away')")
+        .await
+        .unwrap();
     rig.new.start_again().unwrap();
     rig.wait_caught_up().await;
     rig.assert_equal().await;
     rig.new.stop("immediate").unwrap();
-    client.batch_execute("INSERT INTO t SELECT i, 'again' FROM generate_series(2, 500) i; DELETE FROM t WHERE id % 7 = 0").await.unwrap();
+    client
+        .batch_execute("INSERT INTO t SELECT i, 'again' FROM generate_series(2, 500) i; DELETE FROM t WHERE id % 7 = 0")
+        .await
+        .unwrap();
     rig.new.start_again().unwrap();
     rig.wait_caught_up().await;
     rig.assert_equal().await;
-    assert_eq!(rig.value(Side::New, "SELECT count(*) FROM t").await, rig.value(Side::Legacy, "SELECT count(*) FROM t").await);
+    assert_eq!(
+        rig.value(Side::New, "SELECT count(*) FROM t").await,
+        rig.value(Side::Legacy, "SELECT count(*) FROM t").await
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restarted_proxy_believes_the_databases_and_not_its_file() {
     let mut rig = Rig::serving(Phase::DualWrite).await;
-    rig.client().await.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    rig.client()
+        .await
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY)")
+        .await
+        .unwrap();
     rig.wait_caught_up().await;
     rig.set_phase(Phase::Switchover).await.unwrap();
     rig.kill_proxy();
@@ -104,7 +132,13 @@ async fn a_restarted_proxy_believes_the_databases_and_not_its_file() {
     assert_eq!(rig.wait_proxy(), Some(2), "{}", rig.log());
     assert!(rig.log().contains("record new as primary"), "{}", rig.log());
     rig.serve(Phase::Switchover).await;
-    let version: String = rig.client().await.query_one("SHOW server_version", &[]).await.unwrap().get(0);
+    let version: String = rig
+        .client()
+        .await
+        .query_one("SHOW server_version", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert!(version.starts_with(&rig.new.major.to_string()), "{version}");
 }
 
@@ -112,8 +146,17 @@ async fn a_restarted_proxy_believes_the_databases_and_not_its_file() {
 async fn complete_removes_what_was_installed_and_is_final() {
     let rig = Rig::serving(Phase::DualWrite).await;
     let client = rig.client().await;
-    client.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await.unwrap();
-    assert!(rig.set_phase(Phase::Complete).await.unwrap_err().to_string().contains("switchover"));
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    assert!(
+        rig.set_phase(Phase::Complete)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("switchover")
+    );
     rig.set_phase(Phase::Switchover).await.unwrap();
     rig.set_phase(Phase::Complete).await.unwrap();
     client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
@@ -123,5 +166,11 @@ async fn complete_removes_what_was_installed_and_is_final() {
         let triggers = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%pgtandem%'";
         assert_eq!(rig.value(side, triggers).await, "0", "{side}");
     }
-    assert!(rig.set_phase(Phase::DualWrite).await.unwrap_err().to_string().contains("over"));
+    assert!(
+        rig.set_phase(Phase::DualWrite)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("over")
+    );
 }

@@ -40,8 +40,11 @@ pub trait Operations: Send + Sync + 'static {
     /// Why clients cannot be served, where they cannot.
     fn ready(&self) -> Result<(), String>;
     fn status(&self) -> impl Future<Output = Status> + Send;
-    fn reload(&self) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
-    fn switchover(&self, request: SwitchoverRequest) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
+    fn reload(self: Arc<Self>) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
+    fn switchover(
+        self: Arc<Self>,
+        request: SwitchoverRequest,
+    ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
 }

@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::admin::api::ReloadAnswer;
 use crate::admin::client::AdminClient;
+use crate::app::ServeOptions;
 use crate::config::{Config, parse_duration};
 use crate::control::Side;
 
@@ -48,6 +49,9 @@ enum Command {
     Serve {
         #[command(flatten)]
         common: Common,
+        /// Stop when stdin ends, so that whoever started the proxy cannot leave it behind.
+        #[arg(long, hide = true)]
+        until_stdin_closes: bool,
     },
     /// Show phase, primary, lag, tables, shadow reads and gates. Exit 1 when something is wrong.
     Status {
@@ -131,7 +135,13 @@ enum Command {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
-        Command::Serve { common } => load(&common).and_then(|config| crate::app::serve(config).map(|()| true)),
+        Command::Serve {
+            common,
+            until_stdin_closes,
+        } => load(&common).and_then(|config| {
+            crate::app::serve(config, ServeOptions { until_stdin_closes })?;
+            Ok(true)
+        }),
         Command::Demo { keep } => crate::demo::run(keep),
         other => ask(other),
     };

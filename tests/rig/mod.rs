@@ -62,7 +62,8 @@ impl Rig {
     pub async fn serve(&mut self, phase: Phase) {
         self.write_config(phase);
         self.spawn_proxy();
-        self.until(|status| status.phase == phase && status.problem.is_none()).await;
+        self.until(|status| status.phase == phase && status.problem.is_none())
+            .await;
     }
 
     /// Starts the proxy with proxy.yaml as it is.
@@ -171,7 +172,11 @@ auth:
     pub async fn wait_caught_up(&self) {
         let answer: WaitAnswer = self.admin().get("/api/v1/wait?timeout_ms=60000").await.unwrap();
         if !answer.caught_up {
-            panic!("not caught up: {answer:?}\nstatus: {:#?}\nlog:\n{}", self.status().await, self.log());
+            panic!(
+                "not caught up: {answer:?}\nstatus: {:#?}\nlog:\n{}",
+                self.status().await,
+                self.log()
+            );
         }
     }
 

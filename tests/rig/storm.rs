@@ -114,10 +114,13 @@ impl Ledger {
     /// Every acknowledged commit is there.
     pub async fn assert_kept(&self, client: &Client) {
         let rows = client.query("SELECT worker, number FROM ledger", &[]).await.unwrap();
-        let kept: std::collections::HashSet<(i32, i64)> =
-            rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let kept: std::collections::HashSet<(i32, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let lost: Vec<_> = self.acknowledged.iter().filter(|entry| !kept.contains(entry)).collect();
-        assert!(lost.is_empty(), "{} acknowledged commits are lost: {lost:?}", lost.len());
+        assert!(
+            lost.is_empty(),
+            "{} acknowledged commits are lost: {lost:?}",
+            lost.len()
+        );
     }
 }
 
@@ -151,7 +154,10 @@ impl Sailor {
             }
             Err(error) => {
                 let text = pgtandem::upstream::control::error_chain(&error);
-                self.failures.lock().await.push(format!("worker {}: {text}", self.worker));
+                self.failures
+                    .lock()
+                    .await
+                    .push(format!("worker {}: {text}", self.worker));
                 self.client.batch_execute("ROLLBACK").await.ok();
                 // A dead connection must not spin.
                 tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -165,11 +171,17 @@ impl Sailor {
         let isolation = ["READ COMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
             .choose(&mut self.random)
             .unwrap();
-        self.client.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}")).await?;
+        self.client
+            .batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}"))
+            .await?;
         for _ in 0..steps {
             let sql = self.statement();
             if self.random.random_ratio(1, 8) {
-                let end = if self.random.random() { "RELEASE s" } else { "ROLLBACK TO s" };
+                let end = if self.random.random() {
+                    "RELEASE s"
+                } else {
+                    "ROLLBACK TO s"
+                };
                 self.client.batch_execute(&format!("SAVEPOINT s; {sql}; {end}")).await?;
             } else {
                 self.client.batch_execute(&sql).await?;
