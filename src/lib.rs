@@ -5,7 +5,11 @@
 pub mod config;
 /// The words every layer shares: side, phase, epoch, control.
 pub mod control;
+/// Which pair of databases a name means, which of the two answers. Pure.
+pub mod routing;
 /// Throwaway Postgres servers, for the demo and the tests.
 pub mod servers;
 /// Connections to the two servers.
 pub mod upstream;
+/// The bytes of the protocol, without I/O.
+pub mod wire;
