@@ -5,9 +5,13 @@
 pub mod config;
 /// The words every layer shares: side, phase, epoch, control.
 pub mod control;
+/// Which pair of databases a name means, which of the two answers. Pure.
+pub mod routing;
 /// Throwaway Postgres servers, for the demo and the tests.
 pub mod servers;
 /// What statements are, decided from their text alone.
 pub mod sql;
 /// Connections to the two servers.
 pub mod upstream;
+/// The bytes of the protocol, without I/O.
+pub mod wire;
