@@ -24,8 +24,8 @@ mod tests;
 
 pub use cache::StatementCache;
 pub use class::{
-    Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, FunctionUse, NotMirrored, QualifiedName, ReadFacts,
-    RelationUse, Reset, Script, Set, SetWhat, Statement, TransactionControl, Unstable,
+    Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, FunctionUse, NotMirrored, OrderKey, QualifiedName,
+    ReadFacts, RelationUse, Reset, Script, Set, SetWhat, Statement, TransactionControl, Unstable,
 };
 pub use classify::classify;
 pub use comparable::{

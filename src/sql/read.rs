@@ -9,13 +9,13 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, Query as AstQuery, Select,
-    SetExpr, Statement, TableFactor, Visit, Visitor, WindowType,
+    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
+    Query as AstQuery, Select, SetExpr, Statement, TableFactor, Value, Visit, Visitor, WindowType,
 };
 use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::parser::Parser;
 
-use super::class::{FunctionUse, QualifiedName, ReadFacts, RelationUse, Unstable};
+use super::class::{FunctionUse, OrderKey, QualifiedName, ReadFacts, RelationUse, Unstable};
 use super::classify::plain_string;
 use super::cursor::is_word;
 use super::lexer::{LexSettings, Lexer, StringKind, TokenKind};
@@ -59,6 +59,7 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
     }
     let mut facts = collector.facts;
     (facts.ordered, facts.limited) = top_level(query);
+    facts.order_keys = order_keys(query);
     for relation in &mut facts.relations {
         relation.perhaps_cte = relation.name.schema.is_none() && collector.ctes.contains(&relation.name.name);
     }
@@ -126,6 +127,11 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
             TokenKind::UnicodeQuotedWord => {
                 facts.undecoded_names = true;
                 rendered.push_str("\"u\"");
+            }
+            // Short whole numbers may be positions in ORDER BY; no other number tells anything.
+            TokenKind::Number if bytes.len() <= 4 && bytes.iter().all(u8::is_ascii_digit) => {
+                rendered.push(' ');
+                rendered.extend(bytes.iter().map(|&digit| char::from(digit)));
             }
             TokenKind::Number => rendered.push_str(" 1"),
             TokenKind::OpenParen => {
@@ -215,6 +221,30 @@ fn top_level(query: &AstQuery) -> (bool, bool) {
             _ => return (ordered, limited),
         }
     }
+}
+
+/// The outermost ORDER BY's keys, where all of them are output columns by name or position.
+fn order_keys(query: &AstQuery) -> Option<Vec<OrderKey>> {
+    let Some(order_by) = &query.order_by else {
+        return match &*query.body {
+            SetExpr::Query(inner) => order_keys(inner),
+            _ => None,
+        };
+    };
+    let OrderByKind::Expressions(keys) = &order_by.kind else {
+        return None;
+    };
+    keys.iter()
+        .map(|key| match &key.expr {
+            Expr::Identifier(name) => Some(OrderKey::Name(fold(name))),
+            Expr::CompoundIdentifier(names) => names.last().map(|name| OrderKey::Name(fold(name))),
+            Expr::Value(value) => match &value.value {
+                Value::Number(number, _) => number.parse().ok().map(OrderKey::Position),
+                _ => None,
+            },
+            _ => None,
+        })
+        .collect()
 }
 
 const fn is_limited(query: &AstQuery) -> bool {

@@ -463,6 +463,18 @@ fn facts_of_reads() {
     }
 
     for (sql, expected) in [
+        ("select a from t", None),
+        (
+            "select a, b from t order by b desc, 1",
+            Some(vec![OrderKey::Name("b".into()), OrderKey::Position(1)]),
+        ),
+        ("(select a from t order by t.a)", Some(vec![OrderKey::Name("a".into())])),
+        ("select a from t order by lower(a)", None),
+    ] {
+        assert_eq!(facts(sql).order_keys, expected, "{sql}");
+    }
+
+    for (sql, expected) in [
         ("select a from t limit 1", Some(Unstable::LimitWithoutOrder)),
         ("select a from t order by a limit 1", None),
         ("select array_agg(a) from t", Some(Unstable::OrderDependentFunction)),
