@@ -9,6 +9,8 @@ pub mod control;
 pub mod routing;
 /// Throwaway Postgres servers, for the demo and the tests.
 pub mod servers;
+/// Reads repeated on the secondary, and the answers compared.
+pub mod shadow;
 /// What statements are, decided from their text alone.
 pub mod sql;
 /// Connections to the two servers.
