@@ -11,7 +11,7 @@ use super::catalog::Catalog;
 use super::read::{ShadowRead, sample_key};
 use super::stats::{Counters, Dropped, Outcome, ShadowStats, Skipped};
 use crate::control::Control;
-use crate::sql::{NotComparable, Script, shadowable, single_read};
+use crate::sql::{Glance, NotComparable, Script, shadowable, single_read};
 
 /// Reads waiting to be shadowed: some seconds of them. More would only be older.
 pub(super) const QUEUE_READS: usize = 1024;
@@ -75,6 +75,17 @@ impl ShadowSink {
     /// Whether anything is wanted at all: asked before a text is even looked up.
     pub fn is_on(&self, control: Control) -> bool {
         self.0.threshold.load(Ordering::Relaxed) != 0 && control.phase.shadows()
+    }
+
+    /// Whether this text and its parameters are in the sample: asked before the text is analysed,
+    /// so that what is not sampled costs a hash. `glance` keeps what is no query out of the count.
+    pub fn samples(&self, glance: Glance, text: &[u8], parameters: &[u8]) -> bool {
+        let threshold = self.0.threshold.load(Ordering::Relaxed);
+        if threshold == 0 || glance == Glance::Dml {
+            return false;
+        }
+        sample_key(text, parameters) <= threshold
+            || glance == Glance::Query && self.turn_down(Outcome::Skipped(Skipped::Sample))
     }
 
     /// Whether this read shall be digested and offered; decided before its answer comes, by text
