@@ -8,11 +8,19 @@ pub mod control;
 pub mod config;
 /// Logs and metrics of the process.
 pub mod telemetry;
+/// The bytes of the protocol, without I/O.
+pub mod wire;
+
 /// Connections to the two servers.
 pub mod upstream;
 
+/// Which pair of databases a name means, which of the two answers. Pure.
+pub mod routing;
 /// What statements are, decided from their text alone.
 pub mod sql;
+
+/// Reads repeated on the secondary, and the answers compared.
+pub mod shadow;
 
 /// Changing the phase, and the flip of the primary.
 pub mod switchover;

@@ -181,6 +181,9 @@ pub struct ReadFacts {
     pub functions: Vec<FunctionUse>,
     /// A top-level ORDER BY: the rows must come in order.
     pub ordered: bool,
+    /// The keys of that ORDER BY, where all of them are plain output columns: what may differ
+    /// among rows of equal keys is left open.
+    pub order_keys: Option<Vec<OrderKey>>,
     /// A top-level LIMIT, OFFSET or FETCH FIRST.
     pub limited: bool,
     /// FOR UPDATE, FOR SHARE, …
@@ -208,6 +211,14 @@ pub struct RelationUse {
 pub struct FunctionUse {
     pub name: QualifiedName,
     pub arguments: usize,
+}
+
+/// An output column as ORDER BY names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OrderKey {
+    Name(String),
+    /// From 1.
+    Position(usize),
 }
 
 /// Shapes whose answer two equal databases may give differently.

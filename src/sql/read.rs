@@ -9,13 +9,13 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, Query as AstQuery, Select,
-    SetExpr, Statement, TableFactor, Visit, Visitor, WindowType,
+    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
+    Query as AstQuery, Select, SetExpr, Statement, TableFactor, Value, Visit, Visitor, WindowType,
 };
 use sqlparser::dialect::PostgreSqlDialect;
-use sqlparser::parser::Parser;
+use sqlparser::parser::{Parser, ParserError};
 
-use super::class::{FunctionUse, QualifiedName, ReadFacts, RelationUse, Unstable};
+use super::class::{FunctionUse, OrderKey, QualifiedName, ReadFacts, RelationUse, Unstable};
 use super::classify::plain_string;
 use super::cursor::is_word;
 use super::lexer::{LexSettings, Lexer, StringKind, TokenKind};
@@ -27,6 +27,10 @@ const OPERATORS_MAX: usize = 1500;
 /// sqlparser backtracks over parentheses; real statements stay far below.
 const PARENS_MAX: usize = 40;
 const RECURSION_MAX: usize = 60;
+/// As deep as a thread's own stack surely bears, at some 50 kB a level in debug builds.
+const RECURSION_SHALLOW: usize = 16;
+/// Room for [`RECURSION_MAX`]; only touched pages cost memory.
+const DEEP_STACK_BYTES: usize = 32 * 1024 * 1024;
 
 pub(super) enum Query {
     Read(ReadFacts),
@@ -42,12 +46,28 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
     let Some(rendered) = render(statement, settings, &mut facts) else {
         return Query::NotUnderstood;
     };
+    match collect(&rendered, facts, RECURSION_SHALLOW) {
+        Err((facts, ParserError::RecursionLimitExceeded)) => {
+            // sqlparser's own guard against deep stacks leaves less room than its frames take.
+            let deep = || collect(&rendered, facts, RECURSION_MAX);
+            stacker::grow(DEEP_STACK_BYTES, deep).unwrap_or(Query::NotUnderstood)
+        }
+        read => read.unwrap_or(Query::NotUnderstood),
+    }
+}
+
+/// Parses and walks over the tree; gives the facts back where it cannot be parsed.
+fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Query, (ReadFacts, ParserError)> {
     let parsed = Parser::new(&PostgreSqlDialect {})
-        .with_recursion_limit(RECURSION_MAX)
-        .try_with_sql(&rendered)
+        .with_recursion_limit(recursion_max)
+        .try_with_sql(rendered)
         .and_then(|mut parser| parser.parse_statements());
-    let Ok([Statement::Query(query)]) = parsed.as_deref() else {
-        return Query::NotUnderstood;
+    let statements = match parsed {
+        Ok(statements) => statements,
+        Err(error) => return Err((facts, error)),
+    };
+    let [Statement::Query(query)] = &statements[..] else {
+        return Ok(Query::NotUnderstood);
     };
     let mut collector = Collector {
         facts,
@@ -55,18 +75,19 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
         ordered_input: Vec::new(),
     };
     if query.visit(&mut collector).is_break() {
-        return Query::Write;
+        return Ok(Query::Write);
     }
     let mut facts = collector.facts;
     (facts.ordered, facts.limited) = top_level(query);
+    facts.order_keys = order_keys(query);
     for relation in &mut facts.relations {
         relation.perhaps_cte = relation.name.schema.is_none() && collector.ctes.contains(&relation.name.name);
     }
-    if facts.locks {
+    Ok(if facts.locks {
         Query::Locking(facts)
     } else {
         Query::Read(facts)
-    }
+    })
 }
 
 /// The statement as sqlparser shall see it; facts that tokens tell are noted on the way.
@@ -126,6 +147,11 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
             TokenKind::UnicodeQuotedWord => {
                 facts.undecoded_names = true;
                 rendered.push_str("\"u\"");
+            }
+            // Short whole numbers may be positions in ORDER BY; no other number tells anything.
+            TokenKind::Number if bytes.len() <= 4 && bytes.iter().all(u8::is_ascii_digit) => {
+                rendered.push(' ');
+                rendered.extend(bytes.iter().map(|&digit| char::from(digit)));
             }
             TokenKind::Number => rendered.push_str(" 1"),
             TokenKind::OpenParen => {
@@ -215,6 +241,30 @@ fn top_level(query: &AstQuery) -> (bool, bool) {
             _ => return (ordered, limited),
         }
     }
+}
+
+/// The outermost ORDER BY's keys, where all of them are output columns by name or position.
+fn order_keys(query: &AstQuery) -> Option<Vec<OrderKey>> {
+    let Some(order_by) = &query.order_by else {
+        return match &*query.body {
+            SetExpr::Query(inner) => order_keys(inner),
+            _ => None,
+        };
+    };
+    let OrderByKind::Expressions(keys) = &order_by.kind else {
+        return None;
+    };
+    keys.iter()
+        .map(|key| match &key.expr {
+            Expr::Identifier(name) => Some(OrderKey::Name(fold(name))),
+            Expr::CompoundIdentifier(names) => names.last().map(|name| OrderKey::Name(fold(name))),
+            Expr::Value(value) => match &value.value {
+                Value::Number(number, _) => number.parse().ok().map(OrderKey::Position),
+                _ => None,
+            },
+            _ => None,
+        })
+        .collect()
 }
 
 const fn is_limited(query: &AstQuery) -> bool {
