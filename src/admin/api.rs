@@ -100,7 +100,10 @@ pub struct ShadowReads {
     pub skipped: u64,
     /// Chosen, but the queue was full.
     pub dropped: u64,
-    pub errors: u64,
+    /// Could not be repeated, by reason.
+    pub failed: BTreeMap<String, u64>,
+    /// Mismatches that the log could not take.
+    pub log_lost: u64,
 }
 
 /// A measured condition of a switchover.

@@ -11,10 +11,9 @@
 
 mod operations;
 mod phases;
-mod tandem;
+mod shadows;
 mod world;
 
-use std::net::TcpListener as StdListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,11 +21,13 @@ use anyhow::Context as _;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::world::World;
 use crate::config::Config;
-use crate::{admin, listener, telemetry};
+use crate::listener::Listener;
+use crate::{admin, telemetry};
 
 /// What `serve` may be told besides its configuration.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,7 +57,7 @@ pub fn serve(config: Config, options: ServeOptions) -> anyhow::Result<()> {
 
 async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
     let metrics = telemetry::init_metrics().context("set up metrics")?;
-    let clients = bind_clients(&config)?;
+    let listen = config.listen.clone();
     let admin_listener = TcpListener::bind(config.admin.address)
         .await
         .with_context(|| format!("admin: cannot listen on {}", config.admin.address))?;
@@ -81,24 +82,19 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-    let listening = listener::start(world.sessions(), clients).context("start the relaying threads")?;
+    let listener = Listener::start(world.sessions(), &listen)?;
     world.serving();
     asked_to_stop.await;
 
     tracing::info!("stopping: sessions end as soon as they have no transaction open");
-    listening.stop(STOPPING_MAX).await;
+    let cut_off = listener.drain(Instant::now() + STOPPING_MAX).await;
+    if cut_off > 0 {
+        tracing::warn!(cut_off, "transactions were still open and were ended");
+    }
     world.end().await;
     stop.cancel();
     admin.await.context("the admin server")?.context("the admin server")?;
     Ok(())
-}
-
-fn bind_clients(config: &Config) -> anyhow::Result<Vec<StdListener>> {
-    config
-        .listen
-        .iter()
-        .map(|address| listener::bind(*address).with_context(|| format!("listen: cannot listen on {address}")))
-        .collect()
 }
 
 /// Returns at SIGTERM, SIGINT, or the end of stdin where that was asked for; reloads at SIGHUP.

@@ -9,12 +9,13 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
-use crate::session;
-use crate::shadow::Shadows;
+use crate::session::hooks::{DdlHooks, Hooks};
+use crate::{journal, session};
 use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
 
 /// Between two tries to find out which side is primary.
@@ -50,9 +51,17 @@ impl World {
             epoch: Epoch::FIRST,
         };
         let (sender, receiver) = watch::channel(control);
-        let shadows = Shadows::start(&config);
+        let shadows = Shadows::start(&config, receiver.clone());
         let settings = session::Settings::from_config(&config)?;
-        let sessions = session::Context::new(settings, receiver, shadows.hooks());
+        let hooks = Hooks {
+            ddl: Some(DdlHooks {
+                in_transaction: journal::DDL_HOOK.into(),
+                outside: journal::DDL_HOOK_OUTSIDE.into(),
+            }),
+            shadow: Some(shadows.hook()),
+            ..Hooks::default()
+        };
+        let sessions = session::Context::new(settings, receiver, hooks);
         Ok(Arc::new(Self {
             config: ArcSwap::from_pointee(config),
             sessions,
@@ -109,7 +118,7 @@ impl World {
                 tandem.start_mirroring(control).await?;
             }
         }
-        self.shadows.attend(&self.tandems(), control);
+        self.shadows.attend(&self.tandems(), &self.config.load());
         match self.make_so(wish, None).await {
             Ok(changed) => {
                 self.facts().problem = None;
@@ -227,7 +236,7 @@ impl World {
             tracing::info!(database = gone.name(), "a dropped database is no longer mirrored");
         }
         self.tandems.store(Arc::new(tandems));
-        self.shadows.attend(&self.tandems(), control);
+        self.shadows.attend(&self.tandems(), &self.config.load());
         Ok(())
     }
 

@@ -29,6 +29,12 @@ fn problems(status: &Status) -> Vec<String> {
                 problems.push(format!("{name}: {side} cannot be reached: {error}"));
             }
         }
+        if database.shadow_reads.log_lost > 0 {
+            problems.push(format!(
+                "{name}: {} mismatches could not be written to the log",
+                database.shadow_reads.log_lost
+            ));
+        }
         let Some(mirroring) = &database.mirroring else {
             continue;
         };
@@ -146,12 +152,16 @@ fn print_mirroring(mirroring: &Mirroring) {
 
 fn print_shadow_reads(reads: &ShadowReads) {
     let not_comparable: u64 = reads.not_comparable.values().sum();
+    let failed: u64 = reads.failed.values().sum();
     say(&format!(
-        "  shadow     {} matched, {} mismatched, {} transient, {} not comparable, {} dropped, {} errors",
-        reads.matched, reads.mismatched, reads.transient, not_comparable, reads.dropped, reads.errors
+        "  shadow     {} matched, {} mismatched, {} transient, {not_comparable} not comparable, {} dropped, {failed} failed",
+        reads.matched, reads.mismatched, reads.transient, reads.dropped
     ));
     for (reason, count) in &reads.not_comparable {
         say(&format!("             not comparable: {count} {reason}"));
+    }
+    for (reason, count) in &reads.failed {
+        say(&format!("             failed: {count} {reason}"));
     }
 }
 
