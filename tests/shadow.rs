@@ -1,6 +1,8 @@
 //! Shadow reads on real servers 15 and 18: what is equal matches, every planted difference is
 //! found under its kind, and nothing else is.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

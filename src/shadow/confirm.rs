@@ -91,7 +91,7 @@ pub(super) async fn confirm(
         theirs,
     };
     let (ours, theirs) = (&asked.ours, &asked.theirs);
-    let mut verdict = match [ours, &theirs].map(|answer| answer.digest.sqlstate()) {
+    let mut verdict = match [ours, theirs].map(|answer| answer.digest.sqlstate()) {
         [Some("57014"), _] | [_, Some("57014")] => return Ok(Confirmed::Is(Outcome::Failed(Failed::Timeout))),
         [Some(code), _] | [_, Some(code)]
             if is_circumstance(code) && ours.digest.sqlstate != theirs.digest.sqlstate =>
