@@ -6,14 +6,16 @@
 //! time in the same snapshot but in another transaction, so that a clock behind a "stable"
 //! function gives itself away.
 
-use super::compare::{Difference, Verdict, compare};
+use tokio::time::Duration;
+
+use super::compare::{Answer, Difference, Kind, Verdict, compare};
 use super::connection::{Connection, ConnectionError};
 use super::digest::Digest;
 use super::log::BothSides;
 use super::read::{Call, ShadowRead};
 use super::stats::{Failed, Outcome, Skipped};
 use super::worker::{Worker, is_circumstance};
-use crate::sql::{NotComparable, ReadFacts};
+use crate::sql::{LexSettings, NotComparable, ReadFacts, widen_limit};
 
 pub(super) enum Confirmed {
     Is(Outcome),
@@ -23,6 +25,20 @@ pub(super) enum Confirmed {
         sides: Box<BothSides<Digest>>,
     },
 }
+
+/// What was asked last, and what the two sides said.
+struct Asked<'a> {
+    text: &'a [u8],
+    facts: &'a ReadFacts,
+    ours: Answer,
+    theirs: Answer,
+}
+
+/// Rows to look at beyond a LIMIT whose choice is left open. Where there are more, it stays open:
+/// the primary shall not read whole tables for a shadow.
+const WIDENED_ROWS: u32 = 1000;
+/// The applier is held while the snapshots are taken.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(3);
 
 const BEGIN: &str = "begin isolation level repeatable read read only";
 
@@ -56,7 +72,9 @@ pub(super) async fn confirm(
             secondary.command("take a snapshot on the secondary", own.as_bytes()),
         )
     };
-    patiently(worker, snapshots).await?;
+    tokio::time::timeout(SNAPSHOT_PATIENCE, snapshots)
+        .await
+        .unwrap_or(Err(ConnectionError::Deadline))?;
     drop(held);
 
     let answers = async {
@@ -66,28 +84,68 @@ pub(super) async fn confirm(
         )
     };
     let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
-    let verdict = match [&ours, &theirs].map(|answer| answer.digest.sqlstate()) {
+    let mut asked = Asked {
+        text: &read.text,
+        facts,
+        ours,
+        theirs,
+    };
+    let (ours, theirs) = (&asked.ours, &asked.theirs);
+    let mut verdict = match [ours, theirs].map(|answer| answer.digest.sqlstate()) {
         [Some("57014"), _] | [_, Some("57014")] => return Ok(Confirmed::Is(Outcome::Failed(Failed::Timeout))),
         [Some(code), _] | [_, Some(code)]
             if is_circumstance(code) && ours.digest.sqlstate != theirs.digest.sqlstate =>
         {
             return Ok(Confirmed::Is(Outcome::Failed(Failed::Connection)));
         }
-        _ => compare(facts, &ours, &theirs),
+        _ => compare(facts, ours, theirs),
     };
+    // Which rows a LIMIT lets through may be left open, but not which rows there are.
+    let perhaps_open = match &verdict {
+        Verdict::Open(NotComparable::LimitWithoutOrder) => true,
+        Verdict::Different(found) => facts.limited && found.kind == Kind::Value,
+        Verdict::Open(_) | Verdict::Equal | Verdict::OrderTies => false,
+    };
+    // The session's lexical settings are not known here; they only matter to backslashes.
+    let widened = (perhaps_open && !read.text.contains(&b'\\'))
+        .then(|| widen_limit(&read.text, LexSettings::default(), WIDENED_ROWS + 1))
+        .flatten();
+    if let Some(widened) = &widened {
+        let answers = async {
+            tokio::try_join!(
+                primary.answer(&widened.text, &read.call),
+                secondary.answer(&widened.text, secondary_call)
+            )
+        };
+        let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
+        let all_there =
+            |answer: &Answer| answer.digest.sqlstate.is_none() && answer.digest.rows <= u64::from(WIDENED_ROWS);
+        if all_there(&ours) && all_there(&theirs) {
+            verdict = match compare(&widened.facts, &ours, &theirs) {
+                Verdict::Equal | Verdict::OrderTies => Verdict::Open(NotComparable::LimitWithoutOrder),
+                open_or_different => open_or_different,
+            };
+            asked = Asked {
+                text: &widened.text,
+                facts: &widened.facts,
+                ours,
+                theirs,
+            };
+        }
+    }
     let confirmed = match verdict {
         Verdict::Equal => Confirmed::Is(Outcome::Transient),
         Verdict::OrderTies => Confirmed::Is(Outcome::OrderTies),
         Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
         Verdict::Different(found) => {
-            let (second, _) = patiently(worker, again.answer(&read.text, &read.call)).await?;
-            match compare(facts, &ours, &second) {
+            let (second, _) = patiently(worker, again.answer(asked.text, &read.call)).await?;
+            match compare(asked.facts, &asked.ours, &second) {
                 Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
                     round,
                     found,
                     sides: Box::new(BothSides {
-                        primary: ours.digest,
-                        secondary: theirs.digest,
+                        primary: asked.ours.digest,
+                        secondary: asked.theirs.digest,
                     }),
                 },
                 Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),

@@ -21,8 +21,10 @@ use super::read::{Query, read};
 pub enum NotComparable {
     /// More than one statement in one simple query.
     SeveralStatements,
-    /// Not a read, or not understood.
+    /// A write, a setting, …: never meant to be compared, and not counted.
     NotARead,
+    /// Perhaps a read, but of a syntax that is not understood.
+    NotUnderstood,
     VolatileFunction,
     UnknownFunction,
     UnknownRelation,
@@ -52,9 +54,10 @@ pub enum NotComparable {
 }
 
 impl NotComparable {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::SeveralStatements,
         Self::NotARead,
+        Self::NotUnderstood,
         Self::VolatileFunction,
         Self::UnknownFunction,
         Self::UnknownRelation,
@@ -77,6 +80,7 @@ impl NotComparable {
         match self {
             Self::SeveralStatements => "several_statements",
             Self::NotARead => "not_a_read",
+            Self::NotUnderstood => "not_understood",
             Self::VolatileFunction => "volatile_function",
             Self::UnknownFunction => "unknown_function",
             Self::UnknownRelation => "unknown_relation",
@@ -100,7 +104,8 @@ impl NotComparable {
     pub const fn explanation(self) -> &'static str {
         match self {
             Self::SeveralStatements => "several statements share one query string",
-            Self::NotARead => "it is not understood as a read",
+            Self::NotARead => "it is not a read",
+            Self::NotUnderstood => "its syntax is not understood",
             Self::VolatileFunction => "a function it calls is volatile",
             Self::UnknownFunction => "a function it calls is not in the primary's catalog",
             Self::UnknownRelation => "a table or view it names is not in the primary's catalog",
@@ -163,6 +168,7 @@ pub fn single_read(script: &Script) -> Result<&ReadFacts, NotComparable> {
     ) {
         (_, Some(Class::Read(facts))) => Ok(facts),
         (_, Some(Class::Lock)) => Err(NotComparable::Locking),
+        (_, Some(Class::Unknown)) => Err(NotComparable::NotUnderstood),
         ([_, _, ..], _)
             if script
                 .statements

@@ -17,6 +17,7 @@ mod ddl;
 mod explain;
 mod fingerprint;
 mod glance;
+mod limit;
 mod read;
 mod settings;
 mod split;
@@ -37,6 +38,7 @@ pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, exp
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as};
 pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};
+pub use limit::{Widened, widen_limit};
 pub use settings::{SettingChange, custom_setting_names, setting_changes};
 
 /// Splits and classifies a text under default settings. Any bytes will do.

@@ -385,6 +385,12 @@ impl Visitor for Collector {
         if is_limited(query) && !top_level(query).0 {
             self.unstable(Unstable::LimitWithoutOrder);
         }
+        if let SetExpr::Select(select) = &*query.body
+            && matches!(select.distinct, Some(Distinct::On(_)))
+            && query.order_by.is_none()
+        {
+            self.unstable(Unstable::DistinctOnWithoutOrder);
+        }
         // Shapes of other dialects, which the server refuses.
         let foreign = query.for_clause.is_some()
             || query.settings.is_some()
@@ -408,11 +414,6 @@ impl Visitor for Collector {
             _ => false,
         };
         self.ordered_input.push(ordered_input);
-        if matches!(select.distinct, Some(Distinct::On(_))) {
-            // Whether the ORDER BY decides every group is not for syntax to say; without any,
-            // nothing does. The query around it is looked at where the answers differ.
-            self.unstable(Unstable::DistinctOnWithoutOrder);
-        }
         ControlFlow::Continue(())
     }
 
