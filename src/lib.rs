@@ -22,8 +22,14 @@ pub mod sql;
 /// Reads repeated on the secondary, and the answers compared.
 pub mod shadow;
 
+/// A client's session: handshake, authentication, relay, carrying over.
+pub mod session;
+
 /// Changing the phase, and the flip of the primary.
 pub mod switchover;
+
+/// Where clients come in: sockets, worker threads, draining.
+pub mod listener;
 
 /// The HTTP server beside the proxy, its documents, and the commands' client.
 pub mod admin;

@@ -112,6 +112,12 @@ struct Shown {
 }
 
 impl hooks::Shadow for Shown {
+    fn sampled(&self, database: &str, control: Control, glance: Glance, text: &[u8], values: &[u8]) -> bool {
+        self.databases.get(database).is_some_and(|database| {
+            database.sink.is_on(control) && database.sink.samples(glance, text, values)
+        })
+    }
+
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
         let sink = self.databases.get(read.database)?.sink.clone();
         let (parameters, call) = match read.call {
@@ -132,7 +138,7 @@ impl hooks::Shadow for Shown {
             return None;
         }
         let Some(settings) = read.settings else {
-            sink.withdraw(NotComparable::SessionState);
+            sink.withdraw(NotComparable::UnknownSettings);
             return None;
         };
         Some(Box::new(Observed {

@@ -61,16 +61,18 @@ impl Databases {
         }))
     }
 
-    /// A pair to ask about roles, which are the servers' and not a database's, where the client
-    /// named a database that there is not.
-    pub fn any(&self) -> Option<Arc<Pair>> {
-        self.named.values().next().cloned().or_else(|| {
+    /// The pair to ask about roles when a client names `name`. Roles belong to the servers and not
+    /// to a database, so where there is no such database, another one will do.
+    pub fn for_roles(&self, name: &str) -> Option<Arc<Pair>> {
+        let every_other = || {
             let config = self.every_other.clone()?;
-            Some(Arc::new(Pair {
-                name: EVERY_OTHER_DATABASE.to_owned(),
-                config,
-            }))
-        })
+            let name = EVERY_OTHER_DATABASE.to_owned();
+            Some(Arc::new(Pair { name, config }))
+        };
+        let named = self.named.get(name).cloned();
+        named
+            .or_else(every_other)
+            .or_else(|| self.named.values().next().cloned())
     }
 }
 
@@ -106,5 +108,7 @@ mod tests {
             assert_eq!((target.host.as_str(), target.dbname()), (host, dbname), "{name}");
         }
         assert_eq!(Databases::default().find("shop"), None);
+        let roles = |name| databases.for_roles(name).unwrap().config.legacy.dbname().to_owned();
+        assert_eq!((roles("shop"), roles("other")), ("old_shop".into(), "postgres".into()));
     }
 }

@@ -49,12 +49,16 @@ pub enum NotComparable {
     OrderDependentFunction,
     DistinctOn,
     Sample,
+    /// Its transaction wrote before it: the secondary cannot know that yet.
+    EarlierWrite,
+    /// The session's settings cannot be told in full.
+    UnknownSettings,
     /// Found out by asking: the primary disagrees with itself.
     NonDeterministic,
 }
 
 impl NotComparable {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::SeveralStatements,
         Self::NotARead,
         Self::NotUnderstood,
@@ -73,6 +77,8 @@ impl NotComparable {
         Self::OrderDependentFunction,
         Self::DistinctOn,
         Self::Sample,
+        Self::EarlierWrite,
+        Self::UnknownSettings,
         Self::NonDeterministic,
     ];
 
@@ -96,6 +102,8 @@ impl NotComparable {
             Self::OrderDependentFunction => "order_dependent_function",
             Self::DistinctOn => "distinct_on",
             Self::Sample => "sample",
+            Self::EarlierWrite => "earlier_write",
+            Self::UnknownSettings => "unknown_settings",
             Self::NonDeterministic => "non_deterministic",
         }
     }
@@ -121,6 +129,8 @@ impl NotComparable {
             Self::OrderDependentFunction => "an aggregate or window shows an order that is left open",
             Self::DistinctOn => "DISTINCT ON leaves open which row of a group comes",
             Self::Sample => "TABLESAMPLE chooses rows at random",
+            Self::EarlierWrite => "its transaction wrote before it",
+            Self::UnknownSettings => "the session's settings are not known in full",
             Self::NonDeterministic => "the primary disagrees with itself",
         }
     }

@@ -113,7 +113,7 @@ impl std::fmt::Debug for Keys {
 impl Keys {
     fn derive(password: &str, salt: &[u8], iterations: u32) -> Self {
         // Postgres takes a password as it is where SASLprep cannot be applied to it.
-        let prepared = stringprep::saslprep(password).unwrap_or(password.into());
+        let prepared = stringprep::saslprep(password).unwrap_or_else(|_| password.into());
         let mut salted = [0; 32];
         pbkdf2::pbkdf2_hmac::<Sha256>(prepared.as_bytes(), salt, iterations, &mut salted);
         Self {
@@ -160,7 +160,7 @@ impl ExpectProof {
         if !identity.is_empty() {
             return Err(ScramError::AuthorizationIdentity);
         }
-        let mut channel = text[..text.len() - bare.len()].as_bytes().to_vec();
+        let mut channel = text.as_bytes()[..text.len() - bare.len()].to_vec();
         match (flag, mechanism, binding) {
             ("n", SCRAM_SHA_256, _) | ("y", SCRAM_SHA_256, Binding::None) => {}
             ("p=tls-server-end-point", SCRAM_SHA_256_PLUS, Binding::EndPoint(hash)) => channel.extend_from_slice(hash),

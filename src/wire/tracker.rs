@@ -42,13 +42,23 @@ pub enum Owner {
     Hook,
 }
 
+/// What is special about a request of the client's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mark {
+    #[default]
+    None,
+    /// The client may hear of its success only when what follows it has succeeded too.
+    Withheld,
+    /// Its answer is shown to an observer.
+    Observed,
+}
+
 /// One awaited reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Awaited {
     pub request: Request,
     pub owner: Owner,
-    /// The client may hear of its success only when what follows it has succeeded too.
-    pub withheld: bool,
+    pub mark: Mark,
 }
 
 /// What a server's frame answers.
@@ -107,6 +117,11 @@ impl Tracker {
         self.awaited.is_empty()
     }
 
+    /// Whether the answer to a request with [`Mark::Withheld`] is still to come.
+    pub fn awaits_withheld(&self) -> bool {
+        self.awaited.iter().any(|awaited| awaited.mark == Mark::Withheld)
+    }
+
     pub const fn skipping(&self) -> bool {
         self.skipping
     }
@@ -125,11 +140,11 @@ impl Tracker {
 
     /// Notes a client's frame that goes to the server.
     pub fn sent(&mut self, kind: u8) {
-        self.note(kind, Owner::Client, false);
+        self.note(kind, Owner::Client, Mark::None);
     }
 
     /// Notes a frame that goes to the server, with what is special about it.
-    pub fn note(&mut self, kind: u8, owner: Owner, withheld: bool) {
+    pub fn note(&mut self, kind: u8, owner: Owner, mark: Mark) {
         let request = match kind {
             b'P' => Request::Parse,
             b'B' => Request::Bind,
@@ -161,11 +176,7 @@ impl Tracker {
             Request::Sync | Request::Query | Request::Function => self.unsynced = false,
             _ => self.unsynced = true,
         }
-        self.awaited.push_back(Awaited {
-            request,
-            owner,
-            withheld,
-        });
+        self.awaited.push_back(Awaited { request, owner, mark });
     }
 
     /// Takes note of a server's frame; `body` is looked at for ReadyForQuery only.
@@ -379,11 +390,12 @@ mod tests {
 
     #[test]
     fn replies_know_who_asked() {
+        use Owner::{Client, Hook};
         let mut tracker = Tracker::default();
         tracker.sent(b'B');
-        tracker.note(b'E', Owner::Client, true);
+        tracker.note(b'E', Client, Mark::Withheld);
         for kind in *b"PBEC" {
-            tracker.note(kind, Owner::Hook, false);
+            tracker.note(kind, Hook, Mark::None);
         }
         tracker.sent(b'S');
         let owners: Vec<_> = b"2C12DC3Z"
@@ -392,10 +404,9 @@ mod tests {
                 tracker
                     .received(kind, b"I")
                     .to
-                    .map(|awaited| (awaited.owner, awaited.withheld))
+                    .map(|awaited| (awaited.owner, awaited.mark == Mark::Withheld))
             })
             .collect();
-        use Owner::{Client, Hook};
         let expected = [
             (Client, false),
             (Client, true),
@@ -415,7 +426,7 @@ mod tests {
         let mut tracker = Tracker::default();
         tracker.sent(b'E');
         for kind in *b"PBEC" {
-            tracker.note(kind, Owner::Hook, false);
+            tracker.note(kind, Owner::Hook, Mark::None);
         }
         tracker.received(b'C', b"");
         tracker.received(b'1', b"");
