@@ -9,3 +9,9 @@ pub mod control;
 pub mod servers;
 /// Connections to the two servers.
 pub mod upstream;
+/// What the databases say of themselves: tables, snapshots, privileges, equality.
+pub mod catalog;
+/// Capture, the journal, the fence.
+pub mod journal;
+/// Rounds: what the journal holds, brought to the secondary.
+pub mod apply;
