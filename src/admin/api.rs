@@ -56,18 +56,36 @@ pub struct ServerStatus {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Mirroring {
     /// `connecting`, `waiting` (another proxy holds the applier's lease), `running`, `failing`,
-    /// `stopped` (the journal was full and `when_full: stop_mirroring`).
+    /// `stopped`.
     pub state: String,
     pub error: Option<String>,
     pub round: u64,
     /// The snapshot of the last applied round, as `pg_current_snapshot()` writes it.
     pub watermark: Option<String>,
+    /// The end of the primary's log when that snapshot was taken.
+    pub position: Option<String>,
     pub changes_applied: u64,
+    pub transactions_applied: u64,
     pub lag: Lag,
-    pub journal_bytes: u64,
+    pub journal: Journal,
     pub tables: Vec<TableStatus>,
+    /// What is not mirrored, and why.
+    pub not_mirrored: Vec<String>,
+    /// What a DBA must run, because the proxy's role may not.
+    pub sql_for_dba: Vec<String>,
+    pub sequence_errors: Vec<String>,
     pub divergences: u64,
     pub stray_writes: u64,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Journal {
+    pub bytes: u64,
+    /// At `journal.max_bytes` under `when_full: block`: writes are refused until it has drained.
+    pub full: bool,
+    /// Capture was switched off under `when_full: stop_mirroring`: the secondary must be seeded
+    /// again.
+    pub stopped: bool,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -86,6 +104,8 @@ pub struct TableStatus {
     pub seeding: String,
     /// Why its mirroring is paused, where it is.
     pub paused: Option<String>,
+    /// Why a table that was synced no longer is.
+    pub note: Option<String>,
     pub diverged: u64,
 }
 

@@ -115,7 +115,7 @@ impl World {
         self.control.send_replace(control);
         if control.phase.mirrors() {
             for tandem in self.tandems().iter() {
-                tandem.start_mirroring(control).await?;
+                tandem.start_mirroring(control).await.map_err(anyhow::Error::msg)?;
             }
         }
         self.shadows.attend(&self.tandems(), &self.config.load());
@@ -188,7 +188,7 @@ impl World {
             let target = every_other.target(wish.primary());
             let listed = crate::catalog::databases(target)
                 .await
-                .map_err(|error| CannotBegin::NotYet(error.to_string()))?;
+                .map_err(CannotBegin::NotYet)?;
             names.extend(listed.into_iter().filter(|name| !config.databases.contains_key(name)));
         }
         let known = self.tandems();

@@ -5,10 +5,13 @@
 //! changes a database.
 
 pub mod compare;
+mod databases;
 pub mod privileges;
 pub mod quote;
 pub mod snapshot;
 pub mod table;
+
+pub use databases::databases;
 
 /// A table's, index's or type's OID; it means something only in the database it was read from.
 pub type Oid = u32;

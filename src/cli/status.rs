@@ -41,7 +41,24 @@ fn problems(status: &Status) -> Vec<String> {
         if let Some(error) = &mirroring.error {
             problems.push(format!("{name}: mirroring is {}: {error}", mirroring.state));
         }
+        if mirroring.journal.full {
+            problems.push(format!("{name}: the journal is full, writes are refused until it has drained"));
+        }
+        if mirroring.journal.stopped {
+            problems.push(format!(
+                "{name}: the journal was full and capture is switched off; the secondary must be seeded again"
+            ));
+        }
+        for sql in &mirroring.sql_for_dba {
+            problems.push(format!("{name}: the proxy's role lacks privileges; a DBA must run: {sql}"));
+        }
+        for error in &mirroring.sequence_errors {
+            problems.push(format!("{name}: sequences: {error}"));
+        }
         for table in &mirroring.tables {
+            if let Some(why) = &table.note {
+                problems.push(format!("{name}: {}: {why}", table.name));
+            }
             if let Some(why) = &table.paused {
                 problems.push(format!("{name}: mirroring of {} is paused: {why}", table.name));
             }
@@ -123,8 +140,11 @@ fn print_mirroring(mirroring: &Mirroring) {
         mirroring.lag.transactions,
         human_bytes(mirroring.lag.bytes),
         mirroring.lag.seconds,
-        human_bytes(mirroring.journal_bytes)
+        human_bytes(mirroring.journal.bytes)
     ));
+    for object in &mirroring.not_mirrored {
+        say(&format!("  not mirrored  {object}"));
+    }
     let count = |seeding: &str| mirroring.tables.iter().filter(|table| table.seeding == seeding).count();
     say(&format!(
         "  tables     {} synced, {} seeding, {} unseeded",

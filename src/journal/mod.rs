@@ -6,6 +6,7 @@
 //! application's table.
 
 mod capture;
+mod completed;
 mod fence;
 mod install;
 pub mod read;
@@ -13,6 +14,7 @@ pub mod rotation;
 mod state;
 
 pub use capture::{CaptureReport, capture_tables, refuse_or_report};
+pub use completed::{is_completed, mark_completed};
 pub use fence::{Fence, FenceError, fence};
 pub use install::{Installed, install, uninstall};
 pub use state::{SideRole, SideState, SlotState, read_state, set_role};

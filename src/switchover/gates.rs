@@ -75,7 +75,7 @@ fn not_synced(mirroring: &Mirroring, gate: &dyn Fn(&str, String, &str, bool) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::api::{Lag, ServerStatus, ShadowReads, TableStatus};
+    use crate::admin::api::{Journal, Lag, ServerStatus, ShadowReads, TableStatus};
 
     fn healthy() -> DatabaseStatus {
         DatabaseStatus {
@@ -89,7 +89,12 @@ mod tests {
                 watermark: None,
                 changes_applied: 0,
                 lag: Lag::default(),
-                journal_bytes: 0,
+                journal: Journal::default(),
+                not_mirrored: Vec::new(),
+                sql_for_dba: Vec::new(),
+                sequence_errors: Vec::new(),
+                position: None,
+                transactions_applied: 0,
                 tables: vec![table("synced", None)],
                 divergences: 0,
                 stray_writes: 0,
@@ -103,6 +108,7 @@ mod tests {
             name: "public.t".into(),
             seeding: seeding.into(),
             paused: paused.map(str::to_owned),
+            note: None,
             diverged: 0,
         }
     }

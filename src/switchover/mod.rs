@@ -1,10 +1,17 @@
 //! Changing the phase, and the flip of the primary.
 //!
-//! [`plan`] and [`recover`] decide, purely; the procedure carries it out. It is the only writer
-//! of [`crate::control::Control`]; sessions and the applier see its outcome there.
+//! [`plan()`], [`recover()`] and [`gates()`] decide, purely; [`Flip`] carries a flip out over the
+//! databases' [`Tandem`]s. The app calls it and publishes the outcome; sessions and appliers see
+//! it there.
 
+mod gates;
 mod plan;
+mod procedure;
 mod recover;
+mod tandem;
 
+pub use gates::gates;
 pub use plan::{Plan, Refusal, plan};
+pub use procedure::{Abandoned, Flip, Flipped};
 pub use recover::{Beginning, CannotBegin, Observed, Recorded, recover};
+pub use tandem::{Drained, Fenced, Tandem};

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::tandem::{Drained, Fenced, Tandem};
+use super::tandem::{Drained, Fenced, Tandem, Turning};
 use crate::admin::api::FlipStep;
 use crate::control::Control;
 use crate::session::{Hold, Registry, Straggler, Uncarried};
@@ -163,16 +163,15 @@ impl Flip<'_> {
         Ok(drained)
     }
 
-    /// The point of no return is the first database's turn. A later one that cannot be turned is
-    /// asked again until it can: its writers are fenced, so waiting is safe and going back is
-    /// not.
+    /// The point of no return is the first database's turn; those after it must follow.
     async fn turn(&self, drained: Vec<(Arc<Tandem>, Drained)>, clock: &mut Clock) -> Result<(), Abandoned> {
-        let mut turned_any = false;
+        let mut mode = Turning::MayGoBack;
         for (tandem, drained) in drained {
-            match tandem.turn(drained, self.to, turned_any).await {
-                Ok(()) => turned_any = true,
-                Err(cause) => return Err(failed(&tandem, "turn the roles", cause)),
-            }
+            tandem
+                .turn(drained, self.from, self.to, mode)
+                .await
+                .map_err(|cause| failed(&tandem, "turn the roles", cause))?;
+            mode = Turning::MustFollow;
         }
         clock.step("roles turned");
         Ok(())

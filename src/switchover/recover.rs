@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_flip_interrupted_before_its_point_of_no_return_goes_back() {
-        let restore = |side| Ok(Beginning::Restore { side, epoch: Epoch(6) });
+        let restore = |side| Ok(Beginning::Restore { side, epoch: Epoch(4) });
         check(
             Role(Secondary(Epoch(5))),
             Role(Secondary(Epoch(4))),

@@ -10,13 +10,13 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::recover::{Observed, Recorded};
-use crate::admin::api::{DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
+use crate::admin::api::{self, DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
-use crate::config::{DatabaseConfig, Journal, StrayWriters};
+use crate::config::{DatabaseConfig, Journal, StrayWriters, Target};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
 use crate::routing::Pair;
-use crate::upstream::control::connect;
+use crate::upstream::control::{connect, error_chain};
 
 /// How often each server is asked whether it is there.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
@@ -39,7 +39,6 @@ pub struct Tandem {
 
 /// Writers are fenced off the old primary while this lives; dropping it lets them go on.
 pub struct Fenced {
-    side: Side,
     turn: oneshot::Sender<SideState>,
     outcome: JoinHandle<Result<(), String>>,
 }
@@ -48,6 +47,14 @@ pub struct Fenced {
 /// makes one, and only with it can the roles be turned.
 pub struct Drained {
     fenced: Fenced,
+}
+
+/// Whether a turn that fails may be undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turning {
+    MayGoBack,
+    /// Another database has been turned already.
+    MustFollow,
 }
 
 impl Tandem {
@@ -109,14 +116,7 @@ impl Tandem {
     /// Makes a side primary again after a flip that was interrupted before its point of no
     /// return.
     pub async fn restore(&self, side: Side, epoch: Epoch) -> Result<(), String> {
-        self.set_state(
-            side,
-            SideState {
-                epoch,
-                role: SideRole::Primary,
-            },
-        )
-        .await
+        self.set_state(side, primary_at(epoch)).await
     }
 
     /// Installs capture on the primary and starts the applier, which installs it on the
@@ -205,7 +205,7 @@ impl Tandem {
             }
         });
         if is_raised.await.is_ok() {
-            return Ok(Fenced { side, turn, outcome });
+            return Ok(Fenced { turn, outcome });
         }
         match outcome.await {
             Ok(Ok(())) => Err("the fence was not raised".into()),
@@ -222,37 +222,62 @@ impl Tandem {
     }
 
     /// Turns the roles: first the old side, then the new one, which is the point of no return.
-    /// With `must`, another database has been turned already and this one is tried until it is.
-    pub async fn turn(&self, drained: Drained, to: Control, must: bool) -> Result<(), String> {
-        let old_side = drained.fenced.side;
+    /// Between the two nobody can write, so an error there is not final: what the sides say is
+    /// looked at until one of them is primary.
+    ///
+    /// # Errors
+    /// The roles are as they were; only where they may go back.
+    pub async fn turn(&self, drained: Drained, from: Control, to: Control, mode: Turning) -> Result<(), String> {
         self.stop_applier().await;
-        if let Err(cause) = self.arm_reverse(to).await {
-            if !must {
-                self.start_applier(back(to, old_side));
+        let turned = self.turn_both(drained.fenced, from, to, mode).await;
+        self.start_applier(if turned.is_ok() { to } else { from });
+        turned
+    }
+
+    async fn turn_both(&self, fenced: Fenced, from: Control, to: Control, mode: Turning) -> Result<(), String> {
+        while let Err(cause) = self.arm_reverse(to).await {
+            match mode {
+                Turning::MayGoBack => return Err(cause),
+                Turning::MustFollow => self.trouble(&cause).await,
+            }
+        }
+        let Fenced { turn, outcome } = fenced;
+        turn.send(self.secondary_at(to.epoch)).ok();
+        if let Ok(Err(cause)) = outcome.await {
+            // Cut off: whether it was turned is not known, so it is turned again, either way.
+            self.trouble(&cause).await;
+            while let Err(cause) = self.set_state(from.primary, self.secondary_at(to.epoch)).await {
+                self.trouble(&cause).await;
+            }
+        }
+        while let Err(cause) = self.set_state(to.primary, primary_at(to.epoch)).await {
+            self.trouble(&cause).await;
+            if mode == Turning::MayGoBack && self.go_back(from, to).await.is_ok() {
                 return Err(cause);
             }
-            return Err(cause);
         }
-        let Fenced { turn, outcome, .. } = drained.fenced;
-        let secondary = SideState {
-            epoch: to.epoch,
-            role: SideRole::from(self.stray_writers),
-        };
-        turn.send(secondary).ok();
-        let turned = match outcome.await {
-            Ok(turned) => turned,
-            Err(panicked) => Err(panicked.to_string()),
-        };
-        if let Err(cause) = turned {
-            tracing::error!(database = self.name(), cause, "turning the old primary was cut off; looking what it says");
-        }
-        let primary = SideState {
-            epoch: to.epoch,
-            role: SideRole::Primary,
-        };
-        self.set_state(to.primary, primary).await?;
-        self.start_applier(to);
         Ok(())
+    }
+
+    /// Only once the new side can be told for certain not to be primary may the old one be it.
+    async fn go_back(&self, from: Control, to: Control) -> Result<(), String> {
+        self.set_state(to.primary, self.secondary_at(from.epoch)).await?;
+        while let Err(cause) = self.set_state(from.primary, primary_at(from.epoch)).await {
+            self.trouble(&cause).await;
+        }
+        Ok(())
+    }
+
+    async fn trouble(&self, cause: &str) {
+        tracing::error!(database = self.name(), cause, "turning the roles was cut off; clients wait");
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+
+    fn secondary_at(&self, epoch: Epoch) -> SideState {
+        SideState {
+            epoch,
+            role: SideRole::from(self.stray_writers),
+        }
     }
 
     /// Stores on the old side from where the new primary's changes are to be applied; nobody
@@ -289,5 +314,104 @@ impl Tandem {
             mirroring: self.applier().map(|applier| mirroring(&applier.status().borrow())),
             shadow_reads: ShadowReads::default(),
         }
+    }
+}
+
+const fn primary_at(epoch: Epoch) -> SideState {
+    SideState {
+        epoch,
+        role: SideRole::Primary,
+    }
+}
+
+/// Why a catch-up takes long, from what the applier says of itself.
+fn describe_delay(status: &ApplierStatus) -> String {
+    match &status.state {
+        ApplierState::Connecting { error: Some(error) } => format!("no connection: {error}"),
+        ApplierState::Connecting { error: None } => "connecting".into(),
+        ApplierState::Waiting => "another proxy holds the applier's lease".into(),
+        ApplierState::Running => format!("{} transactions behind", status.lag.transactions),
+        ApplierState::Failing { error } => format!("rounds fail: {error}"),
+        ApplierState::Stopped => "the applier is stopped".into(),
+    }
+}
+
+/// The applier's status as the admin API tells it.
+fn mirroring(status: &ApplierStatus) -> Mirroring {
+    let (state, error) = match &status.state {
+        ApplierState::Connecting { error } => ("connecting", error.clone()),
+        ApplierState::Waiting => ("waiting", None),
+        ApplierState::Running => ("running", None),
+        ApplierState::Failing { error } => ("failing", Some(error.clone())),
+        ApplierState::Stopped => ("stopped", None),
+    };
+    let lag = status.lag_now();
+    Mirroring {
+        state: state.into(),
+        error,
+        round: status.round,
+        watermark: status.watermark.as_ref().map(|watermark| watermark.snapshot.clone()),
+        position: status.watermark.as_ref().map(|watermark| watermark.position.clone()),
+        changes_applied: status.changes_applied,
+        transactions_applied: status.transactions_applied,
+        lag: Lag {
+            transactions: lag.transactions,
+            bytes: lag.bytes,
+            seconds: lag.seconds,
+        },
+        journal: api::Journal {
+            bytes: status.journal.bytes,
+            full: status.journal.full,
+            stopped: status.journal.stopped,
+        },
+        tables: status
+            .tables
+            .iter()
+            .map(|table| TableStatus {
+                name: format!("{}.{}", table.schema, table.name),
+                seeding: table.seeding.as_str().into(),
+                paused: table.paused.clone(),
+                note: table.note.clone(),
+                diverged: table.diverged,
+            })
+            .collect(),
+        not_mirrored: status
+            .not_mirrored
+            .iter()
+            .map(|object| format!("{}: {}", object.what, object.reason))
+            .collect(),
+        sql_for_dba: status.sql_for_dba.clone(),
+        sequence_errors: status.sequence_errors.clone(),
+        divergences: status.diverged,
+        stray_writes: status.strays,
+    }
+}
+
+/// Asks both servers from time to time whether they are there, for the status alone: nothing
+/// is decided by it.
+async fn watch_servers(targets: DatabaseConfig, report: watch::Sender<[ServerStatus; 2]>) {
+    loop {
+        let (legacy, new) = tokio::join!(look_at(targets.target(Side::Legacy)), look_at(targets.target(Side::New)));
+        if report.send([legacy, new]).is_err() {
+            return;
+        }
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
+}
+
+async fn look_at(target: &Target) -> ServerStatus {
+    let found = async {
+        let client = connect(target, "watch").await.map_err(|error| error.to_string())?;
+        let row = client.query_one("SHOW server_version", &[]).await;
+        row.map(|row| row.get::<_, String>(0)).map_err(|error| error_chain(&error))
+    };
+    let (version, error) = match found.await {
+        Ok(version) => (Some(version), None),
+        Err(error) => (None, Some(error)),
+    };
+    ServerStatus {
+        address: format!("{}:{}/{}", target.host, target.port, target.dbname()),
+        version,
+        error,
     }
 }
