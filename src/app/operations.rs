@@ -99,7 +99,10 @@ impl Operations for World {
         let began = Instant::now();
         let control = self.control_now();
         if !control.phase.mirrors() {
-            return Err(format!("phase {} mirrors nothing, so there is nothing to wait for", control.phase));
+            return Err(format!(
+                "phase {} mirrors nothing, so there is nothing to wait for",
+                control.phase
+            ));
         }
         let mut behind = None;
         for tandem in self.tandems().iter() {

@@ -86,7 +86,8 @@ impl World {
         }
         Ok(vec![
             published,
-            "mirroring has ended and what pgtandem installed was removed; the legacy server is no longer needed by it".into(),
+            "mirroring has ended and what pgtandem installed was removed; the legacy server is no longer needed by it"
+                .into(),
         ])
     }
 
@@ -119,7 +120,9 @@ impl World {
             }
             Err(abandoned) => {
                 tracing::error!(%abandoned, "switchover abandoned; everything goes on as before");
-                Err(format!("switchover abandoned, everything goes on as before: {abandoned}"))
+                Err(format!(
+                    "switchover abandoned, everything goes on as before: {abandoned}"
+                ))
             }
         }
     }

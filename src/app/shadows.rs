@@ -103,7 +103,10 @@ impl Shadows {
 }
 
 fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collections::BTreeMap<String, u64> {
-    counts.into_iter().map(|(reason, count)| (reason.to_owned(), count)).collect()
+    counts
+        .into_iter()
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect()
 }
 
 /// The sessions' view: a read goes to its database's intake.

@@ -15,8 +15,8 @@ use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
 use crate::session::hooks::{DdlHooks, Hooks};
-use crate::{journal, session};
 use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
+use crate::{journal, session};
 
 /// Between two tries to find out which side is primary.
 const BEGIN_RETRY: Duration = Duration::from_secs(1);
@@ -186,9 +186,7 @@ impl World {
             .collect();
         if let Some(every_other) = config.databases.get(EVERY_OTHER_DATABASE) {
             let target = every_other.target(wish.primary());
-            let listed = crate::catalog::databases(target)
-                .await
-                .map_err(CannotBegin::NotYet)?;
+            let listed = crate::catalog::databases(target).await.map_err(CannotBegin::NotYet)?;
             names.extend(listed.into_iter().filter(|name| !config.databases.contains_key(name)));
         }
         let known = self.tandems();
@@ -223,15 +221,24 @@ impl World {
 
     async fn adopt_databases(&self) -> Result<(), String> {
         let control = self.control_now();
-        let tandems = self.find_tandems(control.phase).await.map_err(|error| error.to_string())?;
+        let tandems = self
+            .find_tandems(control.phase)
+            .await
+            .map_err(|error| error.to_string())?;
         let known = self.tandems();
         for tandem in &tandems {
             if !known.iter().any(|other| other.name() == tandem.name()) && control.phase.mirrors() {
-                tandem.start_mirroring(control).await.map_err(|error| error.to_string())?;
+                tandem
+                    .start_mirroring(control)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 tracing::info!(database = tandem.name(), "a new database is mirrored");
             }
         }
-        for gone in known.iter().filter(|old| !tandems.iter().any(|tandem| tandem.name() == old.name())) {
+        for gone in known
+            .iter()
+            .filter(|old| !tandems.iter().any(|tandem| tandem.name() == old.name()))
+        {
             gone.stop_applier().await;
             tracing::info!(database = gone.name(), "a dropped database is no longer mirrored");
         }

@@ -32,7 +32,13 @@ pub struct Cli {
 #[derive(Args)]
 struct Common {
     /// The proxy's configuration.
-    #[arg(long, short, value_name = "FILE", default_value = "./proxy.yaml", env = "PGTANDEM_CONFIG")]
+    #[arg(
+        long,
+        short,
+        value_name = "FILE",
+        default_value = "./proxy.yaml",
+        env = "PGTANDEM_CONFIG"
+    )]
     config: PathBuf,
 }
 

@@ -42,7 +42,9 @@ fn problems(status: &Status) -> Vec<String> {
             problems.push(format!("{name}: mirroring is {}: {error}", mirroring.state));
         }
         if mirroring.journal.full {
-            problems.push(format!("{name}: the journal is full, writes are refused until it has drained"));
+            problems.push(format!(
+                "{name}: the journal is full, writes are refused until it has drained"
+            ));
         }
         if mirroring.journal.stopped {
             problems.push(format!(
@@ -50,7 +52,9 @@ fn problems(status: &Status) -> Vec<String> {
             ));
         }
         for sql in &mirroring.sql_for_dba {
-            problems.push(format!("{name}: the proxy's role lacks privileges; a DBA must run: {sql}"));
+            problems.push(format!(
+                "{name}: the proxy's role lacks privileges; a DBA must run: {sql}"
+            ));
         }
         for error in &mirroring.sequence_errors {
             problems.push(format!("{name}: sequences: {error}"));
@@ -163,7 +167,10 @@ fn print_mirroring(mirroring: &Mirroring) {
             0 => String::new(),
             rows => format!(", {rows} rows diverged"),
         };
-        say(&format!("             {}: {}{paused}{diverged}", table.name, table.seeding));
+        say(&format!(
+            "             {}: {}{paused}{diverged}",
+            table.name, table.seeding
+        ));
     }
     if remarkable.len() > TABLES_MAX {
         say(&format!("             and {} more", remarkable.len() - TABLES_MAX));

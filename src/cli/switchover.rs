@@ -34,7 +34,11 @@ pub(super) async fn run(
             Some(flip) => print_flip(flip),
             None if dry_run => say(&format!(
                 "dry run: {}",
-                if open { "the flip could begin" } else { "a gate is closed" }
+                if open {
+                    "the flip could begin"
+                } else {
+                    "a gate is closed"
+                }
             )),
             None => say("nothing was changed: a gate is closed (--force --reason TEXT passes it, and is recorded)"),
         }

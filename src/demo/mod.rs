@@ -38,8 +38,14 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
 
     teller.step("Two Postgres servers start");
     let mut stage = Stage::set().await?;
-    say(&format!("   legacy: Postgres {} on port {}", stage.legacy.major, stage.legacy.port));
-    say(&format!("   new:    Postgres {} on port {}", stage.new.major, stage.new.port));
+    say(&format!(
+        "   legacy: Postgres {} on port {}",
+        stage.legacy.major, stage.legacy.port
+    ));
+    say(&format!(
+        "   new:    Postgres {} on port {}",
+        stage.new.major, stage.new.port
+    ));
     say("   The proxy's own role is no superuser: it may log in, create its schema, and act for the tables' owner.");
 
     teller.step("The proxy stands in front of them, phase dual_write");
@@ -53,10 +59,15 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
     tokio::time::sleep(Duration::from_secs(3)).await;
     stage.wait_caught_up().await?;
     let transactions = ledger.transactions.load(Relaxed);
-    say(&format!("   {transactions} transactions so far: serial keys, the clock, random values, a SKIP LOCKED queue, cascades"));
+    say(&format!(
+        "   {transactions} transactions so far: serial keys, the clock, random values, a SKIP LOCKED queue, cascades"
+    ));
     say("   rows on both sides, while it goes on writing:");
     for table in TABLES {
-        let [legacy, new] = [stage.count(Side::Legacy, table).await?, stage.count(Side::New, table).await?];
+        let [legacy, new] = [
+            stage.count(Side::Legacy, table).await?,
+            stage.count(Side::New, table).await?,
+        ];
         say(&format!("   {table:12} legacy {legacy:>6}   new {new:>6}"));
     }
     teller.check(ledger.failed.load(Relaxed) == 0, "no statement failed");
@@ -70,12 +81,18 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
         reads.mismatched,
         reads.not_comparable.values().sum::<u64>()
     ));
-    teller.check(reads.matched > 0 && reads.mismatched == 0, "the two databases give the same answers");
+    teller.check(
+        reads.matched > 0 && reads.mismatched == 0,
+        "the two databases give the same answers",
+    );
 
     teller.step("Somebody changes a price on new behind everybody's back");
     stage.plant_difference().await?;
     let reads = stage.mismatch_after(reads.mismatched).await?;
-    teller.check(reads.mismatched > 0, "the next read of it is a confirmed mismatch, in the mismatch log:");
+    teller.check(
+        reads.mismatched > 0,
+        "the next read of it is a confirmed mismatch, in the mismatch log:",
+    );
     say(&format!("   {}", stage.last_mismatch()?));
     stage.mend_difference().await?;
     say("   (the price is set right again)");
@@ -86,14 +103,23 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
     stage.set_phase(Phase::Switchover).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     stage.tell_flip(&ledger, before).await?;
-    teller.check(ledger.failed.load(Relaxed) == 0, "no failed statement, no dropped connection");
+    teller.check(
+        ledger.failed.load(Relaxed) == 0,
+        "no failed statement, no dropped connection",
+    );
     let server = stage.version_seen_by_clients().await?;
-    teller.check(server.starts_with(&stage.new.major.to_string()), "clients are now answered by new");
+    teller.check(
+        server.starts_with(&stage.new.major.to_string()),
+        "clients are now answered by new",
+    );
     say(&format!("   (they see server version {server})"));
 
     teller.step("Writes are now mirrored backwards, so that a flip back loses nothing");
     stage.wait_caught_up().await?;
-    let [legacy, new] = [stage.count(Side::Legacy, "orders").await?, stage.count(Side::New, "orders").await?];
+    let [legacy, new] = [
+        stage.count(Side::Legacy, "orders").await?,
+        stage.count(Side::New, "orders").await?,
+    ];
     say(&format!("   orders: new {new}, legacy {legacy}"));
     let refused = stage.write_directly(Side::Legacy).await?;
     say(&format!("   a write on legacy, past the proxy, is refused: {refused}"));
@@ -104,7 +130,10 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
     stage.set_phase(Phase::DualRead).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     stage.tell_flip(&ledger, before).await?;
-    teller.check(ledger.failed.load(Relaxed) == 0, "no failed statement, no dropped connection");
+    teller.check(
+        ledger.failed.load(Relaxed) == 0,
+        "no failed statement, no dropped connection",
+    );
 
     teller.step("The application rests; both databases are compared row by row");
     let ledger = workload.stop().await;
@@ -124,7 +153,11 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
         say(&format!("   the first failure: {failure}"));
     }
 
-    say(&format!("\n{} ({:.0} s)", teller.verdict(), began.elapsed().as_secs_f64()));
+    say(&format!(
+        "\n{} ({:.0} s)",
+        teller.verdict(),
+        began.elapsed().as_secs_f64()
+    ));
     if keep {
         stage.tell_how_to_try()?;
         tokio::signal::ctrl_c().await.context("wait for Ctrl-C")?;

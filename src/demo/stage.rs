@@ -89,7 +89,10 @@ impl Stage {
     }
 
     pub(super) fn client_url(&self) -> String {
-        format!("postgresql://{APPLICATION}:{PASSWORD}@127.0.0.1:{}/{DATABASE}", self.port)
+        format!(
+            "postgresql://{APPLICATION}:{PASSWORD}@127.0.0.1:{}/{DATABASE}",
+            self.port
+        )
     }
 
     /// A client's connection through the proxy.
@@ -100,7 +103,9 @@ impl Stage {
     /// What an operator does: edit `phase:`, reload.
     pub(super) async fn set_phase(&self, phase: Phase) -> anyhow::Result<()> {
         self.write_config(phase)?;
-        say(&format!("   $ sed -i 's/^phase: .*/phase: {phase}/' proxy.yaml && pgtandem reload"));
+        say(&format!(
+            "   $ sed -i 's/^phase: .*/phase: {phase}/' proxy.yaml && pgtandem reload"
+        ));
         let answer: ReloadAnswer = self.admin().post("/api/v1/reload", &()).await?;
         for change in answer.changed {
             say(&format!("   {change}"));
@@ -184,7 +189,10 @@ impl Stage {
     /// The newest line of the mismatch log.
     pub(super) fn last_mismatch(&self) -> anyhow::Result<String> {
         let log = fs::read_to_string(self.directory.path().join("mismatches.jsonl"))?;
-        log.lines().last().map(str::to_owned).context("the mismatch log is empty")
+        log.lines()
+            .last()
+            .map(str::to_owned)
+            .context("the mismatch log is empty")
     }
 
     pub(super) async fn version_seen_by_clients(&self) -> anyhow::Result<String> {
@@ -227,7 +235,10 @@ impl Stage {
         let exe = std::env::current_exe()?;
         say("\nIt all keeps running. Try it by hand:");
         say(&format!("  psql {}", self.client_url()));
-        say(&format!("  legacy alone: psql {}", self.legacy.url(APPLICATION, DATABASE)));
+        say(&format!(
+            "  legacy alone: psql {}",
+            self.legacy.url(APPLICATION, DATABASE)
+        ));
         say(&format!("  new alone:    psql {}", self.new.url(APPLICATION, DATABASE)));
         let config = self.config_path();
         say(&format!("  {} status --config {}", exe.display(), config.display()));

@@ -150,7 +150,10 @@ impl Clerk {
         for line in 1..=lines {
             let product: i32 = self.random.random_range(1..=40);
             transaction
-                .execute("INSERT INTO order_lines VALUES ($1, $2, $3, 1 + (random() * 5)::int)", &[&order, &line, &product])
+                .execute(
+                    "INSERT INTO order_lines VALUES ($1, $2, $3, 1 + (random() * 5)::int)",
+                    &[&order, &line, &product],
+                )
                 .await?;
         }
         transaction
@@ -160,7 +163,9 @@ impl Clerk {
                 &[&customer, &order],
             )
             .await?;
-        transaction.execute("INSERT INTO jobs (order_id) VALUES ($1)", &[&order]).await?;
+        transaction
+            .execute("INSERT INTO jobs (order_id) VALUES ($1)", &[&order])
+            .await?;
         transaction.commit().await
     }
 
@@ -178,9 +183,13 @@ impl Clerk {
     async fn think_twice(&mut self) -> Result<(), Error> {
         let commit: bool = self.random.random();
         let mut transaction = self.client.transaction().await?;
-        transaction.execute("INSERT INTO visits (page) VALUES ('basket')", &[]).await?;
+        transaction
+            .execute("INSERT INTO visits (page) VALUES ('basket')", &[])
+            .await?;
         let savepoint = transaction.savepoint("basket").await?;
-        savepoint.execute("INSERT INTO visits (page) VALUES ('never mind')", &[]).await?;
+        savepoint
+            .execute("INSERT INTO visits (page) VALUES ('never mind')", &[])
+            .await?;
         savepoint.rollback().await?;
         if commit {
             transaction.commit().await
@@ -211,7 +220,10 @@ impl Clerk {
         match self.random.random_range(0..3) {
             0 => self
                 .client
-                .query("SELECT id, name, price FROM products WHERE id <= $1 ORDER BY id", &[&customer])
+                .query(
+                    "SELECT id, name, price FROM products WHERE id <= $1 ORDER BY id",
+                    &[&customer],
+                )
                 .await
                 .map(drop),
             1 => self

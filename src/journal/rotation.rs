@@ -81,7 +81,10 @@ async fn empty(client: &Client, slot: i16) -> Result<bool, JournalError> {
     match result {
         Ok(()) => Ok(true),
         Err(error) => {
-            client.batch_execute("ROLLBACK").await.map_err(doing("empty a journal table"))?;
+            client
+                .batch_execute("ROLLBACK")
+                .await
+                .map_err(doing("empty a journal table"))?;
             if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
                 Ok(false)
             } else {
@@ -105,10 +108,7 @@ async fn move_on(client: &mut Client, from: u8, to: u8) -> Result<(), JournalErr
     let transaction = client.transaction().await.map_err(doing("rotate the journal"))?;
     // Tried, not waited for: a flip holds this lock and waits for our round.
     let locked = transaction
-        .query_one(
-            "SELECT pg_try_advisory_xact_lock($1, $2)",
-            &[&LOCK_CLASS, &LOCK_STATE],
-        )
+        .query_one("SELECT pg_try_advisory_xact_lock($1, $2)", &[&LOCK_CLASS, &LOCK_STATE])
         .await
         .map_err(doing("rotate the journal"))?
         .get::<_, bool>(0);

@@ -117,7 +117,11 @@ mod tests {
         let mut database = healthy();
         change(&mut database);
         let gates = gates(&[database]);
-        gates.into_iter().filter(|gate| !gate.open).map(|gate| gate.name).collect()
+        gates
+            .into_iter()
+            .filter(|gate| !gate.open)
+            .map(|gate| gate.name)
+            .collect()
     }
 
     fn mirroring(database: &mut DatabaseStatus) -> &mut Mirroring {
@@ -135,7 +139,10 @@ mod tests {
         assert_eq!(closed(|d| mirroring(d).state = "failing".into()), ["shop: mirroring"]);
         assert_eq!(closed(|d| mirroring(d).lag.seconds = 2.5), ["shop: lag"]);
         assert_eq!(closed(|d| mirroring(d).divergences = 1), ["shop: divergences"]);
-        assert_eq!(closed(|d| mirroring(d).tables.push(table("unseeded", None))), ["shop: tables"]);
+        assert_eq!(
+            closed(|d| mirroring(d).tables.push(table("unseeded", None))),
+            ["shop: tables"]
+        );
         assert_eq!(
             closed(|d| mirroring(d).tables.push(table("synced", Some("columns differ")))),
             ["shop: tables"]

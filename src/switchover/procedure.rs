@@ -179,7 +179,11 @@ impl Flip<'_> {
 
     async fn carry_back(&self, hold: &Hold) {
         for session in self.registry.carry_over(hold, self.from.primary).await {
-            tracing::error!(user = session.user, reason = session.reason, "a session could not be brought back and is ended");
+            tracing::error!(
+                user = session.user,
+                reason = session.reason,
+                "a session could not be brought back and is ended"
+            );
             self.registry
                 .end(&[session.id], "the session was lost while a switchover was abandoned");
         }

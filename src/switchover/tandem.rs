@@ -166,8 +166,12 @@ impl Tandem {
         let mut legacy = connect(self.targets().target(Side::Legacy), "complete")
             .await
             .map_err(|error| error.to_string())?;
-        journal::uninstall(&mut legacy).await.map_err(|error| error.to_string())?;
-        journal::mark_completed(&legacy).await.map_err(|error| error.to_string())
+        journal::uninstall(&mut legacy)
+            .await
+            .map_err(|error| error.to_string())?;
+        journal::mark_completed(&legacy)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     async fn uninstall(&self, side: Side) -> Result<(), String> {
@@ -194,9 +198,13 @@ impl Tandem {
         let (turn, turned) = oneshot::channel();
         // A task of its own owns the connection whose transaction is the fence.
         let outcome = tokio::spawn(async move {
-            let mut client = connect(&target, "switchover").await.map_err(|error| error.to_string())?;
+            let mut client = connect(&target, "switchover")
+                .await
+                .map_err(|error| error.to_string())?;
             let left = deadline.saturating_duration_since(Instant::now());
-            let fence = journal::fence(&mut client, left).await.map_err(|error| error.to_string())?;
+            let fence = journal::fence(&mut client, left)
+                .await
+                .map_err(|error| error.to_string())?;
             raised.send(()).ok();
             match turned.await {
                 Ok(state) => fence.turn(state).await.map_err(|error| error.to_string()),
@@ -269,7 +277,11 @@ impl Tandem {
     }
 
     async fn trouble(&self, cause: &str) {
-        tracing::error!(database = self.name(), cause, "turning the roles was cut off; clients wait");
+        tracing::error!(
+            database = self.name(),
+            cause,
+            "turning the roles was cut off; clients wait"
+        );
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 
@@ -391,7 +403,10 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
 /// is decided by it.
 async fn watch_servers(targets: DatabaseConfig, report: watch::Sender<[ServerStatus; 2]>) {
     loop {
-        let (legacy, new) = tokio::join!(look_at(targets.target(Side::Legacy)), look_at(targets.target(Side::New)));
+        let (legacy, new) = tokio::join!(
+            look_at(targets.target(Side::Legacy)),
+            look_at(targets.target(Side::New))
+        );
         if report.send([legacy, new]).is_err() {
             return;
         }
@@ -403,7 +418,8 @@ async fn look_at(target: &Target) -> ServerStatus {
     let found = async {
         let client = connect(target, "watch").await.map_err(|error| error.to_string())?;
         let row = client.query_one("SHOW server_version", &[]).await;
-        row.map(|row| row.get::<_, String>(0)).map_err(|error| error_chain(&error))
+        row.map(|row| row.get::<_, String>(0))
+            .map_err(|error| error_chain(&error))
     };
     let (version, error) = match found.await {
         Ok(version) => (Some(version), None),
