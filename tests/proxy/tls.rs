@@ -94,8 +94,10 @@ async fn clients_by_tls_in_every_way_that_libpq_knows() {
     assert!(answer.len() > 3_000_000, "{}", answer.len());
     // A new certificate counts for those who come next.
     let other = certificate(tempfile::tempdir().unwrap().keep().as_path());
-    let mut options = Options::default();
-    options.tls = Some(other.clone());
+    let options = Options {
+        tls: Some(other.clone()),
+        ..Options::default()
+    };
     proxy.context.reload(settings(&proxy.database, &options));
     let verify = |ca: &Path| format!("sslmode=verify-full sslrootcert={}", ca.display());
     let old = tokio::task::block_in_place(|| psql(&proxy, &verify(&tls.certificate), "select 1"));
@@ -189,8 +191,10 @@ async fn servers_by_tls_and_by_every_way_to_prove_a_password() {
         (SslMode::Disable, "by_nossl", true, "f"),
         (SslMode::Disable, "by_scram", true, "28000"),
     ] {
-        let mut options = Options::default();
-        options.users = if is_listed { [listed(user)].into() } else { [].into() };
+        let options = Options {
+            users: is_listed.then(|| listed(user)).into_iter().collect(),
+            ..Options::default()
+        };
         let mut settings = settings(&proxy.database, &options);
         let config = DatabaseConfig {
             legacy: target(mode),
