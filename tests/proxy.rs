@@ -6,7 +6,15 @@
 
 mod common;
 
+#[path = "proxy/ddl.rs"]
+mod ddl;
+#[path = "proxy/flip.rs"]
+mod flip;
 #[path = "proxy/relay.rs"]
 mod relay;
+#[path = "proxy/shadow.rs"]
+mod shadow;
 #[path = "proxy/startup.rs"]
 mod startup;
+#[path = "proxy/tls.rs"]
+mod tls;

@@ -329,12 +329,14 @@ impl Session {
     }
 
     fn put_hook_call(&mut self, hook: &str, text: &[u8], out: &mut Vec<u8>) {
+        // A hook that failed has left its statement behind: prepared statements are not undone.
+        frontend::put_close_statement(out, HOOK_NAME);
         frontend::put_parse(out, HOOK_NAME, hook.as_bytes(), &[]);
         frontend::put_bind(out, HOOK_NAME, HOOK_NAME, &[Some(text)]);
         frontend::put_execute(out, HOOK_NAME);
         frontend::put_close_portal(out, HOOK_NAME);
         frontend::put_close_statement(out, HOOK_NAME);
-        for kind in *b"PBECC" {
+        for kind in *b"CPBECC" {
             self.tracker.note(kind, Owner::Hook, Mark::None);
         }
     }

@@ -12,6 +12,7 @@ use super::registry::BackendKey;
 use super::relay::{Direction, End, Session};
 use super::reported::Reported;
 use crate::control::Side;
+use crate::sql::{Class, LexSettings};
 use crate::upstream::{Backend, Stream};
 use crate::wire::frame::{HEADER_LEN, Header};
 use crate::wire::frontend::{self, Parse};
@@ -333,6 +334,7 @@ impl Wire<'_> {
 impl Standby {
     /// Brings about `state`. Each item has its own Sync, so that an error names what it concerns.
     async fn replay(&mut self, state: &State, unnamed: Option<Parse<'_>>, user: &str) -> Result<(), Trouble> {
+        let lex = self.reported.lex();
         let mut items: Vec<(String, Vec<u8>)> = Vec::new();
         let name_of = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         if self.used {
@@ -371,7 +373,11 @@ impl Standby {
         for prepared in &state.prepared {
             let mut out = Vec::new();
             if prepared.from_sql {
-                frontend::put_query(&mut out, &prepared.text);
+                let Some(text) = prepare_statement(prepared, lex) else {
+                    let name = name_of(&prepared.name);
+                    return Err(Trouble::Refused(format!("prepared statement \"{name}\": unreadable")));
+                };
+                frontend::put_query(&mut out, text);
             } else {
                 let oids: Vec<u8> = prepared
                     .types
@@ -477,6 +483,18 @@ fn types_on_this_side(mapped: &[(Vec<u8>, u32)], oid: u32, name: &[u8]) -> u32 {
         .map_or(oid, |(_, here)| *here)
 }
 
+/// The PREPARE itself: the server remembers the whole Query that it came in, other statements
+/// included, and those must not run again.
+fn prepare_statement(prepared: &Prepared, lex: LexSettings) -> Option<&[u8]> {
+    let name = String::from_utf8_lossy(&prepared.name);
+    let script = crate::sql::analyze_as(&prepared.text, lex);
+    let statement = script
+        .statements
+        .iter()
+        .rfind(|statement| matches!(&statement.class, Class::Prepare(prepares) if *prepares == name))?;
+    Some(&prepared.text[statement.span.clone()])
+}
+
 /// A name as an identifier.
 fn quoted(name: &[u8]) -> Vec<u8> {
     let mut out = vec![b'"'];
@@ -493,6 +511,27 @@ fn quoted(name: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_prepare_is_run_again() {
+        let prepared = |text: &str| Prepared {
+            name: b"p".to_vec(),
+            text: text.as_bytes().to_vec(),
+            from_sql: true,
+            types: Vec::new(),
+        };
+        let check = |text: &str, expected: Option<&str>| {
+            let prepared = prepared(text);
+            let found = prepare_statement(&prepared, LexSettings::default());
+            assert_eq!(found, expected.map(str::as_bytes), "{text}");
+        };
+        check("prepare p as select 1", Some("prepare p as select 1"));
+        check(
+            "drop table t; PREPARE p (int) as select $1; prepare q as select 2",
+            Some("PREPARE p (int) as select $1"),
+        );
+        check("select 1", None);
+    }
 
     #[test]
     fn types_keep_their_names() {

@@ -278,7 +278,6 @@ impl Registry {
                 age_seconds: session.started.elapsed().as_secs(),
             });
         });
-        infos.sort_by_key(|info| info.id);
         infos
     }
 
@@ -483,10 +482,11 @@ impl Registry {
         }
     }
 
-    fn each(&self, mut act: impl FnMut(&Arc<Shared>)) {
-        for session in &self.0.sessions {
-            act(session.value());
-        }
+    /// Every session, in the order of their arrival.
+    fn each(&self, act: impl FnMut(&Arc<Shared>)) {
+        let mut sessions: Vec<Arc<Shared>> = self.0.sessions.iter().map(|entry| entry.value().clone()).collect();
+        sessions.sort_by_key(|session| session.id);
+        sessions.iter().for_each(act);
     }
 }
 

@@ -72,10 +72,15 @@ impl Session {
             if plan == Plan::HookBehind {
                 self.hook_behind(&rest[HEADER_LEN..header.total], gather.insert());
             }
-            if header.kind == b'S'
-                && let Some(attention) = &mut self.attention
-            {
-                attention.synced();
+            if let Some(attention) = &mut self.attention {
+                match header.kind {
+                    b'S' => attention.synced(),
+                    // The server flushes the answer to a COPY only when it is told to.
+                    b'c' | b'f' if attention.steps.is_some() => {
+                        gather.insert().extend_from_slice(frontend::FLUSH);
+                    }
+                    _ => {}
+                }
             }
         }
         Ok(at)
@@ -90,6 +95,8 @@ impl Session {
                 header.total <= UNDERSTOOD_MAX && (self.statements.may_be_ddl() || self.control.phase.shadows())
             }
             b'C' => self.statements.any(),
+            // Something is put behind them.
+            b'c' | b'f' => self.attention.is_some(),
             _ => false,
         }
     }
