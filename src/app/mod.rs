@@ -52,7 +52,10 @@ pub fn serve(config: Config, options: ServeOptions) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the control runtime")?;
-    runtime.block_on(run(config, options))
+    let outcome = runtime.block_on(run(config, options));
+    // A thread may still be reading stdin; nobody waits for it.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
