@@ -1,0 +1,523 @@
+//! What a session does while replies must be looked at one by one: DDL in mirroring phases, and
+//! reads that are shown to the shadow.
+//!
+//! DDL is followed, in its own transaction, by the hook that records it; the client hears that the
+//! statement succeeded only when the hook has, and hears the hook's error instead if it has not.
+//!
+//! - By Execute: the hook's frames go right behind it, before the client's Sync.
+//! - By a Query: its statements are run one by one as extended messages with one Sync at the end,
+//!   so that they stay one implicit transaction; replies are translated back to what a Query gives.
+//! - Outside transactions (CREATE INDEX CONCURRENTLY): it runs as it came; after its ReadyForQuery
+//!   the hook runs by itself, and its ReadyForQuery is the one that the client gets.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::hooks::{Call, Observer, Read};
+use super::known::Portal;
+use super::outbox::Gather;
+use super::relay::Session;
+use super::sniff::Sniff;
+use crate::sql::{Class, DdlKind, Discard, Reset, Script};
+use crate::wire::backend::{Status, shift_position};
+use crate::wire::tracker::{Mark, Owner, Request, Tracker};
+use crate::wire::{frontend, put_frame};
+
+/// The hook's own statement and portal.
+const HOOK_NAME: &[u8] = b"pgtandem_ddl";
+
+#[derive(Default)]
+pub(super) struct Attention {
+    /// The CommandComplete of DDL whose hook has not run yet.
+    held: Vec<u8>,
+    pub steps: Option<Box<Steps>>,
+    pub outside: Option<Outside>,
+    observation: Option<Observation>,
+}
+
+/// A Query that is run statement by statement.
+pub(super) struct Steps {
+    text: Box<[u8]>,
+    script: Arc<Script>,
+    next: usize,
+    /// The Sync has been sent.
+    synced: bool,
+    utf8: bool,
+}
+
+impl Steps {
+    pub(super) fn new(text: &[u8], script: Arc<Script>, utf8: bool) -> Self {
+        Self {
+            text: text.into(),
+            script,
+            next: 0,
+            synced: false,
+            utf8,
+        }
+    }
+
+    /// Characters of the text before the statement that runs now, as error positions count them.
+    fn characters_before(&self) -> usize {
+        let running = self.next.checked_sub(1).and_then(|at| self.script.statements.get(at));
+        let before = running.map_or(&[][..], |statement| &self.text[..statement.span.start]);
+        if self.utf8 {
+            // Continuation bytes begin no character.
+            before.iter().filter(|&&byte| byte & 0xc0 != 0x80).count()
+        } else {
+            before.len()
+        }
+    }
+}
+
+/// DDL that cannot run in a transaction.
+#[derive(Debug)]
+pub(super) struct Outside {
+    text: Box<[u8]>,
+    stage: Stage,
+    succeeded: bool,
+}
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum Stage {
+    /// Came by Execute, and the client's Sync has not gone by yet.
+    BeforeSync,
+    /// The statement is running, or done.
+    Running,
+    /// The hook is running.
+    Recording,
+}
+
+impl Outside {
+    pub(super) const fn after_query(text: Box<[u8]>) -> Self {
+        Self {
+            text,
+            stage: Stage::Running,
+            succeeded: false,
+        }
+    }
+
+    pub(super) const fn after_execute(text: Box<[u8]>) -> Self {
+        Self {
+            text,
+            stage: Stage::BeforeSync,
+            succeeded: false,
+        }
+    }
+}
+
+struct Observation {
+    observer: Box<dyn Observer>,
+    begun: Instant,
+    /// The frame that is passing is one of the answer's.
+    in_frame: bool,
+}
+
+impl Attention {
+    /// Something of this is not over yet.
+    pub(super) const fn busy(&self) -> bool {
+        self.steps.is_some() || self.outside.is_some()
+    }
+
+    /// Whether the client's frames have to wait.
+    pub(super) fn holds_client(&self, tracker: &Tracker) -> bool {
+        self.steps.is_some()
+            || self.outside.as_ref().is_some_and(|outside| match outside.stage {
+                // Up to its Sync the client's frames belong to the same batch.
+                Stage::BeforeSync => false,
+                Stage::Running | Stage::Recording => !tracker.answered(),
+            })
+    }
+
+    /// The client's Sync has gone by.
+    pub(super) fn synced(&mut self) {
+        if let Some(outside) = &mut self.outside
+            && outside.stage == Stage::BeforeSync
+        {
+            outside.stage = Stage::Running;
+        }
+    }
+
+    /// More of the frame that is passing.
+    pub(super) fn piece(&mut self, bytes: &[u8], last: bool) {
+        if let Some(observation) = &mut self.observation
+            && observation.in_frame
+        {
+            observation.observer.piece(bytes);
+            if last {
+                observation.observer.end();
+                observation.in_frame = false;
+            }
+        }
+    }
+}
+
+impl Session {
+    /// Looks at a server's frame; returns whether the client gets it.
+    pub(super) fn attend(&mut self, kind: u8, body: &[u8], whole: bool, gather: &mut Gather<'_>) -> bool {
+        let reply = self.tracker.received(kind, body);
+        let Some(awaited) = reply.to else { return true };
+        if awaited.mark == Mark::Observed {
+            self.observe_frame(kind, body, whole, reply.terminal);
+        }
+        match awaited.owner {
+            Owner::Client => self.attend_client(kind, body, awaited.mark, gather),
+            Owner::Step => self.attend_step(kind, body, awaited.mark, gather),
+            Owner::Hook => self.attend_hook(kind, body, awaited.request, gather),
+        }
+    }
+
+    fn attend_client(&mut self, kind: u8, body: &[u8], mark: Mark, gather: &mut Gather<'_>) -> bool {
+        let awaits_withheld = self.tracker.awaits_withheld();
+        let attention = self.attention.get_or_insert_default();
+        match (kind, mark, &mut attention.outside) {
+            (b'C', Mark::Withheld, Some(outside)) => {
+                outside.succeeded = true;
+                // A client that has not sent its Sync may wait for this first.
+                if outside.stage == Stage::BeforeSync {
+                    return true;
+                }
+                put_frame(&mut attention.held, kind, |out| out.extend_from_slice(body));
+                return false;
+            }
+            (b'C', Mark::Withheld, None) => {
+                put_frame(&mut attention.held, kind, |out| out.extend_from_slice(body));
+                return false;
+            }
+            // The ReadyForQuery of the statement's own batch.
+            (b'Z', _, Some(_)) if !awaits_withheld => {
+                if let Some(outside) = attention.outside.take()
+                    && outside.succeeded
+                {
+                    self.record_outside(outside);
+                    return false;
+                }
+            }
+            // More of the same batch: what was held back goes before it.
+            (_, _, Some(_)) if !attention.held.is_empty() => gather.insert().append(&mut attention.held),
+            _ => {}
+        }
+        true
+    }
+
+    /// The statement has succeeded; its hook runs before the client hears of it.
+    fn record_outside(&mut self, outside: Outside) {
+        let Some(hooks) = self.context.hooks.ddl.clone() else {
+            return;
+        };
+        let mut out = std::mem::take(self.up.outbox.bytes());
+        self.put_hook_call(&hooks.outside, &outside.text, &mut out);
+        out.extend_from_slice(frontend::SYNC);
+        self.tracker.note(b'S', Owner::Hook, Mark::None);
+        *self.up.outbox.bytes() = out;
+        self.attention().outside = Some(Outside {
+            stage: Stage::Recording,
+            ..outside
+        });
+    }
+
+    fn attend_hook(&mut self, kind: u8, body: &[u8], request: Request, gather: &mut Gather<'_>) -> bool {
+        let attention = self.attention.get_or_insert_default();
+        match (kind, request) {
+            (b'C', Request::Execute) => gather.insert().append(&mut attention.held),
+            (b'E', _) => {
+                attention.held.clear();
+                tracing::warn!(
+                    session = self.registered.shared.id.0,
+                    error = crate::wire::backend::error_text(body),
+                    "record a DDL statement"
+                );
+                self.advance_if_answered();
+                return true;
+            }
+            (b'Z', _) => {
+                // In place of the ReadyForQuery that was kept from the client.
+                attention.outside = None;
+                return true;
+            }
+            _ => {}
+        }
+        self.advance_if_answered();
+        false
+    }
+
+    fn attend_step(&mut self, kind: u8, body: &[u8], mark: Mark, gather: &mut Gather<'_>) -> bool {
+        let attention = self.attention.get_or_insert_default();
+        let keep = match kind {
+            // A Query has none of these.
+            b'1' | b'2' | b'3' | b'n' | b't' => false,
+            b'C' if mark == Mark::Withheld => {
+                put_frame(&mut attention.held, kind, |out| out.extend_from_slice(body));
+                false
+            }
+            b'E' => {
+                attention.held.clear();
+                let characters = attention.steps.as_ref().map_or(0, |steps| steps.characters_before());
+                let shifted = shift_position(body, characters);
+                put_frame(gather.insert(), kind, |out| out.extend_from_slice(&shifted));
+                false
+            }
+            b'Z' => {
+                attention.steps = None;
+                return true;
+            }
+            _ => true,
+        };
+        self.advance_if_answered();
+        keep
+    }
+
+    fn advance_if_answered(&mut self) {
+        let stepping = self
+            .attention
+            .as_ref()
+            .is_some_and(|attention| attention.steps.is_some());
+        if stepping && self.tracker.answered() {
+            let mut out = std::mem::take(self.up.outbox.bytes());
+            self.advance_steps(&mut out);
+            *self.up.outbox.bytes() = out;
+        }
+    }
+
+    /// Sends the next statement of a Query that is run in steps, or the Sync that ends it.
+    pub(super) fn advance_steps(&mut self, out: &mut Vec<u8>) {
+        let Some(mut steps) = self.attention.as_mut().and_then(|attention| attention.steps.take()) else {
+            return;
+        };
+        let statement = steps.script.statements.get(steps.next);
+        match statement {
+            Some(statement) if !self.tracker.skipping() => {
+                let text = statement.of(&steps.text);
+                let is_ddl = matches!(&statement.class, Class::Ddl(ddl) if ddl.kind == DdlKind::Transactional);
+                frontend::put_parse(out, b"", text, &[]);
+                frontend::put_bind(out, b"", b"", &[]);
+                frontend::put_describe_portal(out, b"");
+                frontend::put_execute(out, b"");
+                for kind in *b"PBD" {
+                    self.tracker.note(kind, Owner::Step, Mark::None);
+                }
+                let mark = if is_ddl { Mark::Withheld } else { Mark::None };
+                self.tracker.note(b'E', Owner::Step, mark);
+                if is_ddl {
+                    self.put_hook(text, out);
+                }
+                out.extend_from_slice(frontend::FLUSH);
+                steps.next += 1;
+            }
+            _ if !steps.synced => {
+                // A Query leaves no unnamed statement behind.
+                if !self.tracker.skipping() {
+                    frontend::put_close_statement(out, b"");
+                    self.tracker.note(b'C', Owner::Step, Mark::None);
+                }
+                out.extend_from_slice(frontend::SYNC);
+                self.tracker.note(b'S', Owner::Step, Mark::None);
+                steps.synced = true;
+            }
+            _ => {}
+        }
+        self.attention().steps = Some(steps);
+    }
+
+    /// The hook for DDL that has just been sent, in the same transaction.
+    pub(super) fn put_hook(&mut self, text: &[u8], out: &mut Vec<u8>) {
+        if let Some(hooks) = self.context.hooks.ddl.clone() {
+            self.put_hook_call(&hooks.in_transaction, text, out);
+        }
+    }
+
+    fn put_hook_call(&mut self, hook: &str, text: &[u8], out: &mut Vec<u8>) {
+        // A hook that failed has left its statement behind: prepared statements are not undone.
+        frontend::put_close_statement(out, HOOK_NAME);
+        frontend::put_parse(out, HOOK_NAME, hook.as_bytes(), &[]);
+        frontend::put_bind(out, HOOK_NAME, HOOK_NAME, &[Some(text)]);
+        frontend::put_execute(out, HOOK_NAME);
+        frontend::put_close_portal(out, HOOK_NAME);
+        frontend::put_close_statement(out, HOOK_NAME);
+        for kind in *b"CPBECC" {
+            self.tracker.note(kind, Owner::Hook, Mark::None);
+        }
+    }
+
+    /// Takes note of a Query that passes; marks it where its answer is observed.
+    pub(super) fn observe_query(&mut self, text: &[u8], sniff: Sniff) -> Mark {
+        if self.context.hooks.shadow.is_none() {
+            return Mark::None;
+        }
+        if sniff.setting {
+            self.note_setting(text);
+        }
+        // Behind other requests the answer's beginning could not be told.
+        let alone = self.tracker.answered() && self.tracker.at_sync();
+        let mark = if alone {
+            self.observe(text, None, sniff)
+        } else {
+            Mark::None
+        };
+        self.shadowing.wrote |= sniff.write;
+        mark
+    }
+
+    pub(super) fn observe_execute(&mut self, portal: &Portal) -> Mark {
+        if self.context.hooks.shadow.is_none() {
+            return Mark::None;
+        }
+        let known = &portal.statement;
+        if known.sniff.setting {
+            self.note_setting(&known.text);
+        }
+        let mark = self.observe(&known.text, Some(portal), known.sniff);
+        self.shadowing.wrote |= known.sniff.write;
+        mark
+    }
+
+    fn observe(&mut self, text: &[u8], portal: Option<&Portal>, sniff: Sniff) -> Mark {
+        let Some(shadow) = &self.context.hooks.shadow else {
+            return Mark::None;
+        };
+        let sampled = match portal {
+            None => shadow.sampled(text, &[]),
+            Some(portal) => portal.values.is_some(),
+        };
+        let values = portal.and_then(|portal| portal.values.as_deref()).unwrap_or_default();
+        let in_batch = std::mem::replace(&mut self.shadowing.executed, portal.is_some());
+        let busy = self
+            .attention
+            .as_ref()
+            .is_some_and(|attention| attention.observation.is_some());
+        if busy || sniff.write || !self.control.phase.shadows() || !sampled {
+            return Mark::None;
+        }
+        let script = self.context.hooks.statements.get_as(text, self.lex);
+        let is_read = script
+            .single()
+            .is_some_and(|statement| matches!(statement.class, Class::Read(_)));
+        if !is_read {
+            return Mark::None;
+        }
+        let read = Read {
+            control: self.control,
+            login: &self.login,
+            database: &self.pair.name,
+            text,
+            script: &script,
+            call: portal.map_or(Call::Simple, |portal| Call::Extended {
+                types: &portal.statement.types,
+                values,
+            }),
+            in_transaction: self.tracker.status() != Status::Idle || in_batch,
+            after_write: self.shadowing.wrote,
+            settings: self.shadowing.settings.as_ref(),
+        };
+        let Some(observer) = shadow.observe(&read) else {
+            return Mark::None;
+        };
+        self.attention().observation = Some(Observation {
+            observer,
+            begun: Instant::now(),
+            in_frame: false,
+        });
+        Mark::Observed
+    }
+
+    fn observe_frame(&mut self, kind: u8, body: &[u8], whole: bool, terminal: bool) {
+        let Some(attention) = &mut self.attention else { return };
+        let Some(observation) = &mut attention.observation else {
+            return;
+        };
+        if kind != b'Z' {
+            observation.observer.begin(kind);
+            observation.observer.piece(body);
+            if whole {
+                observation.observer.end();
+            } else {
+                observation.in_frame = true;
+            }
+        }
+        if terminal && let Some(observation) = attention.observation.take() {
+            let latency: Duration = observation.begun.elapsed();
+            observation.observer.complete(latency);
+        }
+    }
+
+    /// Keeps the list of statements that bring another connection to this session's settings.
+    fn note_setting(&mut self, text: &[u8]) {
+        let script = self.context.hooks.statements.get_as(text, self.lex);
+        let changes = crate::sql::setting_changes(text, &script);
+        let in_transaction = self.tracker.status() != Status::Idle;
+        let single = script.single().map(|statement| &statement.class);
+        match single {
+            Some(Class::Reset(Reset::All) | Class::Discard(Discard::All)) if !in_transaction => {
+                self.shadowing.setting = Some(Change::Reset);
+            }
+            Some(Class::Set(set)) if set.local => {}
+            Some(Class::Set(_) | Class::Reset(_)) if !in_transaction => {
+                self.shadowing.setting = Some(Change::Add(Bytes::copy_from_slice(text)));
+            }
+            Some(Class::Discard(_)) => {}
+            _ if !changes.is_empty() && changes.iter().all(|change| change.local) => {}
+            // In a transaction it may be undone; by a function, or among others, it is not known.
+            Some(Class::Set(_) | Class::Reset(_)) => self.shadowing.settings = None,
+            _ if changes.is_empty() && !text.to_ascii_lowercase().windows(10).any(|word| word == b"set_config") => {}
+            _ => self.shadowing.settings = None,
+        }
+    }
+}
+
+/// What shadow reads need to know of a session.
+pub(super) struct Shadowing {
+    /// `None`: not known in full.
+    pub settings: Option<Arc<[Bytes]>>,
+    /// What the statement that is running does to them if it succeeds.
+    pub setting: Option<Change>,
+    /// Something that may write ran in the open transaction.
+    pub wrote: bool,
+    /// A statement ran before in the same batch or transaction.
+    pub executed: bool,
+}
+
+impl Default for Shadowing {
+    fn default() -> Self {
+        Self {
+            settings: Some(Arc::new([])),
+            setting: None,
+            wrote: false,
+            executed: false,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Change {
+    Add(Bytes),
+    Reset,
+}
+
+/// SETs remembered of one session; more and its settings count as not known.
+const SETTINGS_MAX: usize = 64;
+
+impl Shadowing {
+    /// The transaction is over.
+    pub(super) fn transaction_over(&mut self) {
+        self.wrote = false;
+        self.executed = false;
+        match self.setting.take() {
+            Some(Change::Reset) => self.settings = Some(Arc::new([])),
+            Some(Change::Add(text)) => {
+                self.settings = self.settings.take().and_then(|settings| {
+                    let others = settings.iter().filter(|other| **other != text);
+                    let list: Vec<Bytes> = others.cloned().chain([text.clone()]).collect();
+                    (list.len() <= SETTINGS_MAX).then(|| list.into())
+                });
+            }
+            None => {}
+        }
+    }
+
+    /// The server gave an error: what was to be set is not.
+    pub(super) fn failed(&mut self) {
+        self.setting = None;
+    }
+}

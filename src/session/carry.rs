@@ -1,0 +1,545 @@
+//! Moving an idle session to the other side: its state is read from the server it is on, and
+//! brought about on a connection to the other one.
+//!
+//! Everything is asked by extended messages under names of our own: a simple Query would drop the
+//! client's unnamed statement. What comes unasked meanwhile (notifications, notices) goes to the
+//! client.
+
+use std::future::poll_fn;
+use std::time::Duration;
+
+use super::registry::BackendKey;
+use super::relay::{Direction, End, Session};
+use super::reported::Reported;
+use crate::control::Side;
+use crate::sql::{Class, LexSettings};
+use crate::upstream::{Backend, Stream};
+use crate::wire::frame::{HEADER_LEN, Header};
+use crate::wire::frontend::{self, Parse};
+use crate::wire::{backend, put_frame};
+
+/// A server that answers these questions at all does so in milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// User-defined types have OIDs of their own on each server.
+const FIRST_CUSTOM_OID: u32 = 16_384;
+const CARRY_NAME: &[u8] = b"pgtandem_carry";
+
+/// A connection to the other side, opened beforehand; or the one that was left behind.
+pub(super) struct Standby {
+    pub side: Side,
+    stream: Stream,
+    pid: i32,
+    key: Box<[u8]>,
+    reported: Reported,
+    pending: Vec<u8>,
+    /// How many transactions the session had begun when its state was copied here.
+    copied_at: Option<u64>,
+    /// Holds state that a new copy has to clear first.
+    used: bool,
+}
+
+impl Standby {
+    pub(super) fn new(side: Side, backend: Backend) -> Self {
+        let reported = Reported::new(backend.parameters());
+        Self {
+            side,
+            pid: backend.pid,
+            key: backend.key,
+            reported,
+            stream: backend.stream,
+            pending: backend.leftover,
+            copied_at: None,
+            used: false,
+        }
+    }
+
+    pub(super) async fn close(mut self) {
+        let goodbye = async {
+            self.stream.write_all(frontend::TERMINATE).await?;
+            self.stream.shutdown().await
+        };
+        // It is being dropped either way.
+        tokio::time::timeout(Duration::from_secs(1), goodbye).await.ok();
+    }
+}
+
+/// What a session has made of its server connection.
+#[derive(Debug, Default)]
+struct State {
+    settings: Vec<(Vec<u8>, Vec<u8>)>,
+    session_user: Vec<u8>,
+    role: Vec<u8>,
+    prepared: Vec<Prepared>,
+    listens: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Prepared {
+    name: Vec<u8>,
+    text: Vec<u8>,
+    from_sql: bool,
+    /// OID on the old side, and name.
+    types: Vec<(u32, Vec<u8>)>,
+}
+
+impl Session {
+    /// Moves to `side`. The inner error says why the session stays.
+    pub(super) async fn carry_over(&mut self, side: Side) -> Result<Result<(), String>, End> {
+        if self.side == side {
+            return Ok(Ok(()));
+        }
+        if self.active {
+            return Ok(Err("a transaction is open".into()));
+        }
+        if self.standby.as_ref().is_none_or(|standby| standby.side != side) {
+            let limit = self.context.settings.load().limits.connect_timeout;
+            let target = self.pair.config.target(side);
+            match crate::upstream::within(limit, target, &self.login).await {
+                Ok(backend) => self.standby = Some(Box::new(Standby::new(side, backend))),
+                Err(error) => return Ok(Err(error.to_string())),
+            }
+        }
+        let copied = self.standby.as_ref().and_then(|standby| standby.copied_at);
+        if copied != Some(self.transactions)
+            && let Err(reason) = self.copy_state().await?
+        {
+            return Ok(Err(reason));
+        }
+        self.swap();
+        Ok(Ok(()))
+    }
+
+    /// The client's statements go to the other connection from here on.
+    fn swap(&mut self) {
+        let Some(standby) = self.standby.take() else { return };
+        let mut standby = *standby;
+        let reported = std::mem::replace(&mut self.reported, standby.reported);
+        reported.put_differences(&self.reported, self.down.outbox.bytes());
+        self.lex = self.reported.lex();
+        let old = Standby {
+            side: self.side,
+            stream: std::mem::replace(&mut self.server, standby.stream),
+            pid: 0,
+            key: Box::default(),
+            reported,
+            pending: std::mem::take(&mut self.down.pending),
+            // Until the session does anything, the way back is open.
+            copied_at: Some(self.transactions),
+            used: true,
+        };
+        let new = BackendKey {
+            target: self.pair.config.target(standby.side).clone(),
+            pid: standby.pid,
+            key: std::mem::take(&mut standby.key),
+        };
+        let old = match self.registered.shared.backend() {
+            Some(backend) => Standby {
+                pid: backend.pid,
+                key: backend.key,
+                ..old
+            },
+            None => old,
+        };
+        self.side = standby.side;
+        self.registered.shared.set_backend(new);
+        let outbox = std::mem::take(&mut self.down.outbox);
+        self.down = Direction {
+            outbox,
+            ..Direction::beginning_with(standby.pending)
+        };
+        self.standby = Some(Box::new(old));
+    }
+
+    /// Brings the standby to this session's state. The inner error says what cannot be.
+    pub(super) async fn copy_state(&mut self) -> Result<Result<(), String>, End> {
+        let inspected = tokio::time::timeout(ANSWER_TIMEOUT, self.inspect()).await;
+        let state = match inspected {
+            Ok(Ok(state)) => state,
+            Ok(Err(Trouble::Gone(cause))) => return Err(End::ServerGone(cause)),
+            Ok(Err(Trouble::Refused(reason))) => return Ok(Err(reason)),
+            Err(_) => return Err(End::ServerGone("no answer to a question about the session".into())),
+        };
+        let unnamed = self.statements.unnamed();
+        let Some(standby) = &mut self.standby else {
+            return Ok(Err("no connection to the other side".into()));
+        };
+        let replayed = tokio::time::timeout(ANSWER_TIMEOUT, standby.replay(&state, unnamed, &self.login.user));
+        let result = match replayed.await {
+            Ok(Ok(())) => {
+                standby.copied_at = Some(self.transactions);
+                return Ok(Ok(()));
+            }
+            Ok(Err(Trouble::Refused(reason))) => Err(reason),
+            Ok(Err(Trouble::Gone(cause))) => Err(format!("the other side's connection: {cause}")),
+            Err(_) => Err("the other side does not answer".into()),
+        };
+        // Half-way to a state that is nobody's: not used again.
+        self.standby = None;
+        Ok(result)
+    }
+
+    async fn inspect(&mut self) -> Result<State, Trouble> {
+        let custom = format!("{{{}}}", self.statements.custom().join(","));
+        let mut out = Vec::new();
+        frontend::put_parse(&mut out, CARRY_NAME, INSPECT.as_bytes(), &[]);
+        frontend::put_bind(&mut out, CARRY_NAME, CARRY_NAME, &[Some(custom.as_bytes())]);
+        frontend::put_execute(&mut out, CARRY_NAME);
+        frontend::put_close_portal(&mut out, CARRY_NAME);
+        frontend::put_close_statement(&mut out, CARRY_NAME);
+        out.extend_from_slice(frontend::SYNC);
+        let mut wire = Wire {
+            stream: &mut self.server,
+            pending: &mut self.down.pending,
+            reported: &mut self.reported,
+        };
+        wire.send(&out).await?;
+        let answer = wire.answer(self.down.outbox.bytes()).await?;
+        if let Some(error) = answer.error {
+            return Err(Trouble::Refused(format!("read the session's state: {error}")));
+        }
+        State::read(answer.rows)
+    }
+}
+
+/// One row for each thing that a session can have. `$1`: names of custom settings.
+const INSPECT: &str = "\
+select 'setting', name, setting, null, null, null from pg_catalog.pg_settings \
+ where source = 'session' and name not in \
+ ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role') \
+union all select 'setting', name, pg_catalog.current_setting(name, true), null, null, null \
+ from pg_catalog.unnest($1::pg_catalog.text[]) name where pg_catalog.current_setting(name, true) is not null \
+union all select 'user', session_user::pg_catalog.text, pg_catalog.current_setting('role'), null, null, null \
+union all select 'prepared', name, statement, from_sql::pg_catalog.text, \
+ pg_catalog.array_to_string(parameter_types::pg_catalog.oid[], ','), \
+ pg_catalog.array_to_string(parameter_types::pg_catalog.text[], pg_catalog.chr(31)) \
+ from pg_catalog.pg_prepared_statements where name not like 'pgtandem\\_%' \
+union all select 'listen', channel, null, null, null, null from pg_catalog.pg_listening_channels() channel \
+union all select 'uncarriable', 'it has temporary tables', null, null, null, null \
+ where exists (select from pg_catalog.pg_class where relnamespace = pg_catalog.pg_my_temp_schema()) \
+union all select 'uncarriable', 'it holds session advisory locks', null, null, null, null \
+ where exists (select from pg_catalog.pg_locks where locktype = 'advisory' and pid = pg_catalog.pg_backend_pid()) \
+union all select 'uncarriable', 'it has a cursor WITH HOLD: ' || name, null, null, null, null \
+ from pg_catalog.pg_cursors where is_holdable";
+
+impl State {
+    fn read(rows: Vec<Vec<Vec<u8>>>) -> Result<Self, Trouble> {
+        let mut state = Self::default();
+        for row in rows {
+            let [kind, first, second, third, fourth, fifth]: [Vec<u8>; 6] = row
+                .try_into()
+                .map_err(|_| Trouble::Refused("unreadable answer about the session's state".into()))?;
+            match &kind[..] {
+                b"setting" => state.settings.push((first, second)),
+                b"user" => (state.session_user, state.role) = (first, second),
+                b"prepared" => state.prepared.push(Prepared {
+                    name: first,
+                    text: second,
+                    from_sql: third == b"true" || third == b"t",
+                    types: pair_types(&fourth, &fifth),
+                }),
+                b"listen" => state.listens.push(first),
+                b"uncarriable" => return Err(Trouble::Refused(String::from_utf8_lossy(&first).into_owned())),
+                _ => {}
+            }
+        }
+        // What follows may hold text in the session's encoding.
+        state.settings.sort_by_key(|(name, _)| name != b"client_encoding");
+        Ok(state)
+    }
+}
+
+fn pair_types(oids: &[u8], names: &[u8]) -> Vec<(u32, Vec<u8>)> {
+    let oids = oids.split(|&byte| byte == b',').filter_map(|oid| {
+        let text = std::str::from_utf8(oid).ok()?;
+        text.parse().ok()
+    });
+    oids.zip(names.split(|&byte| byte == 31).map(<[u8]>::to_vec)).collect()
+}
+
+/// Why a question was not answered.
+enum Trouble {
+    Gone(String),
+    Refused(String),
+}
+
+/// An answer up to its ReadyForQuery.
+#[derive(Default)]
+struct Answer {
+    /// Nulls are empty.
+    rows: Vec<Vec<Vec<u8>>>,
+    error: Option<String>,
+}
+
+/// A connection that is asked something by the proxy.
+struct Wire<'a> {
+    stream: &'a mut Stream,
+    pending: &'a mut Vec<u8>,
+    reported: &'a mut Reported,
+}
+
+impl Wire<'_> {
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), Trouble> {
+        let sent = self.stream.write_all(bytes).await;
+        sent.map_err(|error| Trouble::Gone(error.to_string()))
+    }
+
+    /// Reads one answer; what is for the client goes to `unasked`.
+    async fn answer(&mut self, unasked: &mut Vec<u8>) -> Result<Answer, Trouble> {
+        let mut answer = Answer::default();
+        loop {
+            let (kind, body) = self.frame().await?;
+            match kind {
+                b'D' => {
+                    let row = backend::columns(&body).map(|column| column.unwrap_or_default().to_vec());
+                    answer.rows.push(row.collect());
+                }
+                b'E' if backend::is_fatal(&body) => return Err(Trouble::Gone(backend::error_text(&body))),
+                b'E' => answer.error = Some(backend::error_text(&body)),
+                b'N' | b'A' => put_frame(unasked, kind, |out| out.extend_from_slice(&body)),
+                b'S' => {
+                    if let Some((name, value)) = backend::parameter(&body) {
+                        self.reported.set(name, value);
+                    }
+                    put_frame(unasked, kind, |out| out.extend_from_slice(&body));
+                }
+                b'Z' => return Ok(answer),
+                _ => {}
+            }
+        }
+    }
+
+    async fn frame(&mut self) -> Result<(u8, Vec<u8>), Trouble> {
+        loop {
+            let header = Header::backend(self.pending).map_err(|error| Trouble::Gone(error.to_string()))?;
+            if let Some(header) = header
+                && self.pending.len() >= header.total
+            {
+                let body = self.pending[HEADER_LEN..header.total].to_vec();
+                self.pending.drain(..header.total);
+                if self.pending.is_empty() {
+                    *self.pending = Vec::new();
+                }
+                return Ok((header.kind, body));
+            }
+            let mut buffer = [0; 4096];
+            match poll_fn(|cx| self.stream.poll_read(cx, &mut buffer)).await {
+                Ok(0) => return Err(Trouble::Gone("the server closed the connection".into())),
+                Ok(read) => self.pending.extend_from_slice(&buffer[..read]),
+                Err(error) => return Err(Trouble::Gone(error.to_string())),
+            }
+        }
+    }
+}
+
+impl Standby {
+    /// Brings about `state`. Each item has its own Sync, so that an error names what it concerns.
+    async fn replay(&mut self, state: &State, unnamed: Option<Parse<'_>>, user: &str) -> Result<(), Trouble> {
+        let lex = self.reported.lex();
+        let mut items: Vec<(String, Vec<u8>)> = Vec::new();
+        let name_of = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if self.used {
+            let mut out = Vec::new();
+            frontend::put_query(&mut out, b"discard all");
+            items.push(("clear the connection".into(), out));
+        }
+        self.used = true;
+        let mut out = Vec::new();
+        frontend::put_parse(
+            &mut out,
+            CARRY_NAME,
+            b"select pg_catalog.set_config($1, $2, false)",
+            &[0, 0, 0, 25, 0, 0, 0, 25],
+        );
+        out.extend_from_slice(frontend::SYNC);
+        items.push(("set settings".into(), out));
+        let set = |name: &[u8], value: &[u8]| {
+            let mut out = Vec::new();
+            frontend::put_bind(&mut out, b"", CARRY_NAME, &[Some(name), Some(value)]);
+            frontend::put_execute(&mut out, b"");
+            out.extend_from_slice(frontend::SYNC);
+            (format!("setting \"{}\"", name_of(name)), out)
+        };
+        items.extend(state.settings.iter().map(|(name, value)| set(name, value)));
+        if state.session_user != user.as_bytes() {
+            items.push(set(b"session_authorization", &state.session_user));
+        }
+        if state.role != b"none" {
+            items.push(set(b"role", &state.role));
+        }
+        self.run(items).await?;
+
+        let types = self.map_types(&state.prepared).await?;
+        let mut items: Vec<(String, Vec<u8>)> = Vec::new();
+        for prepared in &state.prepared {
+            let mut out = Vec::new();
+            if prepared.from_sql {
+                let Some(text) = prepare_statement(prepared, lex) else {
+                    let name = name_of(&prepared.name);
+                    return Err(Trouble::Refused(format!("prepared statement \"{name}\": unreadable")));
+                };
+                frontend::put_query(&mut out, text);
+            } else {
+                let oids: Vec<u8> = prepared
+                    .types
+                    .iter()
+                    .flat_map(|(oid, name)| types_on_this_side(&types, *oid, name).to_be_bytes())
+                    .collect();
+                frontend::put_parse(&mut out, &prepared.name, &prepared.text, &oids);
+                out.extend_from_slice(frontend::SYNC);
+            }
+            items.push((format!("prepared statement \"{}\"", name_of(&prepared.name)), out));
+        }
+        for channel in &state.listens {
+            let mut out = Vec::new();
+            frontend::put_query(&mut out, &[b"listen ", &quoted(channel)[..]].concat());
+            items.push((format!("LISTEN on \"{}\"", name_of(channel)), out));
+        }
+        let mut out = Vec::new();
+        frontend::put_close_statement(&mut out, CARRY_NAME);
+        out.extend_from_slice(frontend::SYNC);
+        items.push(("close".into(), out));
+        self.run(items).await?;
+
+        // Last, since a simple Query would drop it. It may be one that never worked: then the
+        // client finds no unnamed statement, as before.
+        if let Some(parse) = unnamed {
+            let mut oids = parse.types.to_vec();
+            for oid in oids.chunks_exact_mut(4) {
+                // The type's OID here is not known: the server infers it again.
+                if u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]) >= FIRST_CUSTOM_OID {
+                    oid.fill(0);
+                }
+            }
+            let mut out = Vec::new();
+            frontend::put_parse(&mut out, b"", parse.text, &oids);
+            out.extend_from_slice(frontend::SYNC);
+            let mut wire = self.wire();
+            wire.send(&out).await?;
+            wire.answer(&mut Vec::new()).await?;
+        }
+        Ok(())
+    }
+
+    /// The OIDs that user-defined parameter types have here, by name.
+    async fn map_types(&mut self, prepared: &[Prepared]) -> Result<Vec<(Vec<u8>, u32)>, Trouble> {
+        let mut mapped: Vec<(Vec<u8>, u32)> = Vec::new();
+        for (oid, name) in prepared.iter().flat_map(|prepared| &prepared.types) {
+            if *oid < FIRST_CUSTOM_OID || mapped.iter().any(|(known, _)| known == name) {
+                continue;
+            }
+            let mut out = Vec::new();
+            let question = b"select pg_catalog.to_regtype($1)::pg_catalog.oid";
+            frontend::put_parse(&mut out, b"", question, &[0, 0, 0, 25]);
+            frontend::put_bind(&mut out, b"", b"", &[Some(name)]);
+            frontend::put_execute(&mut out, b"");
+            out.extend_from_slice(frontend::SYNC);
+            let mut wire = self.wire();
+            wire.send(&out).await?;
+            let answer = wire.answer(&mut Vec::new()).await?;
+            let found = answer
+                .rows
+                .first()
+                .and_then(|row| std::str::from_utf8(row.first()?).ok()?.parse().ok());
+            let Some(found) = found else {
+                let name = String::from_utf8_lossy(name).into_owned();
+                return Err(Trouble::Refused(format!("there is no type {name} on the other side")));
+            };
+            mapped.push((name.clone(), found));
+        }
+        Ok(mapped)
+    }
+
+    async fn run(&mut self, items: Vec<(String, Vec<u8>)>) -> Result<(), Trouble> {
+        // All at once, one round trip; the server's answers are short, and a client that prepared
+        // megabytes of statements is sent in pieces.
+        for batch in items.chunks(64) {
+            let mut wire = self.wire();
+            let bytes: Vec<u8> = batch.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
+            wire.send(&bytes).await?;
+            for (what, _) in batch {
+                // A notice about a setting was told to the client when it was set.
+                let answer = wire.answer(&mut Vec::new()).await?;
+                if let Some(error) = answer.error {
+                    return Err(Trouble::Refused(format!("{what}: {error}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    const fn wire(&mut self) -> Wire<'_> {
+        Wire {
+            stream: &mut self.stream,
+            pending: &mut self.pending,
+            reported: &mut self.reported,
+        }
+    }
+}
+
+fn types_on_this_side(mapped: &[(Vec<u8>, u32)], oid: u32, name: &[u8]) -> u32 {
+    mapped
+        .iter()
+        .find(|(known, _)| oid >= FIRST_CUSTOM_OID && known == name)
+        .map_or(oid, |(_, here)| *here)
+}
+
+/// The PREPARE itself: the server remembers the whole Query that it came in, other statements
+/// included, and those must not run again.
+fn prepare_statement(prepared: &Prepared, lex: LexSettings) -> Option<&[u8]> {
+    let name = String::from_utf8_lossy(&prepared.name);
+    let script = crate::sql::analyze_as(&prepared.text, lex);
+    let statement = script
+        .statements
+        .iter()
+        .rfind(|statement| matches!(&statement.class, Class::Prepare(prepares) if *prepares == name))?;
+    Some(&prepared.text[statement.span.clone()])
+}
+
+/// A name as an identifier.
+fn quoted(name: &[u8]) -> Vec<u8> {
+    let mut out = vec![b'"'];
+    for &byte in name {
+        if byte == b'"' {
+            out.push(byte);
+        }
+        out.push(byte);
+    }
+    out.push(b'"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_prepare_is_run_again() {
+        let prepared = |text: &str| Prepared {
+            name: b"p".to_vec(),
+            text: text.as_bytes().to_vec(),
+            from_sql: true,
+            types: Vec::new(),
+        };
+        let check = |text: &str, expected: Option<&str>| {
+            let prepared = prepared(text);
+            let found = prepare_statement(&prepared, LexSettings::default());
+            assert_eq!(found, expected.map(str::as_bytes), "{text}");
+        };
+        check("prepare p as select 1", Some("prepare p as select 1"));
+        check(
+            "drop table t; PREPARE p (int) as select $1; prepare q as select 2",
+            Some("PREPARE p (int) as select $1"),
+        );
+        check("select 1", None);
+    }
+
+    #[test]
+    fn types_keep_their_names() {
+        assert_eq!(
+            pair_types(b"23,16400", b"integer\x1fapp.\"My Type\""),
+            [(23, b"integer".to_vec()), (16400, b"app.\"My Type\"".to_vec())]
+        );
+        assert_eq!(pair_types(b"", b""), []);
+        assert_eq!(quoted(b"a\"b"), b"\"a\"\"b\"");
+    }
+}

@@ -1,0 +1,83 @@
+//! What other parts ask of a session: to follow DDL in mirroring phases, and to show reads to the
+//! shadow. Whoever wires the proxy fills these in; with none of them the proxy only relays.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::control::Control;
+use crate::sql::{Script, StatementCache};
+use crate::upstream::Login;
+
+/// All hooks. `Default` has none.
+#[derive(Default, Clone)]
+pub struct Hooks {
+    /// Shared by all sessions.
+    pub statements: Arc<StatementCache>,
+    pub ddl: Option<DdlHooks>,
+    pub shadow: Option<Arc<dyn Shadow>>,
+}
+
+/// SQL that a client's own session runs after its DDL in mirroring phases, with the exact
+/// statement as `$1`.
+#[derive(Debug, Clone)]
+pub struct DdlHooks {
+    /// Right after the statement, in its transaction.
+    pub in_transaction: String,
+    /// After a statement that cannot run in a transaction has succeeded.
+    pub outside: String,
+}
+
+/// Where reads are shown to.
+pub trait Shadow: Send + Sync {
+    /// Whether a read with this text and these bound values is in the sample. Asked for every
+    /// statement in shadowing phases, before anything is analyzed.
+    fn sampled(&self, text: &[u8], values: &[u8]) -> bool;
+
+    /// Asked before a read is sent. `None`: not wanted. Must be quick, and never waits.
+    fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>>;
+}
+
+/// A read about to be sent to the primary: a text of exactly one statement, of class Read.
+#[derive(Debug, Clone, Copy)]
+pub struct Read<'a> {
+    pub control: Control,
+    pub login: &'a Arc<Login>,
+    /// As the client named it.
+    pub database: &'a str,
+    pub text: &'a [u8],
+    pub script: &'a Arc<Script>,
+    pub call: Call<'a>,
+    /// Inside BEGIN … COMMIT, or behind other statements of a pipeline without Sync.
+    pub in_transaction: bool,
+    /// Something that may write ran before it in the same transaction.
+    pub after_write: bool,
+    /// Statements that bring a fresh connection to the session's settings, in order; `None` where
+    /// they are not known in full.
+    pub settings: Option<&'a Arc<[Bytes]>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Call<'a> {
+    Simple,
+    /// `types`: four bytes for each parameter type of the Parse; `values`: a Bind's body behind
+    /// its two names.
+    Extended {
+        types: &'a [u8],
+        values: &'a [u8],
+    },
+}
+
+/// Sees the primary's answer, in any pieces. Dropped without `complete` where the answer was cut
+/// off.
+pub trait Observer {
+    /// A frame begins: RowDescription, DataRow, CommandComplete, ErrorResponse, ….
+    fn begin(&mut self, kind: u8);
+    /// The next bytes of its body.
+    fn piece(&mut self, body: &[u8]);
+    /// Its body is through.
+    fn end(&mut self);
+    /// The answer is complete; `latency` is from the request to here.
+    fn complete(self: Box<Self>, latency: Duration);
+}

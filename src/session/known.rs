@@ -1,0 +1,232 @@
+//! The statements and portals of a session that somebody may ask about later: those that may be
+//! DDL, in shadowing phases all of them, and the unnamed one, which no server would tell.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::sniff::{Sniff, sniff};
+use crate::sql::custom_setting_names;
+use crate::wire::frontend::{Bind, Named, Parse};
+
+/// A prepared statement, as its Parse gave it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub text: Box<[u8]>,
+    pub types: Box<[u8]>,
+    pub sniff: Sniff,
+}
+
+/// A portal's statement and the values that were bound to it.
+#[derive(Debug, Clone)]
+pub(super) struct Portal {
+    pub statement: Rc<Known>,
+    /// Kept where the read is in the shadow's sample.
+    pub values: Option<Box<[u8]>>,
+}
+
+/// Text of named statements remembered for one session. Beyond it new ones are not: their reads
+/// are not shadowed, their DDL is found by the catalog's watch.
+const NAMED_BYTES_MAX: usize = 1 << 20;
+const PORTALS_MAX: usize = 256;
+const CUSTOM_MAX: usize = 64;
+/// An unnamed statement's room that an idle session keeps.
+const UNNAMED_KEPT: usize = 1024;
+
+#[derive(Debug, Default)]
+pub(super) struct Statements {
+    named: HashMap<Box<[u8]>, Rc<Known>>,
+    named_bytes: usize,
+    /// How many of the named ones may be DDL.
+    named_ddl: usize,
+    /// The unnamed statement's Parse body; empty where there is none.
+    unnamed: Vec<u8>,
+    unnamed_known: Option<Rc<Known>>,
+    portals: HashMap<Box<[u8]>, Portal>,
+    /// By far the most frequent portal.
+    unnamed_portal: Option<Portal>,
+    custom: Vec<String>,
+}
+
+impl Statements {
+    /// Takes note of a Parse. `all`: of every text, not only of what may be DDL.
+    pub(super) fn parsed(&mut self, body: &[u8], all: bool) {
+        let Some(parse) = Parse::read(body) else { return };
+        let sniff = sniff(parse.text);
+        if sniff.setting {
+            self.note_custom(parse.text);
+        }
+        let known = (sniff.ddl || all).then(|| {
+            Rc::new(Known {
+                text: parse.text.into(),
+                types: parse.types.into(),
+                sniff,
+            })
+        });
+        if parse.name.is_empty() {
+            self.unnamed.clear();
+            self.unnamed.shrink_to(UNNAMED_KEPT);
+            self.unnamed.extend_from_slice(body);
+            self.unnamed_known = known;
+            return;
+        }
+        self.forget_named(parse.name);
+        if let Some(known) = known
+            && self.named_bytes + known.text.len() <= NAMED_BYTES_MAX
+        {
+            self.named_bytes += known.text.len();
+            self.named_ddl += usize::from(known.sniff.ddl);
+            self.named.insert(parse.name.into(), known);
+        }
+    }
+
+    /// Takes note of a simple Query: it drops the unnamed statement.
+    pub(super) fn queried(&mut self, text: &[u8], sniff: Sniff) {
+        self.unnamed.clear();
+        self.unnamed_known = None;
+        if sniff.setting {
+            self.note_custom(text);
+        }
+    }
+
+    /// Takes note of a Bind. `all`: of every statement's, not only of what may be DDL; `sampled`
+    /// says whether its values are kept.
+    pub(super) fn bound(&mut self, body: &[u8], all: bool, sampled: impl FnOnce(&[u8], &[u8]) -> bool) {
+        let Some(bind) = Bind::read(body) else { return };
+        let statement = if bind.statement.is_empty() {
+            self.unnamed_known.clone()
+        } else {
+            self.named.get(bind.statement).cloned()
+        };
+        let statement = statement.filter(|statement| all || statement.sniff.ddl);
+        let portal = statement.map(|statement| Portal {
+            values: sampled(&statement.text, bind.values).then(|| bind.values.into()),
+            statement,
+        });
+        if bind.portal.is_empty() {
+            self.unnamed_portal = portal;
+            return;
+        }
+        match portal {
+            Some(portal) if self.portals.len() < PORTALS_MAX => {
+                self.portals.insert(bind.portal.into(), portal);
+            }
+            _ => {
+                self.portals.remove(bind.portal);
+            }
+        }
+    }
+
+    pub(super) fn closed(&mut self, body: &[u8]) {
+        match Named::read(body) {
+            Some(Named::Statement(b"")) => {
+                self.unnamed.clear();
+                self.unnamed_known = None;
+            }
+            Some(Named::Statement(name)) => self.forget_named(name),
+            Some(Named::Portal(b"")) => self.unnamed_portal = None,
+            Some(Named::Portal(name)) => {
+                self.portals.remove(name);
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn portal(&self, name: &[u8]) -> Option<&Portal> {
+        if name.is_empty() {
+            self.unnamed_portal.as_ref()
+        } else {
+            self.portals.get(name)
+        }
+    }
+
+    /// A transaction is over, and its portals with it.
+    pub(super) fn transaction_over(&mut self) {
+        self.unnamed_portal = None;
+        if !self.portals.is_empty() {
+            self.portals = HashMap::new();
+        }
+    }
+
+    /// Whether Bind, Execute and Close must be looked at for DDL.
+    pub(super) fn may_be_ddl(&self) -> bool {
+        self.named_ddl > 0
+            || self.unnamed_known.as_ref().is_some_and(|known| known.sniff.ddl)
+            || self.unnamed_portal.is_some()
+            || !self.portals.is_empty()
+    }
+
+    /// Whether a Close may concern anything here.
+    pub(super) fn any(&self) -> bool {
+        !self.named.is_empty() || !self.unnamed.is_empty() || !self.portals.is_empty()
+    }
+
+    /// The unnamed statement's Parse body, where there is one.
+    pub(super) fn unnamed(&self) -> Option<Parse<'_>> {
+        Parse::read(&self.unnamed)
+    }
+
+    /// Names of custom settings that the session may have set.
+    pub(super) fn custom(&self) -> &[String] {
+        &self.custom
+    }
+
+    fn note_custom(&mut self, text: &[u8]) {
+        for name in custom_setting_names(text) {
+            if self.custom.len() < CUSTOM_MAX && !self.custom.contains(&name) {
+                self.custom.push(name);
+            }
+        }
+    }
+
+    fn forget_named(&mut self, name: &[u8]) {
+        if let Some(known) = self.named.remove(name) {
+            self.named_bytes -= known.text.len();
+            self.named_ddl -= usize::from(known.sniff.ddl);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::frame::HEADER_LEN;
+    use crate::wire::frontend::{put_bind, put_parse};
+
+    fn parse(statements: &mut Statements, name: &str, text: &str) {
+        let mut frame = Vec::new();
+        put_parse(&mut frame, name.as_bytes(), text.as_bytes(), &[]);
+        statements.parsed(&frame[HEADER_LEN..], false);
+    }
+
+    fn bind(statements: &mut Statements, portal: &str, name: &str) {
+        let mut frame = Vec::new();
+        put_bind(&mut frame, portal.as_bytes(), name.as_bytes(), &[]);
+        statements.bound(&frame[HEADER_LEN..], false, |_, _| false);
+    }
+
+    #[test]
+    fn ddl_is_found_again_through_its_portal() {
+        let mut statements = Statements::default();
+        parse(&mut statements, "a", "select 1");
+        assert!(!statements.may_be_ddl());
+        parse(&mut statements, "b", "create table t()");
+        assert!(statements.may_be_ddl());
+        bind(&mut statements, "", "a");
+        assert!(statements.portal(b"").is_none());
+        bind(&mut statements, "", "b");
+        assert_eq!(&*statements.portal(b"").unwrap().statement.text, b"create table t()");
+        bind(&mut statements, "", "a");
+        assert!(statements.portal(b"").is_none());
+        statements.closed(b"Sb\0");
+        assert!(!statements.may_be_ddl());
+    }
+
+    #[test]
+    fn the_unnamed_statement_lives_until_the_next_query() {
+        let mut statements = Statements::default();
+        parse(&mut statements, "", "select 1");
+        assert_eq!(statements.unnamed().unwrap().text, b"select 1");
+        statements.queried(b"select 2", sniff(b"select 2"));
+        assert_eq!(statements.unnamed(), None);
+    }
+}

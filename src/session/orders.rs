@@ -1,0 +1,124 @@
+//! What a session does when the registry tells it to: prepare for a flip, move, end.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use tokio_util::task::AbortOnDropHandle;
+
+use super::carry::Standby;
+use super::registry::{PreparedOne, State, order};
+use super::relay::{End, Session};
+use crate::control::Side;
+use crate::upstream::{Backend, LoginError, within};
+
+/// The other side's connection while it is being opened: by a task beside the session, which goes
+/// on relaying.
+pub(super) struct Opening {
+    side: Side,
+    result: Rc<RefCell<Option<Result<Backend, LoginError>>>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Session {
+    /// Does what was ordered, as far as it can be done now.
+    pub(super) async fn obey(&mut self) -> Result<(), End> {
+        let shared = self.registered.shared.clone();
+        let orders = shared.orders();
+        if orders & order::END_NOW != 0 || (orders & order::END_WHEN_IDLE != 0 && !self.active) {
+            let reason = shared.asked().end_because.take();
+            return Err(End::Ordered(reason.unwrap_or_else(|| {
+                "terminating connection due to administrator command".to_owned()
+            })));
+        }
+        if orders & order::SETTLE != 0 {
+            shared.clear(order::SETTLE);
+            self.opening = None;
+            if let Some(standby) = self.standby.take() {
+                standby.close().await;
+            }
+        }
+        if orders & order::PREPARE != 0 {
+            shared.clear(order::PREPARE);
+            let asked = shared.asked().prepare.take();
+            if let Some((side, answer)) = asked {
+                self.preparing = Some(answer);
+                self.prepare(side).await;
+            }
+        }
+        if orders & order::STANDBY != 0 && !self.active {
+            shared.clear(order::STANDBY);
+            self.standby_opened().await?;
+        }
+        if orders & order::CARRY != 0 {
+            shared.clear(order::CARRY);
+            let asked = shared.asked().carry.take();
+            if let Some((side, answer)) = asked {
+                let carried = self.carry_over(side).await?;
+                answer.send(carried).ok();
+            }
+        }
+        Ok(())
+    }
+
+    async fn prepare(&mut self, side: Side) {
+        if self.side == side {
+            self.answer(None, None);
+            return;
+        }
+        if let Some(standby) = &self.standby
+            && standby.side == side
+        {
+            // Left from an attempt that was given up.
+            self.registered.shared.order(order::STANDBY);
+            return;
+        }
+        self.standby = None;
+        let result = Rc::new(RefCell::new(None));
+        let (slot, shared) = (result.clone(), self.registered.shared.clone());
+        let (pair, login) = (self.pair.clone(), self.login.clone());
+        let limit = self.context.settings.load().limits.connect_timeout;
+        let permits = self.registered.registry.opening();
+        let task = tokio::task::spawn_local(async move {
+            let _permit = permits.acquire_owned().await;
+            let opened = within(limit, pair.config.target(side), &login).await;
+            *slot.borrow_mut() = Some(opened);
+            shared.order(order::STANDBY);
+        });
+        self.opening = Some(Opening {
+            side,
+            result,
+            _task: AbortOnDropHandle::new(task),
+        });
+    }
+
+    /// The other side's connection is there; the session is idle.
+    async fn standby_opened(&mut self) -> Result<(), End> {
+        if let Some(opening) = self.opening.take() {
+            let opened = opening.result.borrow_mut().take();
+            match opened {
+                Some(Ok(backend)) => self.standby = Some(Box::new(Standby::new(opening.side, backend))),
+                Some(Err(error)) => {
+                    self.answer(Some(error.to_string()), None);
+                    return Ok(());
+                }
+                None => self.opening = Some(opening),
+            }
+        }
+        if self.standby.is_none() {
+            return Ok(());
+        }
+        // A hold that begins now waits until the session's state has been read.
+        self.registered.shared.publish(State::Active);
+        let copied = self.copy_state().await;
+        self.registered.shared.publish(State::Idle);
+        self.registered.registry.came_to_rest();
+        self.answer(None, copied?.err());
+        Ok(())
+    }
+
+    fn answer(&mut self, failed: Option<String>, uncarriable: Option<String>) {
+        if let Some(answer) = self.preparing.take() {
+            answer.send(PreparedOne { failed, uncarriable }).ok();
+        }
+    }
+}

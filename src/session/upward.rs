@@ -1,0 +1,225 @@
+//! What becomes of each frame of the client's, decided as it passes.
+
+use super::attention::{Attention, Outside, Steps};
+use super::outbox::Gather;
+use super::relay::{End, Session};
+use super::sniff::{Sniff, sniff};
+use crate::sql::{Class, DdlKind};
+use crate::wire::frame::{HEADER_LEN, Header};
+use crate::wire::frontend;
+use crate::wire::tracker::{Mark, Owner};
+
+/// A Query or Parse larger than this passes without being understood. DDL of this size is found by
+/// the catalog's watch.
+const UNDERSTOOD_MAX: usize = 16 << 20;
+
+/// What is done with a frame that was understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    Pass(Mark),
+    /// DDL by Execute: it passes, and the hook goes right behind it.
+    HookBehind,
+    /// A Query that is run statement by statement instead.
+    Steps,
+}
+
+impl Session {
+    /// Goes through a chunk; returns how much of it was used. What is not used is presented again,
+    /// with more behind it or when what it waits for has happened.
+    pub(super) fn client_frames(&mut self, gather: &mut Gather<'_>) -> Result<usize, End> {
+        let chunk = gather.chunk();
+        let mut at = 0;
+        self.up.blocked = false;
+        while at < chunk.len() {
+            let rest = &chunk[at..];
+            if !self.up.framer.at_boundary() {
+                let taken = self.up.framer.rest(rest.len());
+                gather.keep(at..at + taken);
+                at += taken;
+                continue;
+            }
+            let header = match Header::frontend(rest) {
+                Ok(Some(header)) => header,
+                Ok(None) => break,
+                Err(error) => return Err(End::Violation(error)),
+            };
+            let understand = self.understands(header);
+            if understand && rest.len() < header.total {
+                break;
+            }
+            if !self.may_pass(header.kind)? {
+                self.up.blocked = true;
+                break;
+            }
+            let plan = if understand {
+                self.understand(header.kind, &rest[HEADER_LEN..header.total])
+            } else {
+                Plan::Pass(Mark::None)
+            };
+            match plan {
+                Plan::Steps => {
+                    // The Query itself stays here; its statements go instead of it.
+                    at += header.total;
+                    self.advance_steps(gather.insert());
+                    continue;
+                }
+                Plan::Pass(mark) => self.tracker.note(header.kind, Owner::Client, mark),
+                Plan::HookBehind => self.tracker.note(header.kind, Owner::Client, Mark::Withheld),
+            }
+            let taken = self.up.framer.pass(header, rest.len());
+            gather.keep(at..at + taken);
+            at += taken;
+            if plan == Plan::HookBehind {
+                self.hook_behind(&rest[HEADER_LEN..header.total], gather.insert());
+            }
+            if let Some(attention) = &mut self.attention {
+                match header.kind {
+                    b'S' => attention.synced(),
+                    // The server flushes the answer to a COPY only when it is told to.
+                    b'c' | b'f' if attention.steps.is_some() => {
+                        gather.insert().extend_from_slice(frontend::FLUSH);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(at)
+    }
+
+    /// Whether the whole frame must lie here before it passes.
+    fn understands(&self, header: Header) -> bool {
+        match header.kind {
+            // For DDL and settings, and because a Query drops the unnamed statement.
+            b'Q' | b'P' => header.total <= UNDERSTOOD_MAX,
+            b'B' | b'E' => {
+                header.total <= UNDERSTOOD_MAX && (self.statements.may_be_ddl() || self.control.phase.shadows())
+            }
+            b'C' => self.statements.any(),
+            // Something is put behind them.
+            b'c' | b'f' => self.attention.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Whether a frame may go now. Frames that wait stay unread, so the client waits too.
+    fn may_pass(&mut self, kind: u8) -> Result<bool, End> {
+        if kind == b'X' {
+            self.terminated = true;
+        }
+        if let Some(attention) = &self.attention
+            && attention.holds_client(&self.tracker)
+        {
+            // A COPY of a Query that is run in steps takes its data from the client.
+            return Ok(self.tracker.copy_in() && matches!(kind, b'd' | b'c' | b'f'));
+        }
+        if !self.active {
+            return if kind == b'X' { Ok(true) } else { self.begin() };
+        }
+        // Pipelined transactions: during a hold, one that has not begun waits for the end of those
+        // before it.
+        if self.tracker.at_sync() && !self.tracker.answered() && self.registered.registry.held() {
+            return Ok(kind == b'X');
+        }
+        Ok(true)
+    }
+
+    fn understand(&mut self, kind: u8, body: &[u8]) -> Plan {
+        match kind {
+            b'Q' => match frontend::query_text(body) {
+                Some(text) => self.plan_query(text),
+                None => Plan::Pass(Mark::None),
+            },
+            b'E' => self.plan_execute(body),
+            b'P' => {
+                let all = self.context.hooks.shadow.is_some();
+                self.statements.parsed(body, all);
+                Plan::Pass(Mark::None)
+            }
+            b'B' => {
+                let shadow = self.context.hooks.shadow.as_ref();
+                let shadow = shadow.filter(|_| self.control.phase.shadows());
+                self.statements.bound(body, shadow.is_some(), |text, values| {
+                    shadow.is_some_and(|shadow| shadow.sampled(text, values))
+                });
+                Plan::Pass(Mark::None)
+            }
+            b'C' => {
+                self.statements.closed(body);
+                Plan::Pass(Mark::None)
+            }
+            _ => Plan::Pass(Mark::None),
+        }
+    }
+
+    fn mirrors_ddl(&self, sniff: Sniff) -> bool {
+        sniff.ddl && self.context.hooks.ddl.is_some() && self.control.phase.mirrors()
+    }
+
+    fn plan_query(&mut self, text: &[u8]) -> Plan {
+        let sniff = sniff(text);
+        self.statements.queried(text, sniff);
+        if !self.mirrors_ddl(sniff) {
+            return Plan::Pass(self.observe_query(text, sniff));
+        }
+        let script = self.context.hooks.statements.get_as(text, self.lex);
+        let is = |wanted: DdlKind| move |class: &Class| matches!(class, Class::Ddl(ddl) if ddl.kind == wanted);
+        let mut classes = script.statements.iter().map(|statement| &statement.class);
+        if classes.clone().any(is(DdlKind::Outside)) {
+            // Among other statements the server refuses it by itself.
+            let Some(single) = script.single() else {
+                return Plan::Pass(Mark::None);
+            };
+            let text = single.of(text).into();
+            self.attention().outside = Some(Outside::after_query(text));
+            return Plan::Pass(Mark::Withheld);
+        }
+        if classes.any(is(DdlKind::Transactional)) {
+            let steps = Steps::new(text, script, self.reported.is_utf8());
+            self.attention().steps = Some(Box::new(steps));
+            return Plan::Steps;
+        }
+        Plan::Pass(self.observe_query(text, sniff))
+    }
+
+    fn plan_execute(&mut self, body: &[u8]) -> Plan {
+        let portal = frontend::execute_portal(body).and_then(|name| self.statements.portal(name));
+        let Some(portal) = portal.cloned() else {
+            return Plan::Pass(Mark::None);
+        };
+        let known = &portal.statement;
+        if self.mirrors_ddl(known.sniff) {
+            let script = self.context.hooks.statements.get_as(&known.text, self.lex);
+            if let Some(statement) = script.single()
+                && let Class::Ddl(ddl) = &statement.class
+            {
+                match ddl.kind {
+                    DdlKind::Transactional => return Plan::HookBehind,
+                    DdlKind::Outside => {
+                        let text = statement.of(&known.text).into();
+                        self.attention().outside = Some(Outside::after_execute(text));
+                        return Plan::Pass(Mark::Withheld);
+                    }
+                    DdlKind::Temporary | DdlKind::NotMirrored(_) => {}
+                }
+            }
+        }
+        Plan::Pass(self.observe_execute(&portal))
+    }
+
+    /// Puts the hook behind an Execute that has just passed.
+    fn hook_behind(&mut self, execute: &[u8], out: &mut Vec<u8>) {
+        let portal = frontend::execute_portal(execute).and_then(|name| self.statements.portal(name));
+        let Some(known) = portal.map(|portal| portal.statement.clone()) else {
+            return;
+        };
+        let script = self.context.hooks.statements.get_as(&known.text, self.lex);
+        let Some(statement) = script.single() else { return };
+        self.attention();
+        self.put_hook(statement.of(&known.text), out);
+    }
+
+    /// From here on replies are looked at one by one.
+    pub(super) fn attention(&mut self) -> &mut Attention {
+        self.attention.get_or_insert_default()
+    }
+}

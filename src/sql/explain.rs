@@ -1,0 +1,215 @@
+//! `pgtandem explain "SQL"`: how each statement of a text would be handled, and why.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::class::{Class, DdlKind, ReadFacts};
+use super::comparable::{FunctionCatalog, NotComparable, shadowable};
+use super::{Script, analyze};
+use crate::control::Phase;
+
+/// What an explanation depends on besides the text.
+pub struct ExplainContext<'a> {
+    pub phase: Phase,
+    pub shadow_percent: f64,
+    /// The primary's catalog; without one, functions and views stay unknown.
+    pub catalog: Option<&'a dyn FunctionCatalog>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Explanation {
+    pub phase: Phase,
+    pub statements: Vec<ExplainedStatement>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ExplainedStatement {
+    pub sql: String,
+    pub class: &'static str,
+    pub fingerprint: super::FingerprintId,
+    /// Tables and views it names, as far as its class is read by names.
+    pub tables: Vec<String>,
+    pub shadowed: bool,
+    pub mirrored: Mirrored,
+    pub why: String,
+}
+
+/// How a statement's effects reach the secondary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mirrored {
+    /// It has none.
+    Nothing,
+    /// The rows it changes, by the capture triggers.
+    Rows,
+    /// The statement itself, recorded in its transaction.
+    Statement,
+    /// The statement itself, recorded after it succeeded.
+    StatementAfterwards,
+    /// It stays on the primary.
+    Stays,
+}
+
+impl Mirrored {
+    const fn as_words(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing to mirror",
+            Self::Rows => "the rows it changes, captured in its transaction",
+            Self::Statement => "the statement, recorded in its transaction at its place",
+            Self::StatementAfterwards => "the statement, recorded after it succeeded",
+            Self::Stays => "no, it stays on the primary",
+        }
+    }
+}
+
+/// Explains a text.
+pub fn explain(text: &[u8], context: &ExplainContext<'_>) -> Explanation {
+    let script = analyze(text);
+    let statements = script
+        .statements
+        .iter()
+        .map(|statement| {
+            let sql = statement.of(text);
+            let (shadowed, mirrored, why) = judge(&script, &statement.class, context);
+            ExplainedStatement {
+                sql: String::from_utf8_lossy(sql).into_owned(),
+                class: statement.class.name(),
+                fingerprint: super::fingerprint(sql).id,
+                tables: tables(&statement.class),
+                shadowed,
+                mirrored: if context.phase.mirrors() {
+                    mirrored
+                } else {
+                    Mirrored::Nothing
+                },
+                why,
+            }
+        })
+        .collect();
+    Explanation {
+        phase: context.phase,
+        statements,
+    }
+}
+
+fn tables(class: &Class) -> Vec<String> {
+    match class {
+        Class::Read(facts) => facts
+            .relations
+            .iter()
+            .filter(|relation| !relation.perhaps_cte)
+            .map(|relation| relation.name.to_string())
+            .collect(),
+        Class::Ddl(ddl) => ddl.name.iter().map(ToString::to_string).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn judge(script: &Script, class: &Class, context: &ExplainContext<'_>) -> (bool, Mirrored, String) {
+    let not_shadowed = |mirrored, why: &str| (false, mirrored, why.to_owned());
+    match class {
+        Class::Read(facts) => match judge_read(script, facts, context) {
+            Ok(why) => (true, Mirrored::Nothing, why),
+            Err(why) => (false, Mirrored::Nothing, why),
+        },
+        Class::Write => not_shadowed(Mirrored::Rows, "it may write: capture triggers record what it changes"),
+        Class::CopyFrom(_) => not_shadowed(Mirrored::Rows, "COPY FROM fires the capture triggers row by row"),
+        Class::Truncate => not_shadowed(
+            Mirrored::Rows,
+            "a TRUNCATE trigger on every table it reaches records it",
+        ),
+        Class::CopyTo(copy) if copy.may_write => not_shadowed(
+            Mirrored::Rows,
+            "its query may write: capture triggers record what it changes",
+        ),
+        Class::CopyTo(_) => not_shadowed(Mirrored::Nothing, "COPY TO is not compared yet"),
+        Class::Execute(_) => not_shadowed(
+            Mirrored::Rows,
+            "what it does was said by its PREPARE; if it writes, capture triggers record it",
+        ),
+        Class::Ddl(ddl) => match ddl.kind {
+            DdlKind::Transactional if ddl.computes_rows => not_shadowed(
+                Mirrored::Statement,
+                "it is a schema change that computes rows: they are copied after it",
+            ),
+            DdlKind::Transactional => not_shadowed(
+                Mirrored::Statement,
+                "it is a schema change: a barrier in the round, run under the client's own role",
+            ),
+            DdlKind::Outside => not_shadowed(
+                Mirrored::StatementAfterwards,
+                "it is a schema change that refuses to run in a transaction",
+            ),
+            DdlKind::Temporary => not_shadowed(Mirrored::Stays, "temporary objects stay on the primary"),
+            DdlKind::NotMirrored(reason) => not_shadowed(Mirrored::Stays, reason.explanation()),
+        },
+        Class::Vacuum | Class::Analyze => not_shadowed(Mirrored::Stays, super::NotMirrored::Maintenance.explanation()),
+        Class::Notify => not_shadowed(Mirrored::Stays, "listeners are connected to the primary"),
+        Class::Unknown => not_shadowed(
+            Mirrored::Rows,
+            "it is not understood, so it is taken for a write: capture triggers record what it changes",
+        ),
+        Class::Lock => not_shadowed(Mirrored::Nothing, "it takes locks on the primary and changes no row"),
+        Class::Transaction(_) => not_shadowed(Mirrored::Nothing, "it begins or ends a transaction on the primary"),
+        Class::Empty
+        | Class::Set(_)
+        | Class::Reset(_)
+        | Class::Discard(_)
+        | Class::Prepare(_)
+        | Class::Deallocate(_)
+        | Class::Declare(_)
+        | Class::Fetch(_)
+        | Class::Close(_)
+        | Class::Listen(_)
+        | Class::Unlisten(_)
+        | Class::Show
+        | Class::Explain { .. }
+        | Class::Other => not_shadowed(Mirrored::Nothing, "it concerns the session on the primary only"),
+    }
+}
+
+fn judge_read(script: &Script, facts: &ReadFacts, context: &ExplainContext<'_>) -> Result<String, String> {
+    if script.statements.len() > 1 {
+        return Err(NotComparable::SeveralStatements.explanation().to_owned());
+    }
+    if let Some(catalog) = context.catalog {
+        shadowable(facts, catalog).map_err(|reason| reason.explanation().to_owned())?;
+    }
+    if !context.phase.shadows() {
+        return Err(format!("it could be compared, but not in phase {}", context.phase));
+    }
+    if context.shadow_percent <= 0.0 {
+        return Err("it could be compared, but reads.shadow_percent is 0".to_owned());
+    }
+    let order = match (facts.ordered, facts.unstable) {
+        (true, None) => "rows compared in order",
+        (false, None) => "rows compared in any order",
+        (_, Some(_)) => "rows compared as far as the statement determines them",
+    };
+    let unknown = if context.catalog.is_none() && !(facts.functions.is_empty() && facts.relations.is_empty()) {
+        "; its functions and tables were not looked up"
+    } else {
+        ""
+    };
+    Ok(format!("{}% of such reads, {order}{unknown}", context.shadow_percent))
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, statement) in self.statements.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            writeln!(f, "{}", statement.sql)?;
+            writeln!(f, "  class     {}", statement.class)?;
+            if !statement.tables.is_empty() {
+                writeln!(f, "  tables    {}", statement.tables.join(", "))?;
+            }
+            writeln!(f, "  shadowed  {}", if statement.shadowed { "yes" } else { "no" })?;
+            writeln!(f, "  mirrored  {}", statement.mirrored.as_words())?;
+            writeln!(f, "  why       {}", statement.why)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,127 @@
+//! What the shadow is shown of reads.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pgtandem::control::Phase;
+use pgtandem::session::hooks::{Call, Hooks, Observer, Read, Shadow};
+use pgtandem::wire::frontend;
+
+use crate::common::{Options, Proxy, extended};
+
+/// Writes down what it is shown, one line for each read.
+#[derive(Default)]
+struct Witness {
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+struct Notes {
+    line: String,
+    bytes: usize,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Shadow for Witness {
+    fn sampled(&self, text: &[u8], _values: &[u8]) -> bool {
+        !text.ends_with(b"-- not me")
+    }
+
+    fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
+        let call = match read.call {
+            Call::Simple => "simple".to_owned(),
+            Call::Extended { types, values } => format!("extended({}, {})", types.len() / 4, values.len()),
+        };
+        let settings = read
+            .settings
+            .map_or(-1, |settings| i64::try_from(settings.len()).unwrap());
+        let line = format!(
+            "{call} {} {} settings={settings} {}: ",
+            if read.in_transaction { "within" } else { "alone" },
+            if read.after_write { "after-write" } else { "-" },
+            String::from_utf8_lossy(read.text),
+        );
+        Some(Box::new(Notes {
+            line,
+            bytes: 0,
+            seen: self.seen.clone(),
+        }))
+    }
+}
+
+impl Observer for Notes {
+    fn begin(&mut self, kind: u8) {
+        self.line.push(char::from(kind));
+    }
+
+    fn piece(&mut self, body: &[u8]) {
+        self.bytes += body.len();
+    }
+
+    fn end(&mut self) {}
+
+    fn complete(mut self: Box<Self>, latency: Duration) {
+        assert!(latency > Duration::ZERO);
+        self.line.push_str(&format!(" {}", self.bytes > 1_000_000));
+        self.seen.lock().unwrap().push(std::mem::take(&mut self.line));
+    }
+}
+
+#[tokio::test]
+async fn reads_are_shown_with_what_is_needed_to_repeat_them() {
+    let witness = Witness::default();
+    let seen = witness.seen.clone();
+    let options = Options {
+        phase: Phase::DualRead,
+        hooks: Hooks {
+            shadow: Some(Arc::new(witness)),
+            ..Hooks::default()
+        },
+        ..Options::default()
+    };
+    let proxy = Proxy::start("shadowed", options).await;
+    let mut raw = proxy.client().await;
+    for text in [
+        "create table t (x int)",
+        "select 1",
+        "select 2 -- not me",
+        "insert into t values (1)",
+        "insert into t values (2) returning x",
+        "set work_mem = '5MB'",
+        "set no_such_setting = 1",
+        "select 3",
+        "select 1/(x-1) from t",
+        "begin",
+        "select 4",
+        "update t set x = 3",
+        "select 5",
+        "set timezone = 'UTC'",
+        "select 6",
+        "commit",
+        "select 7; select 8",
+        "reset all",
+        "select repeat('x', 2000000)",
+    ] {
+        raw.query(text).await;
+    }
+    let mut out = extended("", "select 9");
+    frontend::put_parse(&mut out, b"s", b"select $1::int", &23_u32.to_be_bytes());
+    frontend::put_bind(&mut out, b"p", b"s", &[Some(b"10")]);
+    frontend::put_execute(&mut out, b"p");
+    out.extend_from_slice(frontend::SYNC);
+    raw.send(&out).await;
+    assert_eq!(raw.kinds().await, "12TDC12DCZ");
+    assert_eq!(
+        *seen.lock().unwrap(),
+        [
+            "simple alone - settings=0 select 1: TDC false",
+            "simple alone - settings=1 select 3: TDC false",
+            "simple alone - settings=1 select 1/(x-1) from t: TE false",
+            "simple within - settings=1 select 4: TDC false",
+            "simple within after-write settings=1 select 5: TDC false",
+            "simple within after-write settings=-1 select 6: TDC false",
+            "simple alone - settings=0 select repeat('x', 2000000): TDC true",
+            // One observer at a time: the second of the batch is not shown.
+            "extended(0, 6) alone - settings=0 select 9: DC false",
+        ]
+    );
+}
