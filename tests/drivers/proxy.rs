@@ -49,17 +49,11 @@ impl Proxy {
         fs::write(&config_path, config).expect("write proxy.yaml");
         let log = fs::File::create(directory.path().join("log")).expect("create the log");
 
-        // The kernel ends the proxy when this process dies in any way.
-        let process = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                env!("CARGO_BIN_EXE_pgtandem"),
-                "serve",
-                "--config",
-            ])
+        // It stops when its stdin closes, which it does when this process dies in any way.
+        let process = Command::new(env!("CARGO_BIN_EXE_pgtandem"))
+            .args(["serve", "--until-stdin-closes", "--config"])
             .arg(&config_path)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(log.try_clone().expect("a second handle"))
             .stderr(log)
             .spawn()

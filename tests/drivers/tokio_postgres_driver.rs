@@ -357,15 +357,19 @@ async fn copy_failing(endpoint: &Endpoint) -> Outcome {
     }
     let left = client.query_one("SELECT count(*) FROM t", &[]).await?;
     answers.push(json!(left.get::<_, i64>(0)));
-    let out = client
-        .copy_out("COPY (SELECT 1/(3-n) FROM generate_series(1,5) n) TO STDOUT")
-        .await?;
-    let pieces: Vec<Result<Bytes, Error>> = out.collect().await;
-    answers.extend(
-        pieces
-            .into_iter()
-            .map(|piece| answer(piece.map(|bytes| bytes.to_vec()))),
+    let mut out = pin!(
+        client
+            .copy_out("COPY (SELECT 1/(3-n) FROM generate_series(1,5) n) TO STDOUT")
+            .await?
     );
+    // After an error this stream does not end, it repeats it.
+    while let Some(piece) = out.next().await {
+        let failed = piece.is_err();
+        answers.push(answer(piece.map(|bytes| bytes.to_vec())));
+        if failed {
+            break;
+        }
+    }
     Ok(json!(answers))
 }
 
