@@ -14,7 +14,7 @@ async fn a_storm_ends_with_both_sides_identical() {
     let rig = Rig::serving(Phase::DualWrite).await;
     rig.client().await.batch_execute(SCHEMA).await.unwrap();
     let storm = Storm::begin(&rig.url(), SEED, 16, false).await;
-    storm.rage(3000).await;
+    storm.rage(2000).await;
     let ledger = storm.end().await;
     assert_eq!(ledger.failures, Vec::<String>::new());
     rig.wait_caught_up().await;
@@ -129,7 +129,7 @@ async fn a_restarted_proxy_believes_the_databases_and_not_its_file() {
     rig.kill_proxy();
     rig.write_config(Phase::DualWrite);
     rig.spawn_proxy();
-    assert_eq!(rig.wait_proxy(), Some(2), "{}", rig.log());
+    assert_eq!(rig.exit_code().await, Some(2), "{}", rig.log());
     assert!(rig.log().contains("record new as primary"), "{}", rig.log());
     rig.serve(Phase::Switchover).await;
     let version: String = rig

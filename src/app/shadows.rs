@@ -203,7 +203,7 @@ impl TandemCuts {
 impl Cuts for TandemCuts {
     fn round_after_now(&self) -> CutsFuture<'_, u64> {
         Box::pin(async {
-            let cut = self.applier()?.catch_up().await;
+            let cut = self.applier()?.round_after_now().await;
             cut.map(|cut| cut.round).map_err(|error| NoCut(error.to_string()))
         })
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_postgres::Client;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::recover::{Observed, Recorded};
@@ -122,11 +123,36 @@ impl Tandem {
     /// Installs capture on the primary and starts the applier, which installs it on the
     /// secondary as soon as that can be reached.
     pub async fn start_mirroring(&self, control: Control) -> Result<(), String> {
-        apply::prepare_primary(self.targets().target(control.primary), control.epoch)
+        let target = self.targets().target(control.primary);
+        let mut client = connect(target, "capture").await.map_err(|error| error.to_string())?;
+        let install = journal::install(&mut client, control.primary, SideRole::Primary, control.epoch);
+        install
             .await
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| format!("{}: {error}", target.describe()))?;
+        self.capture_all(&client, target).await?;
         self.start_applier(control);
         Ok(())
+    }
+
+    /// Returns when every table that can be captured is. Tables whose lock is not to be had
+    /// within short waits are tried again; the applier reports those that never can be.
+    async fn capture_all(&self, client: &Client, target: &Target) -> Result<(), String> {
+        loop {
+            let report = journal::capture_tables(client)
+                .await
+                .map_err(|error| error.to_string())?;
+            if let [(table, cause), ..] = &report.failed[..] {
+                return Err(format!(
+                    "{}: table {table} cannot be captured: {cause}; a DBA must run: {}",
+                    target.describe(),
+                    report.sql_for_dba.join(" ")
+                ));
+            }
+            if report.busy.is_empty() {
+                return Ok(());
+            }
+            tracing::warn!(tables = ?report.busy, "waiting for locks to install capture");
+        }
     }
 
     fn start_applier(&self, control: Control) {
@@ -298,10 +324,10 @@ impl Tandem {
         let primary = connect(self.targets().target(to.primary), "switchover")
             .await
             .map_err(|error| error.to_string())?;
-        let secondary = connect(self.targets().target(to.secondary()), "switchover")
+        let mut secondary = connect(self.targets().target(to.secondary()), "switchover")
             .await
             .map_err(|error| error.to_string())?;
-        apply::begin_direction(&primary, &secondary, to.epoch)
+        apply::begin_direction(&primary, &mut secondary, to.primary, to.epoch)
             .await
             .map_err(|error| error.to_string())
     }

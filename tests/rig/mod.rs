@@ -3,7 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-pub mod storm;
+pub(crate) mod storm;
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,24 +19,24 @@ use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server, free_port};
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
-pub const APP: &str = "app";
-pub const OWN_ROLE: &str = "pgtandem";
-pub const DATABASE: &str = "shop";
+pub(crate) const APP: &str = "app";
+pub(crate) const OWN_ROLE: &str = "pgtandem";
+pub(crate) const DATABASE: &str = "shop";
 
 /// Two servers with the roles a DBA would make, and one proxy. Everything is gone when dropped.
-pub struct Rig {
-    pub legacy: Server,
-    pub new: Server,
-    pub directory: TempDir,
-    pub port: u16,
-    pub admin_port: u16,
+pub(crate) struct Rig {
+    pub(crate) legacy: Server,
+    pub(crate) new: Server,
+    pub(crate) directory: TempDir,
+    pub(crate) port: u16,
+    pub(crate) admin_port: u16,
     /// More lines for proxy.yaml.
-    pub extra: String,
+    pub(crate) extra: String,
     proxy: Option<Child>,
 }
 
 impl Rig {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let legacy = prepared(&Binaries::legacy().unwrap());
         let new = prepared(&Binaries::new_side().unwrap());
         assert!(legacy.major < new.major, "the standing test is an upgrade");
@@ -52,14 +52,14 @@ impl Rig {
     }
 
     /// A rig whose proxy serves in `phase`.
-    pub async fn serving(phase: Phase) -> Self {
+    pub(crate) async fn serving(phase: Phase) -> Self {
         let mut rig = Self::new();
         rig.serve(phase).await;
         rig
     }
 
     /// Starts the proxy and waits until it stands in `phase`.
-    pub async fn serve(&mut self, phase: Phase) {
+    pub(crate) async fn serve(&mut self, phase: Phase) {
         self.write_config(phase);
         self.spawn_proxy();
         self.until(|status| status.phase == phase && status.problem.is_none())
@@ -67,7 +67,7 @@ impl Rig {
     }
 
     /// Starts the proxy with proxy.yaml as it is.
-    pub fn spawn_proxy(&mut self) {
+    pub(crate) fn spawn_proxy(&mut self) {
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -85,22 +85,29 @@ impl Rig {
     }
 
     /// `kill -9` of the proxy.
-    pub fn kill_proxy(&mut self) {
+    pub(crate) fn kill_proxy(&mut self) {
         let mut proxy = self.proxy.take().unwrap();
         proxy.kill().unwrap();
         proxy.wait().unwrap();
     }
 
-    /// The proxy's end, when it ends by itself.
-    pub fn wait_proxy(&mut self) -> Option<i32> {
-        self.proxy.take().unwrap().wait().unwrap().code()
+    /// The proxy's exit code, when it ends by itself. (`Child::wait` would close its stdin, and
+    /// so end it.)
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let mut proxy = self.proxy.take().unwrap();
+        loop {
+            if let Some(status) = proxy.try_wait().unwrap() {
+                return status.code();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("proxy.log")).unwrap_or_default()
     }
 
-    pub fn write_config(&self, phase: Phase) {
+    pub(crate) fn write_config(&self, phase: Phase) {
         let text = format!(
             "listen: 127.0.0.1:{port}
 admin: 127.0.0.1:{admin}
@@ -122,18 +129,18 @@ auth:
         fs::write(self.config_path(), text).unwrap();
     }
 
-    pub fn config_path(&self) -> PathBuf {
+    pub(crate) fn config_path(&self) -> PathBuf {
         self.directory.path().join("proxy.yaml")
     }
 
     /// What an operator does: edit `phase:`, reload.
-    pub async fn set_phase(&self, phase: Phase) -> Result<ReloadAnswer, AdminError> {
+    pub(crate) async fn set_phase(&self, phase: Phase) -> Result<ReloadAnswer, AdminError> {
         self.write_config(phase);
         self.admin().post("/api/v1/reload", &()).await
     }
 
     /// `pgtandem COMMAND … --config …`
-    pub fn command(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_pgtandem"))
             .args(arguments)
             .arg("--config")
@@ -142,20 +149,20 @@ auth:
             .unwrap()
     }
 
-    pub fn admin(&self) -> AdminClient {
+    pub(crate) fn admin(&self) -> AdminClient {
         AdminClient::new(&Admin {
             address: ([127, 0, 0, 1], self.admin_port).into(),
             token: None,
         })
     }
 
-    pub async fn status(&self) -> Result<Status, AdminError> {
+    pub(crate) async fn status(&self) -> Result<Status, AdminError> {
         self.admin().get("/api/v1/status").await
     }
 
     /// Waits until the status is as wanted. The bound is far beyond any healthy wait: it turns
     /// a hang into a failure that shows the log.
-    pub async fn until(&self, wanted: impl Fn(&Status) -> bool) -> Status {
+    pub(crate) async fn until(&self, wanted: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
         for _ in 0..1200 {
             last = Some(self.status().await);
@@ -169,7 +176,7 @@ auth:
         panic!("the status was never as wanted; last: {last:#?}\nlog:\n{}", self.log());
     }
 
-    pub async fn wait_caught_up(&self) {
+    pub(crate) async fn wait_caught_up(&self) {
         let answer: WaitAnswer = self.admin().get("/api/v1/wait?timeout_ms=60000").await.unwrap();
         if !answer.caught_up {
             panic!(
@@ -180,28 +187,28 @@ auth:
         }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("postgresql://{APP}:{PASSWORD}@127.0.0.1:{}/{DATABASE}", self.port)
     }
 
     /// A client's connection through the proxy.
-    pub async fn client(&self) -> Client {
+    pub(crate) async fn client(&self) -> Client {
         connect(&self.url()).await.unwrap()
     }
 
-    pub fn server(&self, side: Side) -> &Server {
+    pub(crate) fn server(&self, side: Side) -> &Server {
         match side {
             Side::Legacy => &self.legacy,
             Side::New => &self.new,
         }
     }
 
-    pub async fn direct(&self, side: Side, role: &str) -> Client {
+    pub(crate) async fn direct(&self, side: Side, role: &str) -> Client {
         connect(&self.server(side).url(role, DATABASE)).await.unwrap()
     }
 
     /// Both databases are equal, row by row; the differences otherwise.
-    pub async fn assert_equal(&self) {
+    pub(crate) async fn assert_equal(&self) {
         let legacy = self.direct(Side::Legacy, SUPERUSER).await;
         let new = self.direct(Side::New, SUPERUSER).await;
         let differences = rows_different(&legacy, &new).await.unwrap();
@@ -210,7 +217,7 @@ auth:
     }
 
     /// One value as text, asked past the proxy.
-    pub async fn value(&self, side: Side, sql: &str) -> String {
+    pub(crate) async fn value(&self, side: Side, sql: &str) -> String {
         let client = self.direct(side, SUPERUSER).await;
         let sql = format!("SELECT ({sql})::text");
         client.query_one(&sql, &[]).await.unwrap().get(0)
@@ -227,7 +234,7 @@ impl Drop for Rig {
 }
 
 fn prepared(binaries: &Binaries) -> Server {
-    let server = Server::start(binaries, &[]).unwrap();
+    let server = Server::start(binaries, &["deadlock_timeout=100ms"]).unwrap();
     server.create_role(APP, "LOGIN").unwrap();
     server.create_role(OWN_ROLE, "LOGIN").unwrap();
     server.create_database(DATABASE, APP).unwrap();
@@ -240,7 +247,7 @@ fn prepared(binaries: &Binaries) -> Server {
     server
 }
 
-pub async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
+pub(crate) async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     tokio::spawn(connection);
     Ok(client)

@@ -14,7 +14,7 @@ use tokio_postgres::{Client, Error};
 
 use super::connect;
 
-pub const SCHEMA: &str = "
+pub(crate) const SCHEMA: &str = "
 CREATE TABLE ledger (worker int, number bigint, PRIMARY KEY (worker, number));
 CREATE TABLE accounts (id int PRIMARY KEY, balance numeric NOT NULL DEFAULT 0, touched timestamptz DEFAULT now());
 CREATE TABLE names (id int PRIMARY KEY, name text UNIQUE NOT NULL);
@@ -36,10 +36,10 @@ INSERT INTO names SELECT i, 'name ' || i FROM generate_series(1, 20) i;
 ";
 
 /// A running storm.
-pub struct Storm {
+pub(crate) struct Storm {
     stop: Arc<AtomicBool>,
     workers: JoinSet<Outcome>,
-    pub acknowledged: Arc<AtomicU64>,
+    pub(crate) acknowledged: Arc<AtomicU64>,
     failures: Arc<Mutex<Vec<String>>>,
 }
 
@@ -50,16 +50,16 @@ struct Outcome {
 }
 
 /// What a storm left behind.
-pub struct Ledger {
-    pub acknowledged: Vec<(i32, i64)>,
+pub(crate) struct Ledger {
+    pub(crate) acknowledged: Vec<(i32, i64)>,
     /// Errors that no application would expect.
-    pub failures: Vec<String>,
+    pub(crate) failures: Vec<String>,
 }
 
 impl Storm {
     /// Begins on `workers` connections. With `reconnect`, a lost connection is opened again
     /// (for tests that kill the proxy); without, it is a failure.
-    pub async fn begin(url: &str, seed: u64, workers: i32, reconnect: bool) -> Self {
+    pub(crate) async fn begin(url: &str, seed: u64, workers: i32, reconnect: bool) -> Self {
         let mut storm = Self {
             stop: Arc::default(),
             workers: JoinSet::new(),
@@ -91,7 +91,7 @@ impl Storm {
     }
 
     /// Returns when this many more commits have been acknowledged.
-    pub async fn rage(&self, commits: u64) {
+    pub(crate) async fn rage(&self, commits: u64) {
         let until = self.acknowledged.load(Relaxed) + commits;
         while self.acknowledged.load(Relaxed) < until {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
@@ -99,7 +99,7 @@ impl Storm {
         }
     }
 
-    pub async fn end(mut self) -> Ledger {
+    pub(crate) async fn end(mut self) -> Ledger {
         self.stop.store(true, Relaxed);
         let mut acknowledged = Vec::new();
         while let Some(outcome) = self.workers.join_next().await {
@@ -112,7 +112,7 @@ impl Storm {
 
 impl Ledger {
     /// Every acknowledged commit is there.
-    pub async fn assert_kept(&self, client: &Client) {
+    pub(crate) async fn assert_kept(&self, client: &Client) {
         let rows = client.query("SELECT worker, number FROM ledger", &[]).await.unwrap();
         let kept: std::collections::HashSet<(i32, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let lost: Vec<_> = self.acknowledged.iter().filter(|entry| !kept.contains(entry)).collect();
