@@ -252,18 +252,20 @@ def pipeline_mode():
 
 @behaviour
 def pipeline_of_many():
-    with connect() as c, c.pipeline() as pipeline:
+    with connect() as c:
         c.execute("CREATE TEMP TABLE t (id int)")
-        cursors = [c.execute("INSERT INTO t VALUES (%s) RETURNING id * 2", (n,)) for n in range(500)]
-        pipeline.sync()
-        wide = [c.execute("SELECT repeat('x', %s)", (40_000,)) for _ in range(40)]
-        total = sum(cursor.fetchone()[0] for cursor in cursors)
-        lengths = {len(cursor.fetchone()[0]) for cursor in wide}
-        try:
-            c.execute("SELECT 1/0")
-            c.execute("INSERT INTO t VALUES (-1)")
+        with c.pipeline() as pipeline:
+            cursors = [c.execute("INSERT INTO t VALUES (%s) RETURNING id * 2", (n,)) for n in range(500)]
             pipeline.sync()
-            error = None
+            wide = [c.execute("SELECT repeat('x', %s)", (40_000,)) for _ in range(40)]
+            total = sum(cursor.fetchone()[0] for cursor in cursors)
+            lengths = {len(cursor.fetchone()[0]) for cursor in wide}
+        error = None
+        try:
+            with c.pipeline():
+                c.execute("INSERT INTO t VALUES (-1)")
+                c.execute("SELECT 1/0")
+                c.execute("INSERT INTO t VALUES (-2)")
         except psycopg.Error as caught:
             error = diagnosis(caught)
         kept = c.execute("SELECT count(*), min(id) FROM t").fetchall()
@@ -493,8 +495,12 @@ def refused_connections():
         "unknown database": refused(dbname="no_such_database"),
         "both unknown": refused(user="no_such_role", dbname="no_such_database"),
         "wrong password for unknown database": refused(password="wrong", dbname="no_such_database"),
-        "a very long name": refused(dbname="x" * 300),
     }
+
+
+@behaviour
+def a_name_longer_than_names_can_be():
+    return refused(dbname="x" * 300)
 
 
 @behaviour
