@@ -71,10 +71,16 @@ pub async fn missing_replication_role(client: &Client) -> Result<Option<String>,
         return Ok(Some(format!("ALTER ROLE {} SUPERUSER;", quote::identifier(&role))));
     }
     let granted = client
-        .query_one("SELECT pg_catalog.has_parameter_privilege('session_replication_role', 'SET')", &[])
+        .query_one(
+            "SELECT pg_catalog.has_parameter_privilege('session_replication_role', 'SET')",
+            &[],
+        )
         .await?
         .get::<_, bool>(0);
     Ok((!granted).then(|| {
-        format!("GRANT SET ON PARAMETER session_replication_role TO {};", quote::identifier(&role))
+        format!(
+            "GRANT SET ON PARAMETER session_replication_role TO {};",
+            quote::identifier(&role)
+        )
     }))
 }

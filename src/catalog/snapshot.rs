@@ -98,14 +98,32 @@ mod tests {
 
     #[test]
     fn reads_and_writes_what_postgres_writes() {
-        for text in ["3:3:", "10:20:10,14,19", "10:10:", "7:9:8", "18446744073709551614:18446744073709551615:"] {
+        for text in [
+            "3:3:",
+            "10:20:10,14,19",
+            "10:10:",
+            "7:9:8",
+            "18446744073709551614:18446744073709551615:",
+        ] {
             assert_eq!(snapshot(text).to_string(), text);
         }
     }
 
     #[test]
     fn refuses_anything_else() {
-        for text in ["", "1", "1:2", "2:1:", "1:3:2,2", "1:3:3", "1:3:0", "1:2:3:4", "a:b:c", "10:20:14,12", "1:2:x"] {
+        for text in [
+            "",
+            "1",
+            "1:2",
+            "2:1:",
+            "1:3:2,2",
+            "1:3:3",
+            "1:3:0",
+            "1:2:3:4",
+            "a:b:c",
+            "10:20:14,12",
+            "1:2:x",
+        ] {
             assert!(text.parse::<Snapshot>().is_err(), "{text}");
         }
     }
@@ -113,7 +131,16 @@ mod tests {
     #[test]
     fn sees() {
         let taken = snapshot("10:20:10,14");
-        for (xid, seen) in [(3, true), (9, true), (10, false), (11, true), (14, false), (19, true), (20, false), (99, false)] {
+        for (xid, seen) in [
+            (3, true),
+            (9, true),
+            (10, false),
+            (11, true),
+            (14, false),
+            (19, true),
+            (20, false),
+            (99, false),
+        ] {
             assert_eq!(taken.sees(xid), seen, "{xid}");
         }
         assert!(!Snapshot::before_everything().sees(3));

@@ -49,7 +49,8 @@ pub struct Table {
     pub uniques: Vec<UniqueColumns>,
     /// Whether the key is the only unique or exclusion constraint.
     pub key_alone: bool,
-    /// The application's triggers and rules that fire even for a replica.
+    /// The application's triggers and rules that fire even for a replica: the mode (`A`, `R`),
+    /// then the name.
     pub always_triggers: Vec<String>,
     pub always_rules: Vec<String>,
 }
@@ -86,9 +87,9 @@ SELECT c.oid, n.nspname::text, c.relname::text,
       WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND am.amname = 'btree'
         AND i.indpred IS NULL AND i.indexprs IS NULL),
     (SELECT count(*) FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)),
-    (SELECT COALESCE(array_agg(t.tgname::text), '{}') FROM pg_trigger t
+    (SELECT COALESCE(array_agg(t.tgenabled::text || t.tgname), '{}') FROM pg_trigger t
       WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND t.tgname NOT LIKE 'zzz\\_pgtandem\\_%'),
-    (SELECT COALESCE(array_agg(r.rulename::text), '{}') FROM pg_rewrite r
+    (SELECT COALESCE(array_agg(r.ev_enabled::text || r.rulename), '{}') FROM pg_rewrite r
       WHERE r.ev_class = c.oid AND r.ev_enabled IN ('A', 'R') AND r.ev_type <> '1')
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.oid = ANY($1)";

@@ -47,9 +47,10 @@ pub async fn capture_tables(client: &Client) -> Result<CaptureReport, JournalErr
         let (rel, schema, name, owned): (Oid, &str, &str, bool) = (row.get(0), row.get(1), row.get(2), row.get(3));
         let table = quote::qualified(schema, name);
         if !owned {
-            report
-                .failed
-                .push((table, "the proxy's role does not own it, nor is a member of its owner".into()));
+            report.failed.push((
+                table,
+                "the proxy's role does not own it, nor is a member of its owner".into(),
+            ));
             continue;
         }
         match capture(client, rel).await? {
@@ -93,7 +94,10 @@ async fn capture(client: &Client, rel: Oid) -> Result<Outcome, JournalError> {
         if client.is_closed() {
             return Err(doing("capture a table")(error));
         }
-        client.batch_execute("ROLLBACK").await.map_err(doing("capture a table"))?;
+        client
+            .batch_execute("ROLLBACK")
+            .await
+            .map_err(doing("capture a table"))?;
         match error.code() {
             Some(code) if *code == SqlState::UNDEFINED_TABLE => return Ok(Outcome::Gone),
             Some(code) if *code == SqlState::LOCK_NOT_AVAILABLE || *code == SqlState::T_R_DEADLOCK_DETECTED => {

@@ -31,7 +31,9 @@ pub struct Installed {
 /// Makes sure that schema `pgtandem` is on this side. A recorded epoch and role stay as they
 /// are: they say who is primary, and no configuration may contradict them unnoticed.
 pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epoch) -> Result<Installed, JournalError> {
-    let missing = privileges::missing_to_install(client).await.map_err(doing("check privileges"))?;
+    let missing = privileges::missing_to_install(client)
+        .await
+        .map_err(doing("check privileges"))?;
     if !missing.is_empty() {
         return Err(JournalError::Privileges(missing.join(" ")));
     }
@@ -129,7 +131,11 @@ pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
                     .batch_execute("ROLLBACK")
                     .await
                     .map_err(doing("remove capture triggers"))?;
-                let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::UNDEFINED_TABLE, SqlState::T_R_DEADLOCK_DETECTED];
+                let waits = [
+                    SqlState::LOCK_NOT_AVAILABLE,
+                    SqlState::UNDEFINED_TABLE,
+                    SqlState::T_R_DEADLOCK_DETECTED,
+                ];
                 if !error.code().is_some_and(|code| waits.contains(code)) {
                     return Err(doing("remove capture triggers")(error));
                 }
@@ -138,7 +144,9 @@ pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
         }
     }
     client
-        .batch_execute("SET client_min_messages = warning; DROP SCHEMA IF EXISTS pgtandem CASCADE; RESET client_min_messages")
+        .batch_execute(
+            "SET client_min_messages = warning; DROP SCHEMA IF EXISTS pgtandem CASCADE; RESET client_min_messages",
+        )
         .await
         .map_err(doing("drop schema pgtandem"))
 }

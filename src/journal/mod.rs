@@ -21,7 +21,8 @@ use crate::config::StrayWriters;
 
 /// Run by a client's session right after a DDL statement, in its transaction; `$1` is the
 /// statement's exact text.
-pub const DDL_HOOK: &str = "SELECT pgtandem.ddl($1::text, pg_catalog.current_setting('search_path'), current_user::text)";
+pub const DDL_HOOK: &str =
+    "SELECT pgtandem.ddl($1::text, pg_catalog.current_setting('search_path'), current_user::text)";
 
 /// Run by a client's session after a DDL statement outside transactions has succeeded.
 pub const DDL_HOOK_OUTSIDE: &str =

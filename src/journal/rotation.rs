@@ -10,9 +10,10 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::read::Unsigned;
-use super::state::{read_slot_state, write_slot_state};
-use super::{JournalError, LOCK_CLASS, LOCK_STATE, doing};
+use super::state::{read_slot_state, try_change};
+use super::{JournalError, SideRole, SlotState, doing};
 use crate::catalog::snapshot::Snapshot;
+use crate::config::{self, WhenFull};
 
 /// Writers move on when their table has grown to this: large enough that a TRUNCATE is rare,
 /// small enough that the journal stays near the lag's size.
@@ -26,13 +27,30 @@ pub struct JournalSize {
     pub waits_for_watermark: bool,
 }
 
+/// The bytes that the journal holds.
+pub async fn measure(client: &Client) -> Result<u64, JournalError> {
+    let row = client
+        .query_one(
+            "SELECT COALESCE(sum(pg_total_relation_size(c)) FILTER (WHERE pg_relation_size(c) > 0), 0)::bigint
+               FROM unnest(ARRAY['pgtandem.change_0', 'pgtandem.change_1', 'pgtandem.change_2']::regclass[]) AS c",
+            &[],
+        )
+        .await
+        .map_err(doing("measure the journal"))?;
+    Ok(row.get::<_, i64>(0) as u64)
+}
+
 /// Empties what may be emptied and moves writers on when it is time. `durable` is the snapshot
 /// stored on the secondary, not one that is only in the applier's memory.
-pub async fn rotate(client: &mut Client, durable: &Snapshot) -> Result<JournalSize, JournalError> {
+pub async fn rotate(
+    client: &mut Client,
+    durable: &Snapshot,
+    limit: &config::Journal,
+) -> Result<JournalSize, JournalError> {
     let slots = client
         .query(
-            "SELECT s.slot::smallint, pg_table_size(('pgtandem.change_' || s.slot)::regclass),
-                    pg_indexes_size(('pgtandem.change_' || s.slot)::regclass), r.closed
+            "SELECT s.slot::smallint, pg_relation_size(('pgtandem.change_' || s.slot)::regclass),
+                    pg_total_relation_size(('pgtandem.change_' || s.slot)::regclass), r.closed
                FROM generate_series(0, 2) AS s(slot) LEFT JOIN pgtandem.rotation r ON r.slot = s.slot ORDER BY 1",
             &[],
         )
@@ -45,14 +63,16 @@ pub async fn rotate(client: &mut Client, durable: &Snapshot) -> Result<JournalSi
         let slot: i16 = row.get(0);
         let heap: i64 = row.get(1);
         heaps[slot as usize % 3] = heap;
-        size.bytes += (heap + row.get::<_, i64>(2)) as u64;
+        // An empty table still counts a page of each index; that is not journal.
+        let bytes = if heap == 0 { 0 } else { row.get::<_, i64>(2) as u64 };
+        size.bytes += bytes;
         if slot == i16::from(state.slot) || heap == 0 {
             continue;
         }
         match row.get::<_, Option<Unsigned>>(3) {
             Some(closed) if durable.xmin() >= closed.0 => {
                 if empty(client, slot).await? {
-                    size.bytes = size.bytes.saturating_sub(heap as u64);
+                    size.bytes -= bytes;
                     heaps[slot as usize % 3] = 0;
                 }
             }
@@ -63,7 +83,13 @@ pub async fn rotate(client: &mut Client, durable: &Snapshot) -> Result<JournalSi
         }
     }
     let next = (state.slot + 1) % 3;
-    if heaps[state.slot as usize] >= ROTATE_BYTES && heaps[next as usize] == 0 {
+    // Under a small limit, or with writers refused, the slot in use must go as well.
+    let threshold = if state.full {
+        1
+    } else {
+        ROTATE_BYTES.min((limit.max_bytes / 4) as i64).max(1)
+    };
+    if heaps[state.slot as usize] >= threshold && heaps[next as usize] == 0 {
         move_on(client, state.slot, next).await?;
     }
     Ok(size)
@@ -81,7 +107,10 @@ async fn empty(client: &Client, slot: i16) -> Result<bool, JournalError> {
     match result {
         Ok(()) => Ok(true),
         Err(error) => {
-            client.batch_execute("ROLLBACK").await.map_err(doing("empty a journal table"))?;
+            client
+                .batch_execute("ROLLBACK")
+                .await
+                .map_err(doing("empty a journal table"))?;
             if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
                 Ok(false)
             } else {
@@ -102,24 +131,71 @@ async fn close(client: &Client, slot: i16) -> Result<(), JournalError> {
 }
 
 async fn move_on(client: &mut Client, from: u8, to: u8) -> Result<(), JournalError> {
-    let transaction = client.transaction().await.map_err(doing("rotate the journal"))?;
+    let mut moved = false;
     // Tried, not waited for: a flip holds this lock and waits for our round.
-    let locked = transaction
-        .query_one(
-            "SELECT pg_try_advisory_xact_lock($1, $2)",
-            &[&LOCK_CLASS, &LOCK_STATE],
-        )
-        .await
-        .map_err(doing("rotate the journal"))?
-        .get::<_, bool>(0);
-    let mut state = read_slot_state(&transaction).await?.ok_or(JournalError::NotInstalled)?;
-    if !locked || state.slot != from {
-        return transaction.rollback().await.map_err(doing("rotate the journal"));
+    try_change(client, |state| {
+        if state.slot == from {
+            state.slot = to;
+            moved = true;
+        }
+    })
+    .await?;
+    if moved {
+        // setval made that transaction take its id, maybe before another read the old slot.
+        // Only an id given out from now on is above all of those; this next transaction's is.
+        close(client, i16::from(from)).await?;
     }
-    state.slot = to;
-    write_slot_state(&transaction, state).await?;
-    // setval above made this transaction take its id, maybe before another read the old slot.
-    // Only an id given out from now on is above all of those; the next transaction's is.
-    transaction.commit().await.map_err(doing("rotate the journal"))?;
-    close(client, i16::from(from)).await
+    Ok(())
+}
+
+/// Keeps the journal within its bound: refuses writes, or stops capture, as configured. Answers
+/// the state as it is afterwards.
+pub async fn enforce_limit(
+    client: &mut Client,
+    limit: &config::Journal,
+    bytes: u64,
+    stored: SlotState,
+) -> Result<SlotState, JournalError> {
+    let over = bytes >= limit.max_bytes;
+    // Not at the first byte below: else writers and applier would take turns at the bound.
+    let drained = bytes < limit.max_bytes / 10 * 8;
+    let mut after = stored;
+    if stored.side.role == SideRole::Primary {
+        match limit.when_full {
+            WhenFull::Block if over && !stored.full => {
+                tracing::error!(
+                    bytes,
+                    limit = limit.max_bytes,
+                    "the journal is full: writes are refused until it has drained"
+                );
+                after.full = true;
+            }
+            WhenFull::StopMirroring if over => {
+                tracing::error!(
+                    bytes,
+                    limit = limit.max_bytes,
+                    "the journal is full: mirroring stops, the secondary must be seeded again"
+                );
+                after.side.role = SideRole::Off;
+                after.full = false;
+            }
+            WhenFull::Block | WhenFull::StopMirroring => {}
+        }
+    }
+    if after.full && (drained || limit.when_full == WhenFull::StopMirroring) {
+        tracing::info!(bytes, "the journal has drained: writes are accepted again");
+        after.full = false;
+    }
+    if after == stored {
+        return Ok(stored);
+    }
+    let changed = try_change(client, |state| {
+        // A flip may have come in between; its word stands.
+        if state.side == stored.side {
+            state.side = after.side;
+            state.full = after.full;
+        }
+    })
+    .await?;
+    Ok(if changed { after } else { stored })
 }

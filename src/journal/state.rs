@@ -1,7 +1,7 @@
 //! A side's state: one number in a sequence, because a sequence is read as it is now, whatever
 //! the reader's snapshot, and by one cheap call from a trigger.
 
-use tokio_postgres::{Client, GenericClient};
+use tokio_postgres::{Client, GenericClient, Transaction};
 
 use super::{JournalError, LOCK_CLASS, LOCK_STATE, doing};
 use crate::config::StrayWriters;
@@ -118,16 +118,50 @@ pub async fn set_role(client: &mut Client, role: SideRole) -> Result<(), Journal
 
 /// Reads, changes and writes the state under [`LOCK_STATE`].
 pub(crate) async fn change(client: &mut Client, alter: impl FnOnce(&mut SlotState)) -> Result<(), JournalError> {
-    let transaction = client.transaction().await.map_err(doing("change the side's state"))?;
+    let transaction = begin(client).await?;
     transaction
-        .batch_execute(&format!(
-            "SET LOCAL synchronous_commit = on; SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"
-        ))
+        .batch_execute(&format!("SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"))
         .await
         .map_err(doing("lock the side's state"))?;
-    let mut state = read_slot_state(&transaction).await?.ok_or(JournalError::NotInstalled)?;
+    alter_and_commit(transaction, alter).await
+}
+
+/// The same, but false and nothing changed when somebody else is at it: a flip holds the lock
+/// and waits for the applier's round, which must therefore not wait for the lock.
+pub(crate) async fn try_change(client: &mut Client, alter: impl FnOnce(&mut SlotState)) -> Result<bool, JournalError> {
+    let transaction = begin(client).await?;
+    let locked = transaction
+        .query_one("SELECT pg_try_advisory_xact_lock($1, $2)", &[&LOCK_CLASS, &LOCK_STATE])
+        .await
+        .map_err(doing("lock the side's state"))?
+        .get::<_, bool>(0);
+    if !locked {
+        transaction.rollback().await.map_err(doing("leave the side's state"))?;
+        return Ok(false);
+    }
+    alter_and_commit(transaction, alter).await?;
+    Ok(true)
+}
+
+async fn begin(client: &mut Client) -> Result<Transaction<'_>, JournalError> {
+    let transaction = client.transaction().await.map_err(doing("change the side's state"))?;
+    transaction
+        .batch_execute("SET LOCAL synchronous_commit = on")
+        .await
+        .map_err(doing("change the side's state"))?;
+    Ok(transaction)
+}
+
+async fn alter_and_commit(
+    transaction: Transaction<'_>,
+    alter: impl FnOnce(&mut SlotState),
+) -> Result<(), JournalError> {
+    let before = read_slot_state(&transaction).await?.ok_or(JournalError::NotInstalled)?;
+    let mut state = before;
     alter(&mut state);
-    write_slot_state(&transaction, state).await?;
+    if state != before {
+        write_slot_state(&transaction, state).await?;
+    }
     transaction.commit().await.map_err(doing("change the side's state"))
 }
 

@@ -2,6 +2,17 @@
 -- transaction, and rows that the DDL itself computed (CREATE TABLE AS, a rewrite with a
 -- volatile default) journaled after it, so that they are copied and not computed twice.
 
+-- Whether a catalog row that we see was written by this very transaction or a savepoint of it:
+-- its writer is still in progress. Savepoints' ids are above the transaction's own; the
+-- comparison is modulo 2^32, as xmin has no epoch.
+CREATE OR REPLACE FUNCTION pgtandem.ours(writer xid, top bigint) RETURNS boolean
+LANGUAGE sql STABLE
+AS $$
+    SELECT CASE WHEN (writer::text::bigint - top) & 4294967295 < 2147483648 AND writer::text::bigint > 2
+                THEN pg_catalog.pg_xact_status((top + ((writer::text::bigint - top) & 4294967295))::text::xid8) = 'in progress'
+                ELSE false END
+$$;
+
 -- The part that runs under pinned settings: images must be written as capture writes them.
 CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb) RETURNS void
 LANGUAGE plpgsql
@@ -20,16 +31,12 @@ DECLARE
     has_rows boolean;
     hint text;
 BEGIN
-    -- Tables of this transaction: the catalog row was written by a transaction that is still
-    -- in progress and yet visible, so it is ours or a savepoint's of ours (whose ids are the
-    -- higher; the comparison is modulo 2^32, as xmin has no epoch).
+    -- New tables: their row in pg_class is of this transaction.
     FOR t IN
         SELECT s.*, pgtandem.name_of(s.rel) AS target, pg_get_userbyid(c.relowner) AS owner
           FROM pgtandem.shape s JOIN pg_class c ON c.oid = s.rel
          WHERE NOT s.capturing AND s.extension IS NULL
-           AND CASE WHEN (c.xmin::text::bigint - top_xid) & 4294967295 < 2147483648 AND c.xmin::text::bigint > 2
-                    THEN pg_xact_status((top_xid + ((c.xmin::text::bigint - top_xid) & 4294967295))::text::xid8) = 'in progress'
-                    ELSE false END
+           AND pgtandem.ours(c.xmin, top_xid)
          ORDER BY s.rel
     LOOP
         BEGIN
@@ -53,6 +60,10 @@ BEGIN
                pgtandem.name_of(s.rel) AS target
           FROM pgtandem.shape s JOIN pgtandem.captured c ON c.rel = s.rel
          WHERE (s.shape, s.filenode, s.attributes, s.schema, s.name) IS DISTINCT FROM (c.shape, c.filenode, c.attributes, c.schema, c.name)
+           -- Only what this transaction touched: what others do is theirs to record, and to wait
+           -- here for their locks would hang the client.
+           AND (EXISTS (SELECT FROM pg_class o WHERE o.oid = s.rel AND pgtandem.ours(o.xmin, top_xid))
+                OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = s.rel AND pgtandem.ours(a.xmin, top_xid)))
            AND NOT created @> jsonb_build_array(jsonb_build_object('rel', s.rel::bigint))
          ORDER BY s.rel
     LOOP

@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS pgtandem.rotation (
     closed xid8
 );
 
--- The tables whose changes this side captures, as they were when last looked at.
+-- The tables whose changes this side captures, as they were when last looked at, and in
+-- `origin` as they were when capture began: a secondary that comes late starts from there.
 CREATE TABLE IF NOT EXISTS pgtandem.captured (
     rel oid PRIMARY KEY,
     schema text NOT NULL,
@@ -51,7 +52,8 @@ CREATE TABLE IF NOT EXISTS pgtandem.captured (
     filenode oid NOT NULL,
     attributes text NOT NULL,
     attribute_count smallint NOT NULL,
-    settings text NOT NULL
+    settings text NOT NULL,
+    origin jsonb NOT NULL
 );
 
 -- How far this side has followed, while it is the secondary. One row, written in the same
