@@ -1,5 +1,7 @@
 //! End to end: the storm, the flip under load, and crashes, through the built binary.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod rig;
 
 use pgtandem::control::{Phase, Side};

@@ -61,6 +61,9 @@ impl Operations for World {
 
     async fn switchover(self: Arc<Self>, request: SwitchoverRequest) -> Result<SwitchoverAnswer, String> {
         let _changing = self.transition.lock().await;
+        if !request.dry_run {
+            self.catch_up_before_flip().await;
+        }
         let gates = self.gates().await;
         let unchanged = |gates| SwitchoverAnswer {
             gates,

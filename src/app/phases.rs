@@ -25,6 +25,7 @@ impl World {
             Plan::StopMirroring => self.stop_mirroring(Control { phase: wish, ..now }).await,
             Plan::Complete => self.complete(Control { phase: wish, ..now }).await,
             Plan::Flip { to } => {
+                self.catch_up_before_flip().await;
                 let closed: Vec<Gate> = self.gates().await.into_iter().filter(|gate| !gate.open).collect();
                 if let (Some(gate), None) = (closed.first(), &force) {
                     return Err(format!(
@@ -45,6 +46,17 @@ impl World {
     /// The measured conditions of a switchover.
     pub(super) async fn gates(&self) -> Vec<Gate> {
         gates(&self.databases().await)
+    }
+
+    /// An applier that has just started, or is a little behind, is no reason to refuse: it is
+    /// given as long as open transactions are. What it does not reach, the gates measure.
+    pub(super) async fn catch_up_before_flip(&self) {
+        let patience = self.config.load().switchover.drain_timeout;
+        for tandem in self.tandems().iter() {
+            if let Err(why) = tandem.catch_up(patience).await {
+                tracing::warn!(database = tandem.name(), why, "not caught up before a switchover");
+            }
+        }
     }
 
     fn publish(&self, control: Control) -> String {

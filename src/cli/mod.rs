@@ -232,7 +232,6 @@ fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 }
 
 /// Facts go to stdout. A reader that went away (`pgtandem … | head`) is no error.
-#[expect(clippy::print_stdout, reason = "this is what a command is for")]
 fn say(line: &str) {
     use std::io::Write;
     if writeln!(std::io::stdout(), "{line}").is_err() {
