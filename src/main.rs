@@ -1,1 +1,7 @@
-fn main() {}
+//! The `pgtandem` command; everything is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pgtandem::cli::run()
+}

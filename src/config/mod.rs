@@ -165,3 +165,18 @@ pub enum StrayWriters {
     Refuse,
     Report,
 }
+
+/// Parses `500ms`, `5s`, `2min` or `1h`; the unit is always written.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let expected = || "expected a number and a unit, such as 500ms, 5s, 2min or 1h".to_owned();
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    match unit.trim() {
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" => Ok(Duration::from_secs(number)),
+        "min" => Ok(Duration::from_secs(number.saturating_mul(60))),
+        "h" => Ok(Duration::from_secs(number.saturating_mul(3600))),
+        _ => Err(expected()),
+    }
+}

@@ -21,8 +21,10 @@ use super::read::{Query, read};
 pub enum NotComparable {
     /// More than one statement in one simple query.
     SeveralStatements,
-    /// Not a read, or not understood.
+    /// A write, a setting, …: never meant to be compared, and not counted.
     NotARead,
+    /// Perhaps a read, but of a syntax that is not understood.
+    NotUnderstood,
     VolatileFunction,
     UnknownFunction,
     UnknownRelation,
@@ -47,14 +49,19 @@ pub enum NotComparable {
     OrderDependentFunction,
     DistinctOn,
     Sample,
+    /// Its transaction wrote before it: the secondary cannot know that yet.
+    EarlierWrite,
+    /// The session's settings cannot be told in full.
+    UnknownSettings,
     /// Found out by asking: the primary disagrees with itself.
     NonDeterministic,
 }
 
 impl NotComparable {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::SeveralStatements,
         Self::NotARead,
+        Self::NotUnderstood,
         Self::VolatileFunction,
         Self::UnknownFunction,
         Self::UnknownRelation,
@@ -70,6 +77,8 @@ impl NotComparable {
         Self::OrderDependentFunction,
         Self::DistinctOn,
         Self::Sample,
+        Self::EarlierWrite,
+        Self::UnknownSettings,
         Self::NonDeterministic,
     ];
 
@@ -77,6 +86,7 @@ impl NotComparable {
         match self {
             Self::SeveralStatements => "several_statements",
             Self::NotARead => "not_a_read",
+            Self::NotUnderstood => "not_understood",
             Self::VolatileFunction => "volatile_function",
             Self::UnknownFunction => "unknown_function",
             Self::UnknownRelation => "unknown_relation",
@@ -92,6 +102,8 @@ impl NotComparable {
             Self::OrderDependentFunction => "order_dependent_function",
             Self::DistinctOn => "distinct_on",
             Self::Sample => "sample",
+            Self::EarlierWrite => "earlier_write",
+            Self::UnknownSettings => "unknown_settings",
             Self::NonDeterministic => "non_deterministic",
         }
     }
@@ -100,7 +112,8 @@ impl NotComparable {
     pub const fn explanation(self) -> &'static str {
         match self {
             Self::SeveralStatements => "several statements share one query string",
-            Self::NotARead => "it is not understood as a read",
+            Self::NotARead => "it is not a read",
+            Self::NotUnderstood => "its syntax is not understood",
             Self::VolatileFunction => "a function it calls is volatile",
             Self::UnknownFunction => "a function it calls is not in the primary's catalog",
             Self::UnknownRelation => "a table or view it names is not in the primary's catalog",
@@ -116,6 +129,8 @@ impl NotComparable {
             Self::OrderDependentFunction => "an aggregate or window shows an order that is left open",
             Self::DistinctOn => "DISTINCT ON leaves open which row of a group comes",
             Self::Sample => "TABLESAMPLE chooses rows at random",
+            Self::EarlierWrite => "its transaction wrote before it",
+            Self::UnknownSettings => "the session's settings are not known in full",
             Self::NonDeterministic => "the primary disagrees with itself",
         }
     }
@@ -163,6 +178,7 @@ pub fn single_read(script: &Script) -> Result<&ReadFacts, NotComparable> {
     ) {
         (_, Some(Class::Read(facts))) => Ok(facts),
         (_, Some(Class::Lock)) => Err(NotComparable::Locking),
+        (_, Some(Class::Unknown)) => Err(NotComparable::NotUnderstood),
         ([_, _, ..], _)
             if script
                 .statements

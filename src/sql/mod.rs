@@ -1,7 +1,7 @@
 //! What statements are, decided from their text alone: no I/O, no clock, no catalog but the one
 //! handed in.
 //!
-//! Sessions ask [`StatementCache`] for a text's [`Script`]; the shadow reads ask [`shadowable`]
+//! Sessions [`glance`] at a text and ask [`StatementCache`] for its [`Script`]; the shadow reads ask [`shadowable`]
 //! and [`fingerprint`]; `pgtandem explain` asks [`explain`]. Splitting and the recognition of
 //! DDL stand on our own [`lexer`] and never on what sqlparser can parse; whether a statement is
 //! a read is decided by sqlparser's AST, and what it cannot parse is never taken for one.
@@ -16,6 +16,8 @@ mod cursor;
 mod ddl;
 mod explain;
 mod fingerprint;
+mod glance;
+mod limit;
 mod read;
 mod settings;
 mod split;
@@ -34,7 +36,9 @@ pub use comparable::{
 };
 pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as};
+pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};
+pub use limit::{Widened, widen_limit};
 pub use settings::{SettingChange, custom_setting_names, setting_changes};
 
 /// Splits and classifies a text under default settings. Any bytes will do.

@@ -13,7 +13,7 @@ use sqlparser::ast::{
     Query as AstQuery, Select, SetExpr, Statement, TableFactor, Value, Visit, Visitor, WindowType,
 };
 use sqlparser::dialect::PostgreSqlDialect;
-use sqlparser::parser::Parser;
+use sqlparser::parser::{Parser, ParserError};
 
 use super::class::{FunctionUse, OrderKey, QualifiedName, ReadFacts, RelationUse, Unstable};
 use super::classify::plain_string;
@@ -27,6 +27,10 @@ const OPERATORS_MAX: usize = 1500;
 /// sqlparser backtracks over parentheses; real statements stay far below.
 const PARENS_MAX: usize = 40;
 const RECURSION_MAX: usize = 60;
+/// As deep as a thread's own stack surely bears, at some 50 kB a level in debug builds.
+const RECURSION_SHALLOW: usize = 16;
+/// Room for [`RECURSION_MAX`]; only touched pages cost memory.
+const DEEP_STACK_BYTES: usize = 32 * 1024 * 1024;
 
 pub(super) enum Query {
     Read(ReadFacts),
@@ -42,12 +46,28 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
     let Some(rendered) = render(statement, settings, &mut facts) else {
         return Query::NotUnderstood;
     };
+    match collect(&rendered, facts, RECURSION_SHALLOW) {
+        Err((facts, ParserError::RecursionLimitExceeded)) => {
+            // sqlparser's own guard against deep stacks leaves less room than its frames take.
+            let deep = || collect(&rendered, facts, RECURSION_MAX);
+            stacker::grow(DEEP_STACK_BYTES, deep).unwrap_or(Query::NotUnderstood)
+        }
+        read => read.unwrap_or(Query::NotUnderstood),
+    }
+}
+
+/// Parses and walks over the tree; gives the facts back where it cannot be parsed.
+fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Query, (ReadFacts, ParserError)> {
     let parsed = Parser::new(&PostgreSqlDialect {})
-        .with_recursion_limit(RECURSION_MAX)
-        .try_with_sql(&rendered)
+        .with_recursion_limit(recursion_max)
+        .try_with_sql(rendered)
         .and_then(|mut parser| parser.parse_statements());
-    let Ok([Statement::Query(query)]) = parsed.as_deref() else {
-        return Query::NotUnderstood;
+    let statements = match parsed {
+        Ok(statements) => statements,
+        Err(error) => return Err((facts, error)),
+    };
+    let [Statement::Query(query)] = &statements[..] else {
+        return Ok(Query::NotUnderstood);
     };
     let mut collector = Collector {
         facts,
@@ -55,7 +75,7 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
         ordered_input: Vec::new(),
     };
     if query.visit(&mut collector).is_break() {
-        return Query::Write;
+        return Ok(Query::Write);
     }
     let mut facts = collector.facts;
     (facts.ordered, facts.limited) = top_level(query);
@@ -63,11 +83,11 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
     for relation in &mut facts.relations {
         relation.perhaps_cte = relation.name.schema.is_none() && collector.ctes.contains(&relation.name.name);
     }
-    if facts.locks {
+    Ok(if facts.locks {
         Query::Locking(facts)
     } else {
         Query::Read(facts)
-    }
+    })
 }
 
 /// The statement as sqlparser shall see it; facts that tokens tell are noted on the way.
@@ -365,6 +385,12 @@ impl Visitor for Collector {
         if is_limited(query) && !top_level(query).0 {
             self.unstable(Unstable::LimitWithoutOrder);
         }
+        if let SetExpr::Select(select) = &*query.body
+            && matches!(select.distinct, Some(Distinct::On(_)))
+            && query.order_by.is_none()
+        {
+            self.unstable(Unstable::DistinctOnWithoutOrder);
+        }
         // Shapes of other dialects, which the server refuses.
         let foreign = query.for_clause.is_some()
             || query.settings.is_some()
@@ -388,11 +414,6 @@ impl Visitor for Collector {
             _ => false,
         };
         self.ordered_input.push(ordered_input);
-        if matches!(select.distinct, Some(Distinct::On(_))) {
-            // Whether the ORDER BY decides every group is not for syntax to say; without any,
-            // nothing does. The query around it is looked at where the answers differ.
-            self.unstable(Unstable::DistinctOnWithoutOrder);
-        }
         ControlFlow::Continue(())
     }
 

@@ -1,0 +1,208 @@
+//! The admin API's documents: what `/api/v1/…` answers and the commands print with `--json`.
+//!
+//! Field names are part of the interface; times are RFC 3339, durations and lags carry their
+//! unit in the name.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::{Epoch, Phase, Side};
+
+/// `GET /api/v1/status`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub uptime_seconds: u64,
+    pub phase: Phase,
+    /// `phase:` as proxy.yaml has it now; differs from `phase` while it is being made so, or
+    /// where it was refused (then `problem` says why).
+    pub wish: Phase,
+    pub primary: Side,
+    pub epoch: Epoch,
+    pub problem: Option<String>,
+    pub sessions: Sessions,
+    pub databases: Vec<DatabaseStatus>,
+    /// What must hold before the next switchover.
+    pub gates: Vec<Gate>,
+    pub last_flip: Option<Flip>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sessions {
+    pub open: usize,
+    pub limit: usize,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DatabaseStatus {
+    pub name: String,
+    pub legacy: ServerStatus,
+    pub new: ServerStatus,
+    /// Absent where the phase mirrors nothing.
+    pub mirroring: Option<Mirroring>,
+    pub shadow_reads: ShadowReads,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ServerStatus {
+    pub address: String,
+    pub version: Option<String>,
+    /// Why it cannot be reached, where it cannot.
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Mirroring {
+    /// `connecting`, `waiting` (another proxy holds the applier's lease), `running`, `failing`,
+    /// `stopped`.
+    pub state: String,
+    pub error: Option<String>,
+    pub round: u64,
+    /// The snapshot of the last applied round, as `pg_current_snapshot()` writes it.
+    pub watermark: Option<String>,
+    /// The end of the primary's log when that snapshot was taken.
+    pub position: Option<String>,
+    pub changes_applied: u64,
+    pub transactions_applied: u64,
+    pub lag: Lag,
+    pub journal: Journal,
+    pub tables: Vec<TableStatus>,
+    /// What is not mirrored, and why.
+    pub not_mirrored: Vec<String>,
+    /// What a DBA must run, because the proxy's role may not.
+    pub sql_for_dba: Vec<String>,
+    pub sequence_errors: Vec<String>,
+    pub divergences: u64,
+    pub stray_writes: u64,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Journal {
+    pub bytes: u64,
+    /// At `journal.max_bytes` under `when_full: block`: writes are refused until it has drained.
+    pub full: bool,
+    /// Capture was switched off under `when_full: stop_mirroring`: the secondary must be seeded
+    /// again.
+    pub stopped: bool,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Lag {
+    /// Committed transactions not yet applied.
+    pub transactions: u64,
+    /// Of the primary's log, between the watermark and its end.
+    pub bytes: u64,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TableStatus {
+    pub name: String,
+    /// `unseeded`, `seeding`, `synced`.
+    pub seeding: String,
+    /// Why its mirroring is paused, where it is.
+    pub paused: Option<String>,
+    /// Why a table that was synced no longer is.
+    pub note: Option<String>,
+    pub diverged: u64,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ShadowReads {
+    pub matched: u64,
+    pub mismatched: u64,
+    /// Different at first, equal at a cut.
+    pub transient: u64,
+    pub not_comparable: BTreeMap<String, u64>,
+    /// Not chosen by `reads.shadow_percent`.
+    pub skipped: u64,
+    /// Chosen, but the queue was full.
+    pub dropped: u64,
+    /// Could not be repeated, by reason.
+    pub failed: BTreeMap<String, u64>,
+    /// Mismatches that the log could not take.
+    pub log_lost: u64,
+}
+
+/// A measured condition of a switchover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gate {
+    pub name: String,
+    pub measured: String,
+    pub required: String,
+    pub open: bool,
+}
+
+/// A switchover that was tried.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Flip {
+    pub to: Side,
+    pub at: String,
+    /// `done`, or why it was abandoned; everything then went on as before.
+    pub outcome: String,
+    pub forced: Option<String>,
+    pub steps: Vec<FlipStep>,
+    /// How long new transactions were held.
+    pub held_ms: f64,
+    pub sessions_carried: usize,
+    pub sessions_ended: usize,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FlipStep {
+    pub name: String,
+    pub ms: f64,
+}
+
+/// `POST /api/v1/switchover`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SwitchoverRequest {
+    pub to: Side,
+    #[serde(default)]
+    pub dry_run: bool,
+    /// The reason given with `--force`: closed gates are recorded, not obeyed.
+    #[serde(default)]
+    pub force: Option<String>,
+}
+
+/// What the switchover answers; `flip` is absent for a dry run and where a gate is closed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SwitchoverAnswer {
+    pub gates: Vec<Gate>,
+    pub flip: Option<Flip>,
+    pub done: bool,
+}
+
+/// `POST /api/v1/reload`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReloadAnswer {
+    pub phase: Phase,
+    /// What was done, in words.
+    pub changed: Vec<String>,
+}
+
+/// `GET /api/v1/wait?timeout_ms=…`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WaitAnswer {
+    pub caught_up: bool,
+    pub waited_ms: f64,
+    /// The database still behind, where one is.
+    pub behind: Option<String>,
+}
+
+/// `GET /api/v1/explain?sql=…`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExplainAnswer {
+    /// [`crate::sql::Explanation`] as a document.
+    pub explanation: serde_json::Value,
+    /// The same for a person.
+    pub text: String,
+}
+
+/// Every answer that is not 2xx.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    pub error: String,
+}

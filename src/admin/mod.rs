@@ -1,0 +1,147 @@
+//! The admin HTTP server, on an address of its own. What it is asked it hands to
+//! [`Operations`], which the app implements; nothing is decided here.
+//!
+//! | endpoint | answers |
+//! | --- | --- |
+//! | `GET /healthz` | 200 while the process lives |
+//! | `GET /readyz` | 200 when clients can be served, else 503 and why |
+//! | `GET /metrics` | Prometheus text |
+//! | `GET /api/v1/status` | [`api::Status`] |
+//! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
+//! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
+//! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
+//! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
+//!
+//! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
+
+pub mod api;
+pub mod client;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Deserialize;
+use subtle::ConstantTimeEq;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use self::api::{ExplainAnswer, Failure, ReloadAnswer, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer};
+use crate::config::Secret;
+
+/// What an operator may ask of the running proxy.
+pub trait Operations: Send + Sync + 'static {
+    /// Why clients cannot be served, where they cannot.
+    fn ready(&self) -> Result<(), String>;
+    fn status(&self) -> impl Future<Output = Status> + Send;
+    fn reload(self: Arc<Self>) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
+    fn switchover(
+        self: Arc<Self>,
+        request: SwitchoverRequest,
+    ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
+    fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
+    fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
+}
+
+/// Serves until `stop`.
+pub async fn serve<O: Operations>(
+    listener: TcpListener,
+    operations: Arc<O>,
+    metrics: PrometheusHandle,
+    token: Option<Secret>,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let guarded = Router::new()
+        .route("/metrics", get(move || async move { metrics.render() }))
+        .route("/api/v1/status", get(status::<O>))
+        .route("/api/v1/reload", post(reload::<O>))
+        .route("/api/v1/switchover", post(switchover::<O>))
+        .route("/api/v1/wait", get(wait::<O>))
+        .route("/api/v1/explain", get(explain::<O>))
+        .route_layer(middleware::from_fn_with_state(token, authorize));
+    let router = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready::<O>))
+        .merge(guarded)
+        .with_state(operations);
+    axum::serve(listener, router)
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .await
+}
+
+async fn authorize(State(token): State<Option<Secret>>, request: Request, next: Next) -> Response {
+    let Some(token) = token else {
+        return next.run(request).await;
+    };
+    let given = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    if given.is_some_and(|given| bool::from(given.ct_eq(token.expose().as_bytes()))) {
+        next.run(request).await
+    } else {
+        failure(StatusCode::UNAUTHORIZED, "the admin token is missing or wrong".into())
+    }
+}
+
+async fn ready<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.ready() {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+    }
+}
+
+async fn status<O: Operations>(State(operations): State<Arc<O>>) -> Json<Status> {
+    Json(operations.status().await)
+}
+
+async fn reload<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.reload().await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn switchover<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<SwitchoverRequest>,
+) -> Response {
+    let dry_run = request.dry_run;
+    match operations.switchover(request).await {
+        Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
+        Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    timeout_ms: u64,
+}
+
+async fn wait<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<WaitQuery>) -> Response {
+    match operations.wait_caught_up(Duration::from_millis(query.timeout_ms)).await {
+        Ok(answer) if answer.caught_up => Json(answer).into_response(),
+        Ok(answer) => (StatusCode::REQUEST_TIMEOUT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+#[derive(Deserialize)]
+struct ExplainQuery {
+    sql: String,
+}
+
+async fn explain<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<ExplainQuery>) -> Response {
+    Json(operations.explain(&query.sql).await).into_response()
+}
+
+fn failure(code: StatusCode, error: String) -> Response {
+    (code, Json(Failure { error })).into_response()
+}

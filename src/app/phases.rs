@@ -1,0 +1,167 @@
+//! Making a wish for a phase so.
+
+use std::sync::Arc;
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::world::World;
+use crate::admin::api::{Flip as FlipRecord, Gate};
+use crate::control::{Control, Phase};
+use crate::switchover::{Abandoned, Flip, Flipped, Plan, gates, plan};
+
+impl World {
+    /// Leads the migration to `wish`; what was done, in words. The caller holds `transition`.
+    /// `force` is the reason for which closed gates are passed.
+    ///
+    /// # Errors
+    /// Why it could not be done; the phase is then what it was.
+    pub(super) async fn make_so(self: &Arc<Self>, wish: Phase, force: Option<String>) -> Result<Vec<String>, String> {
+        let now = self.control_now();
+        match plan(now, wish).map_err(|refusal| refusal.to_string())? {
+            Plan::Nothing => Ok(Vec::new()),
+            Plan::Publish => Ok(vec![self.publish(Control { phase: wish, ..now })]),
+            Plan::StartMirroring => self.start_mirroring(Control { phase: wish, ..now }).await,
+            Plan::StopMirroring => self.stop_mirroring(Control { phase: wish, ..now }).await,
+            Plan::Complete => self.complete(Control { phase: wish, ..now }).await,
+            Plan::Flip { to } => {
+                self.catch_up_before_flip().await;
+                let closed: Vec<Gate> = self.gates().await.into_iter().filter(|gate| !gate.open).collect();
+                if let (Some(gate), None) = (closed.first(), &force) {
+                    return Err(format!(
+                        "a gate is closed: {}: {} (required: {}); `pgtandem switchover --to {to} --dry-run` shows all",
+                        gate.name, gate.measured, gate.required
+                    ));
+                }
+                let target = Control {
+                    phase: wish,
+                    primary: to,
+                    epoch: now.epoch.next(),
+                };
+                self.flip(now, target, force).await
+            }
+        }
+    }
+
+    /// The measured conditions of a switchover.
+    pub(super) async fn gates(&self) -> Vec<Gate> {
+        gates(&self.databases().await)
+    }
+
+    /// An applier that has just started, or is a little behind, is no reason to refuse: it is
+    /// given as long as open transactions are. What it does not reach, the gates measure.
+    pub(super) async fn catch_up_before_flip(&self) {
+        let patience = self.config.load().switchover.drain_timeout;
+        for tandem in self.tandems().iter() {
+            if let Err(why) = tandem.catch_up(patience).await {
+                tracing::warn!(database = tandem.name(), why, "not caught up before a switchover");
+            }
+        }
+    }
+
+    fn publish(&self, control: Control) -> String {
+        let was = self.control.send_replace(control);
+        format!("phase {} -> {}", was.phase, control.phase)
+    }
+
+    async fn start_mirroring(&self, control: Control) -> Result<Vec<String>, String> {
+        for tandem in self.tandems().iter() {
+            tandem
+                .start_mirroring(control)
+                .await
+                .map_err(|error| format!("database {}: {error}", tandem.name()))?;
+        }
+        Ok(vec![self.publish(control)])
+    }
+
+    async fn stop_mirroring(&self, control: Control) -> Result<Vec<String>, String> {
+        let published = self.publish(control);
+        for tandem in self.tandems().iter() {
+            tandem
+                .stop_mirroring()
+                .await
+                .map_err(|error| format!("database {}: remove capture: {error}", tandem.name()))?;
+        }
+        Ok(vec![
+            published,
+            "capture was removed; the secondary must be seeded again before it is mirrored again".into(),
+        ])
+    }
+
+    async fn complete(&self, control: Control) -> Result<Vec<String>, String> {
+        let published = self.publish(control);
+        for tandem in self.tandems().iter() {
+            tandem
+                .complete()
+                .await
+                .map_err(|error| format!("database {}: remove what was installed: {error}", tandem.name()))?;
+        }
+        Ok(vec![
+            published,
+            "mirroring has ended and what pgtandem installed was removed; the legacy server is no longer needed by it"
+                .into(),
+        ])
+    }
+
+    async fn flip(self: &Arc<Self>, from: Control, to: Control, forced: Option<String>) -> Result<Vec<String>, String> {
+        tracing::info!(to = %to.primary, epoch = %to.epoch, forced, "switchover begins");
+        let tandems = self.tandems();
+        let flip = Flip {
+            registry: &self.sessions.registry,
+            tandems: &tandems,
+            from,
+            to,
+            drain_timeout: self.config.load().switchover.drain_timeout,
+        };
+        let outcome = flip.run(async || {
+            self.publish(to);
+        });
+        let outcome = outcome.await;
+        let record = record(to, &outcome, forced);
+        self.facts().last_flip = Some(record);
+        match outcome {
+            Ok(flipped) => {
+                tracing::info!(primary = %to.primary, epoch = %to.epoch, held_ms = flipped.held.as_secs_f64() * 1000.0, "switchover done");
+                Ok(vec![format!(
+                    "{} is primary now (epoch {}); {} sessions carried over, transactions held for {:.0} ms",
+                    to.primary,
+                    to.epoch,
+                    flipped.sessions_carried,
+                    flipped.held.as_secs_f64() * 1000.0
+                )])
+            }
+            Err(abandoned) => {
+                tracing::error!(%abandoned, "switchover abandoned; everything goes on as before");
+                Err(format!(
+                    "switchover abandoned, everything goes on as before: {abandoned}"
+                ))
+            }
+        }
+    }
+}
+
+fn record(to: Control, outcome: &Result<Flipped, Abandoned>, forced: Option<String>) -> FlipRecord {
+    let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+    match outcome {
+        Ok(flipped) => FlipRecord {
+            to: to.primary,
+            at,
+            outcome: "done".into(),
+            forced,
+            steps: flipped.steps.clone(),
+            held_ms: flipped.held.as_secs_f64() * 1000.0,
+            sessions_carried: flipped.sessions_carried,
+            sessions_ended: 0,
+        },
+        Err(abandoned) => FlipRecord {
+            to: to.primary,
+            at,
+            outcome: format!("abandoned: {abandoned}"),
+            forced,
+            steps: Vec::new(),
+            held_ms: 0.0,
+            sessions_carried: 0,
+            sessions_ended: 0,
+        },
+    }
+}

@@ -1,0 +1,217 @@
+//! The shadow reads of every database: starts one intake for each, and shows it the reads that
+//! sessions come by.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use dashmap::DashMap;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::admin::api::ShadowReads;
+use crate::config::Config;
+use crate::control::Control;
+use crate::session::hooks::{self, Observer, Read};
+use crate::shadow::{
+    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
+    ShadowSink, ShadowTasks, ValueWriter, spawn,
+};
+use crate::sql::{Glance, NotComparable};
+use crate::switchover::Tandem;
+
+pub(super) struct Shadows {
+    databases: Arc<DashMap<String, Intake>>,
+    log: MismatchLog,
+    _log_writer: JoinHandle<()>,
+    control: watch::Receiver<Control>,
+}
+
+struct Intake {
+    sink: ShadowSink,
+    _tasks: ShadowTasks,
+}
+
+impl Shadows {
+    /// Opens the mismatch log; databases are attended to one by one.
+    pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> Self {
+        let log = &config.mismatch_log;
+        let (log, log_writer) = MismatchLog::open(log.path.clone(), ValueWriter::new(log.values));
+        Self {
+            databases: Arc::default(),
+            log,
+            _log_writer: log_writer,
+            control,
+        }
+    }
+
+    /// What sessions show their reads to.
+    pub(super) fn hook(&self) -> Arc<dyn hooks::Shadow> {
+        Arc::new(Shown {
+            databases: self.databases.clone(),
+        })
+    }
+
+    /// Begins with databases that are new, and leaves those that are gone.
+    pub(super) fn attend(&self, tandems: &[Arc<Tandem>], config: &Config) {
+        self.databases
+            .retain(|name, _| tandems.iter().any(|tandem| tandem.name() == name));
+        for tandem in tandems {
+            self.databases.entry(tandem.name().to_owned()).or_insert_with(|| {
+                let (sink, tasks) = spawn(Shadow {
+                    database: tandem.name().to_owned(),
+                    targets: tandem.targets().clone(),
+                    percent: config.reads.shadow_percent,
+                    control: self.control.clone(),
+                    cuts: Arc::new(TandemCuts(Arc::downgrade(tandem))),
+                    log: self.log.clone(),
+                    limits: ShadowLimits::default(),
+                });
+                Intake { sink, _tasks: tasks }
+            });
+        }
+    }
+
+    /// After a reload.
+    pub(super) fn reload(&self, config: &Config) {
+        for database in self.databases.iter() {
+            database.sink.set_percent(config.reads.shadow_percent);
+        }
+    }
+
+    /// The catalog by which a database's reads are judged.
+    pub(super) fn catalog(&self, database: &str) -> Option<Arc<Catalog>> {
+        Some(self.databases.get(database)?.sink.catalog())
+    }
+
+    pub(super) fn of_database(&self, name: &str) -> ShadowReads {
+        let Some(database) = self.databases.get(name) else {
+            return ShadowReads::default();
+        };
+        let stats = database.sink.stats();
+        ShadowReads {
+            matched: stats.matched + stats.order_ties,
+            mismatched: stats.mismatched,
+            transient: stats.transient,
+            not_comparable: owned(stats.not_comparable),
+            skipped: stats.skipped.values().sum(),
+            dropped: stats.dropped.values().sum(),
+            failed: owned(stats.failed),
+            log_lost: stats.log_lost,
+        }
+    }
+}
+
+fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collections::BTreeMap<String, u64> {
+    counts
+        .into_iter()
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect()
+}
+
+/// The sessions' view: a read goes to its database's intake.
+struct Shown {
+    databases: Arc<DashMap<String, Intake>>,
+}
+
+impl hooks::Shadow for Shown {
+    fn sampled(&self, text: &[u8], values: &[u8]) -> bool {
+        // One share holds for all databases, so any of them can say.
+        let any = self.databases.iter().next();
+        any.is_some_and(|database| database.sink.samples(Glance::Unclear, text, values))
+    }
+
+    fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
+        let sink = self.databases.get(read.database)?.sink.clone();
+        let (parameters, call) = match read.call {
+            hooks::Call::Simple => (&[][..], Call::Simple),
+            hooks::Call::Extended { types, values } => (
+                values,
+                Call::Extended {
+                    parameter_types: Bytes::copy_from_slice(types),
+                    bind: Bytes::copy_from_slice(values),
+                },
+            ),
+        };
+        if !sink.wants(read.control, read.script, read.text, parameters) {
+            return None;
+        }
+        if read.after_write {
+            sink.withdraw(NotComparable::EarlierWrite);
+            return None;
+        }
+        let Some(settings) = read.settings else {
+            sink.withdraw(NotComparable::UnknownSettings);
+            return None;
+        };
+        Some(Box::new(Observed {
+            sink,
+            read: ShadowRead {
+                control: read.control,
+                login: read.login.clone(),
+                settings: settings.clone(),
+                text: Bytes::copy_from_slice(read.text),
+                script: read.script.clone(),
+                call,
+                digest: DigestBuilder::default().finish(),
+                latency: Duration::ZERO,
+            },
+            digest: DigestBuilder::default(),
+        }))
+    }
+}
+
+/// One answer passing through.
+struct Observed {
+    sink: ShadowSink,
+    read: ShadowRead,
+    digest: DigestBuilder,
+}
+
+impl Observer for Observed {
+    fn begin(&mut self, kind: u8) {
+        self.digest.begin(kind);
+    }
+
+    fn piece(&mut self, body: &[u8]) {
+        self.digest.piece(body);
+    }
+
+    fn end(&mut self) {
+        self.digest.end();
+    }
+
+    fn complete(mut self: Box<Self>, latency: Duration) {
+        self.read.digest = self.digest.finish();
+        self.read.latency = latency;
+        self.sink.offer(self.read);
+    }
+}
+
+/// The applier's rounds and cuts, in whichever direction it mirrors now.
+struct TandemCuts(Weak<Tandem>);
+
+impl TandemCuts {
+    fn applier(&self) -> Result<Arc<crate::apply::Applier>, NoCut> {
+        self.0
+            .upgrade()
+            .and_then(|tandem| tandem.applier())
+            .ok_or_else(|| NoCut("nothing is mirrored".into()))
+    }
+}
+
+impl Cuts for TandemCuts {
+    fn round_after_now(&self) -> CutsFuture<'_, u64> {
+        Box::pin(async {
+            let cut = self.applier()?.round_after_now().await;
+            cut.map(|cut| cut.round).map_err(|error| NoCut(error.to_string()))
+        })
+    }
+
+    fn hold_cut(&self) -> CutsFuture<'_, HeldCut> {
+        Box::pin(async {
+            let held = self.applier()?.cut().await.map_err(|error| NoCut(error.to_string()))?;
+            Ok(HeldCut::new(held.cut.round, held.primary_snapshot.clone(), held))
+        })
+    }
+}

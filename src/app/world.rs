@@ -1,0 +1,316 @@
+//! What the process is about: its configuration, its databases, where the migration stands.
+//! The one place that writes [`Control`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::bail;
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::shadows::Shadows;
+use crate::admin::api::{Flip, ReloadAnswer};
+use crate::config::{Config, EVERY_OTHER_DATABASE};
+use crate::control::{Control, Epoch, Phase};
+use crate::routing::{Databases, Pair};
+use crate::session::hooks::{DdlHooks, Hooks};
+use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
+use crate::{journal, session};
+
+/// Between two tries to find out which side is primary.
+const BEGIN_RETRY: Duration = Duration::from_secs(1);
+
+pub(super) struct World {
+    pub(super) config: ArcSwap<Config>,
+    pub(super) sessions: Arc<session::Context>,
+    pub(super) shadows: Shadows,
+    pub(super) control: watch::Sender<Control>,
+    /// One for each database; `"*"` stands for as many as its servers have.
+    tandems: ArcSwap<Vec<Arc<Tandem>>>,
+    /// Held by whoever changes the phase: one change at a time.
+    pub(super) transition: tokio::sync::Mutex<()>,
+    facts: Mutex<Facts>,
+    pub(super) started: Instant,
+}
+
+/// What the admin pages tell besides the databases' own status.
+#[derive(Default)]
+pub(super) struct Facts {
+    /// Why `phase:` of proxy.yaml is not what is served.
+    pub(super) problem: Option<String>,
+    pub(super) last_flip: Option<Flip>,
+    pub(super) serving: bool,
+}
+
+impl World {
+    pub(super) fn new(config: Config) -> anyhow::Result<Arc<Self>> {
+        let control = Control {
+            phase: Phase::Initial,
+            primary: config.phase.primary(),
+            epoch: Epoch::FIRST,
+        };
+        let (sender, receiver) = watch::channel(control);
+        let shadows = Shadows::start(&config, receiver.clone());
+        let settings = session::Settings::from_config(&config)?;
+        let hooks = Hooks {
+            ddl: Some(DdlHooks {
+                in_transaction: journal::DDL_HOOK.into(),
+                outside: journal::DDL_HOOK_OUTSIDE.into(),
+            }),
+            shadow: Some(shadows.hook()),
+            ..Hooks::default()
+        };
+        let sessions = session::Context::new(settings, receiver, hooks);
+        Ok(Arc::new(Self {
+            config: ArcSwap::from_pointee(config),
+            sessions,
+            shadows,
+            control: sender,
+            tandems: ArcSwap::default(),
+            transition: tokio::sync::Mutex::default(),
+            facts: Mutex::new(Facts {
+                problem: Some("starting: it is not yet known which side is primary".into()),
+                ..Facts::default()
+            }),
+            started: Instant::now(),
+        }))
+    }
+
+    pub(super) fn sessions(&self) -> Arc<session::Context> {
+        self.sessions.clone()
+    }
+
+    pub(super) fn tandems(&self) -> Arc<Vec<Arc<Tandem>>> {
+        self.tandems.load_full()
+    }
+
+    pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn control_now(&self) -> Control {
+        *self.control.borrow()
+    }
+
+    /// Finds out where the migration stands and leads it to the phase of proxy.yaml.
+    ///
+    /// # Errors
+    /// What the databases record contradicts proxy.yaml, or each other. A server that cannot be
+    /// reached, and whose answer is needed, is asked until it can.
+    pub(super) async fn begin(self: &Arc<Self>) -> anyhow::Result<()> {
+        let _changing = self.transition.lock().await;
+        let wish = self.config.load().phase;
+        let control = loop {
+            match self.look(wish).await {
+                Ok(control) => break control,
+                Err(CannotBegin::Contradiction(why)) => bail!(why),
+                Err(CannotBegin::NotYet(why)) => {
+                    tracing::warn!(why, "not serving yet");
+                    self.facts().problem = Some(why);
+                    tokio::time::sleep(BEGIN_RETRY).await;
+                }
+            }
+        };
+        self.control.send_replace(control);
+        if control.phase.mirrors() {
+            for tandem in self.tandems().iter() {
+                tandem.start_mirroring(control).await.map_err(anyhow::Error::msg)?;
+            }
+        }
+        self.shadows.attend(&self.tandems(), &self.config.load());
+        match self.make_so(wish, None).await {
+            Ok(changed) => {
+                self.facts().problem = None;
+                tracing::info!(phase = %self.control_now().phase, primary = %self.control_now().primary, ?changed, "begun");
+                Ok(())
+            }
+            Err(why) => bail!(why),
+        }
+    }
+
+    /// Clients are let in.
+    pub(super) fn serving(self: &Arc<Self>) {
+        self.facts().serving = true;
+        let world = self.clone();
+        tokio::spawn(async move { world.discover_databases().await });
+    }
+
+    /// Asks every database's two sides for what they record.
+    async fn look(&self, wish: Phase) -> Result<Control, CannotBegin> {
+        let tandems = self.find_tandems(wish).await?;
+        let mut common: Option<(Control, String)> = None;
+        for tandem in &tandems {
+            let control = loop {
+                let (legacy, new) = tandem.observe_both().await;
+                match recover(&legacy, &new, wish)? {
+                    Beginning::At(control) => break control,
+                    Beginning::Restore { side, epoch } => {
+                        tracing::warn!(database = tandem.name(), %side, %epoch, "a switchover was interrupted before its point of no return; going back");
+                        tandem.restore(side, epoch).await.map_err(CannotBegin::NotYet)?;
+                    }
+                }
+            };
+            match &mut common {
+                None => common = Some((control, tandem.name().to_owned())),
+                Some((first, name)) => {
+                    if first.primary != control.primary {
+                        return Err(CannotBegin::Contradiction(format!(
+                            "database {name} records {} as primary, database {} records {}; switch one of them over first, with a proxy.yaml that names it alone",
+                            first.primary,
+                            tandem.name(),
+                            control.primary
+                        )));
+                    }
+                    // Where some are mirrored and others are new here, the new ones are installed.
+                    first.epoch = first.epoch.max(control.epoch);
+                    first.phase = first.phase.max(control.phase);
+                }
+            }
+        }
+        self.tandems.store(Arc::new(tandems));
+        common
+            .map(|(control, _)| control)
+            .ok_or_else(|| CannotBegin::NotYet("there is no database yet".into()))
+    }
+
+    /// The databases that proxy.yaml names, with those that `"*"` stands for on the primary.
+    async fn find_tandems(&self, wish: Phase) -> Result<Vec<Arc<Tandem>>, CannotBegin> {
+        let config = self.config.load();
+        let databases = Databases::new(&config.databases);
+        let mut names: Vec<String> = config
+            .databases
+            .keys()
+            .filter(|name| *name != EVERY_OTHER_DATABASE)
+            .cloned()
+            .collect();
+        if let Some(every_other) = config.databases.get(EVERY_OTHER_DATABASE) {
+            let target = every_other.target(wish.primary());
+            let listed = crate::catalog::databases(target).await.map_err(CannotBegin::NotYet)?;
+            names.extend(listed.into_iter().filter(|name| !config.databases.contains_key(name)));
+        }
+        let known = self.tandems();
+        Ok(names
+            .iter()
+            .filter_map(|name| {
+                let existing = known.iter().find(|tandem| tandem.name() == name).cloned();
+                existing.or_else(|| databases.find(name).map(|pair| self.new_tandem(pair)))
+            })
+            .collect())
+    }
+
+    fn new_tandem(&self, pair: Arc<Pair>) -> Arc<Tandem> {
+        let config = self.config.load();
+        Tandem::new(pair, config.journal, config.stray_writers)
+    }
+
+    /// Under `"*"`, databases come and go: looks for them as long as the process lives.
+    async fn discover_databases(self: Arc<Self>) {
+        const EVERY: Duration = Duration::from_secs(2);
+        loop {
+            tokio::time::sleep(EVERY).await;
+            if !self.config.load().databases.contains_key(EVERY_OTHER_DATABASE) {
+                continue;
+            }
+            let _changing = self.transition.lock().await;
+            if let Err(error) = self.adopt_databases().await {
+                tracing::warn!(error, "look for new databases");
+            }
+        }
+    }
+
+    async fn adopt_databases(&self) -> Result<(), String> {
+        let control = self.control_now();
+        let tandems = self
+            .find_tandems(control.phase)
+            .await
+            .map_err(|error| error.to_string())?;
+        let known = self.tandems();
+        for tandem in &tandems {
+            if !known.iter().any(|other| other.name() == tandem.name()) && control.phase.mirrors() {
+                tandem
+                    .start_mirroring(control)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                tracing::info!(database = tandem.name(), "a new database is mirrored");
+            }
+        }
+        for gone in known
+            .iter()
+            .filter(|old| !tandems.iter().any(|tandem| tandem.name() == old.name()))
+        {
+            gone.stop_applier().await;
+            tracing::info!(database = gone.name(), "a dropped database is no longer mirrored");
+        }
+        self.tandems.store(Arc::new(tandems));
+        self.shadows.attend(&self.tandems(), &self.config.load());
+        Ok(())
+    }
+
+    /// Reads proxy.yaml again and makes it so.
+    ///
+    /// # Errors
+    /// The file is wrong (then nothing was changed), or the phase cannot be made so (then the
+    /// rest of the file is in force, and the status says why).
+    pub(super) async fn reload_config(self: &Arc<Self>) -> Result<ReloadAnswer, String> {
+        let _changing = self.transition.lock().await;
+        let old = self.config.load_full();
+        let new = Config::load(&old.path).map_err(|error| error.to_string())?;
+        let mut changed = self.check_reloadable(&old, &new)?;
+        let settings = session::Settings::from_config(&new).map_err(|error| format!("tls: {error}"))?;
+        let wish = new.phase;
+        self.sessions.reload(settings);
+        self.shadows.reload(&new);
+        self.config.store(Arc::new(new));
+        let outcome = self.make_so(wish, None).await;
+        self.facts().problem = outcome.as_ref().err().cloned();
+        changed.extend(outcome?);
+        Ok(ReloadAnswer {
+            phase: self.control_now().phase,
+            changed,
+        })
+    }
+
+    /// What a reload takes over by itself, in words.
+    fn check_reloadable(&self, old: &Config, new: &Config) -> Result<Vec<String>, String> {
+        let fixed = |key: &str| Err(format!("{key}: cannot be changed by a reload; restart the proxy"));
+        if old.databases != new.databases {
+            return fixed("databases");
+        }
+        if old.listen != new.listen {
+            return fixed("listen");
+        }
+        if old.admin != new.admin {
+            return fixed("admin");
+        }
+        if old.limits.worker_threads != new.limits.worker_threads {
+            return fixed("limits: worker_threads");
+        }
+        if old.journal != new.journal {
+            return fixed("journal");
+        }
+        if old.stray_writers != new.stray_writers {
+            return fixed("stray_writers");
+        }
+        let mut changed = Vec::new();
+        for (name, differs) in [
+            ("auth", old.auth != new.auth),
+            ("limits", old.limits != new.limits),
+            ("reads", old.reads != new.reads),
+            ("mismatch_log", old.mismatch_log != new.mismatch_log),
+            ("switchover", old.switchover != new.switchover),
+        ] {
+            if differs {
+                changed.push(format!("{name} changed"));
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Appliers finish their round and give their lease back.
+    pub(super) async fn end(&self) {
+        for tandem in self.tandems().iter() {
+            tandem.stop_applier().await;
+        }
+    }
+}

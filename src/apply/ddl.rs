@@ -1,0 +1,414 @@
+//! DDL on the secondary, at its place in the round, as the client's own role.
+
+use tokio_postgres::Client;
+
+use super::ApplyError;
+use super::doing;
+use super::plan::{DdlRecord, TableRecord};
+use super::session::Session;
+use super::tables::record_pause;
+use crate::catalog::quote::{identifier, literal, qualified};
+use crate::catalog::{Oid, PINNED_SETTINGS};
+
+/// The record as `pgtandem.watermark.outside` keeps it.
+pub(super) fn record_text(record: &DdlRecord) -> String {
+    serde_json::json!({
+        "statement": record.statement,
+        "user": record.user,
+        "role": record.role,
+        "settings": record.settings,
+    })
+    .to_string()
+}
+
+impl Session {
+    /// Inside the round's transaction.
+    pub(super) async fn run_ddl(&mut self, record: &DdlRecord) -> Result<(), ApplyError> {
+        let secondary = &self.secondary;
+        let settings: Vec<String> = record
+            .settings
+            .iter()
+            .map(|(name, value)| format!("SELECT set_config({}, {}, true)", literal(name), literal(value)))
+            .collect();
+        secondary
+            .batch_execute(&format!(
+                "SET LOCAL session_replication_role = origin; {}",
+                settings.join("; ")
+            ))
+            .await
+            .map_err(doing("take over the settings of a DDL statement"))?;
+        if record.role == self.own_role {
+            secondary.execute(&record.statement, &[]).await.map(drop)
+        } else {
+            run_as(secondary, &record.role, &record.statement).await
+        }
+        .map_err(doing("run a DDL statement on the secondary"))?;
+        let restored = PINNED_SETTINGS.replace("SET ", "SET LOCAL ");
+        secondary
+            .batch_execute(&format!("{restored} SET LOCAL session_replication_role = replica"))
+            .await
+            .map_err(doing("restore the applier's settings"))?;
+
+        for table in &record.created {
+            self.table_created(table).await?;
+        }
+        for table in &record.changed {
+            self.table_changed(table).await?;
+        }
+        self.secondary
+            .batch_execute(
+                "DELETE FROM pgtandem.seeding s
+                  WHERE s.local IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.local)",
+            )
+            .await
+            .map_err(doing("forget dropped tables"))?;
+        self.tables = super::tables::Tables::load(&self.secondary).await?;
+        Ok(())
+    }
+
+    /// A table that the proxy saw being created is equal from its first row. Where it is not
+    /// new here (IF NOT EXISTS), it needs seeding unless it is empty; where the DDL computed
+    /// rows, a clear and those rows follow in the journal.
+    async fn table_created(&self, table: &TableRecord) -> Result<(), ApplyError> {
+        let local = self.local_table(table).await?;
+        let state = match local {
+            None => "unseeded",
+            Some(_) => {
+                let has_rows = self
+                    .secondary
+                    .query_one(
+                        &format!(
+                            "SELECT EXISTS (SELECT FROM ONLY {})",
+                            qualified(&table.schema, &table.name)
+                        ),
+                        &[],
+                    )
+                    .await
+                    .map_err(doing("look into a new table"))?
+                    .get::<_, bool>(0);
+                if has_rows { "unseeded" } else { "synced" }
+            }
+        };
+        let paused = local.is_none().then_some("the secondary has no such table");
+        self.record_table(table, local, state, paused).await?;
+        if let Some(local) = local {
+            self.capture_here(local).await?;
+        }
+        Ok(())
+    }
+
+    async fn table_changed(&self, table: &TableRecord) -> Result<(), ApplyError> {
+        let row = self
+            .secondary
+            .query_opt("SELECT local FROM pgtandem.seeding WHERE rel = $1", &[&table.rel])
+            .await
+            .map_err(doing("read pgtandem.seeding"))?;
+        let Some(local) = row.and_then(|row| row.get::<_, Option<Oid>>(0)) else {
+            return Ok(());
+        };
+        self.secondary
+            .execute(
+                "UPDATE pgtandem.seeding SET schema = $2, name = $3, columns = $4, shape = $5, filenode = $6, attributes = $7 WHERE rel = $1",
+                &[
+                    &table.rel,
+                    &table.schema,
+                    &table.name,
+                    &table.columns,
+                    &table.shape,
+                    &table.filenode,
+                    &table.attributes,
+                ],
+            )
+            .await
+            .map_err(doing("record a changed table"))?;
+        let here = self
+            .secondary
+            .query_opt(
+                "SELECT columns, pgtandem.name_of(rel) FROM pgtandem.shape WHERE rel = $1",
+                &[&local],
+            )
+            .await
+            .map_err(doing("read a changed table's definition"))?;
+        let Some(here) = here else { return Ok(()) };
+        if !super::tables::same_columns(here.get(0), &table.columns) {
+            return record_pause(&self.secondary, table.rel, "the two sides' columns differ after DDL").await;
+        }
+        let target: String = here.get(1);
+        for computed in &table.computed {
+            self.copy_computed(local, &target, &computed.column, &computed.value)
+                .await?;
+        }
+        self.capture_here(local).await
+    }
+
+    /// A column added with a default that is not constant (now()) got one value for all rows
+    /// that existed; here it was computed a second time.
+    async fn copy_computed(&self, local: Oid, target: &str, column: &str, value: &str) -> Result<(), ApplyError> {
+        let row = self
+            .secondary
+            .query_opt(
+                "SELECT format_type(a.atttypid, a.atttypmod), a.attmissingval::text IS NOT DISTINCT FROM $3
+                   FROM pg_attribute a WHERE a.attrelid = $1 AND a.attname = $2 AND NOT a.attisdropped",
+                &[&local, &column, &value],
+            )
+            .await
+            .map_err(doing("compare a column's value for existing rows"))?;
+        let Some(row) = row else { return Ok(()) };
+        if row.get::<_, bool>(1) {
+            return Ok(());
+        }
+        let type_name: String = row.get(0);
+        self.secondary
+            .batch_execute(&format!(
+                "UPDATE ONLY {target} SET {} = (({}::{type_name}[])[1])",
+                identifier(column),
+                literal(value)
+            ))
+            .await
+            .map_err(doing("copy a column's value for existing rows"))
+    }
+
+    async fn local_table(&self, table: &TableRecord) -> Result<Option<Oid>, ApplyError> {
+        let row = self
+            .secondary
+            .query_opt(
+                "SELECT rel FROM pgtandem.shape WHERE schema = $1 AND name = $2",
+                &[&table.schema, &table.name],
+            )
+            .await
+            .map_err(doing("look for a new table"))?;
+        Ok(row.map(|row| row.get(0)))
+    }
+
+    async fn record_table(
+        &self,
+        table: &TableRecord,
+        local: Option<Oid>,
+        state: &str,
+        paused: Option<&str>,
+    ) -> Result<(), ApplyError> {
+        self.secondary
+            .execute(
+                "INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, columns, shape, filenode, attributes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+                 ON CONFLICT (rel) DO UPDATE SET local = EXCLUDED.local, schema = EXCLUDED.schema, name = EXCLUDED.name,
+                     state = EXCLUDED.state, paused = EXCLUDED.paused, note = NULL, columns = EXCLUDED.columns,
+                     shape = EXCLUDED.shape, filenode = EXCLUDED.filenode, attributes = EXCLUDED.attributes",
+                &[
+                    &table.rel,
+                    &local,
+                    &table.schema,
+                    &table.name,
+                    &state,
+                    &paused,
+                    &table.columns,
+                    &table.shape,
+                    &table.filenode,
+                    &table.attributes,
+                ],
+            )
+            .await
+            .map_err(doing("record a new table"))?;
+        Ok(())
+    }
+
+    async fn capture_here(&self, local: Oid) -> Result<(), ApplyError> {
+        self.secondary
+            .execute("SELECT pgtandem.capture($1)", &[&local])
+            .await
+            .map_err(doing("arm capture on the secondary"))?;
+        Ok(())
+    }
+
+    /// Outside any transaction. The watermark says what was begun, so that after a crash in the
+    /// middle it is run again: what it had already done is then no error.
+    pub(super) async fn run_outside(&mut self, record: &DdlRecord) -> Result<(), ApplyError> {
+        let secondary = &self.secondary;
+        let settings: Vec<String> = record
+            .settings
+            .iter()
+            .map(|(name, value)| format!("SELECT set_config({}, {}, false)", literal(name), literal(value)))
+            .collect();
+        let becoming = if record.role == self.own_role {
+            String::new()
+        } else {
+            format!("SET ROLE {};", identifier(&record.role))
+        };
+        if !may_run_outside(&record.statement) {
+            return Err(ApplyError::Refused(format!(
+                "not a statement that runs outside transactions: {}",
+                record.statement
+            )));
+        }
+        drop_invalid_index(secondary, &record.statement).await?;
+        secondary
+            .batch_execute(&format!(
+                "SET session_replication_role = origin; {}",
+                settings.join("; ")
+            ))
+            .await
+            .map_err(doing("take over the settings of a DDL statement"))?;
+        if !becoming.is_empty() {
+            secondary
+                .batch_execute(&becoming)
+                .await
+                .map_err(doing("become the client's role"))?;
+        }
+        // The extended protocol takes one statement only: nothing can follow it under our role.
+        let result = secondary.execute(&record.statement, &[]).await;
+        secondary
+            .batch_execute(&format!(
+                "RESET ROLE; {PINNED_SETTINGS} SET session_replication_role = replica"
+            ))
+            .await
+            .map_err(doing("restore the applier's settings"))?;
+        match result {
+            Ok(_) => {}
+            // 42P04, 42P06, 42P07, 42710: already there; 42P01, 42704, 3D000: already gone.
+            Err(error)
+                if error.code().is_some_and(|code| {
+                    ["42P04", "42P06", "42P07", "42710", "42P01", "42704", "3D000"].contains(&code.code())
+                }) =>
+            {
+                tracing::info!(
+                    statement = record.statement,
+                    error = crate::upstream::control::error_chain(&error),
+                    "a DDL statement outside transactions had already been done on the secondary"
+                );
+            }
+            Err(error) => return Err(doing("run a DDL statement outside transactions")(error)),
+        }
+        self.secondary
+            .batch_execute(&format!(
+                "UPDATE pgtandem.watermark SET outside = NULL WHERE epoch = {} AND round = {}",
+                self.config.epoch, self.round
+            ))
+            .await
+            .map_err(doing("record a finished DDL statement"))?;
+        self.outside = None;
+        self.tables = super::tables::Tables::load(&self.secondary).await?;
+        Ok(())
+    }
+}
+
+/// Runs a statement with a role's privileges and no more. SET ROLE alone would not do: the
+/// statement could itself be a RESET ROLE, or a DO block with one inside. A function that
+/// belongs to the role and is SECURITY DEFINER forbids it.
+async fn run_as(secondary: &Client, role: &str, statement: &str) -> Result<(), tokio_postgres::Error> {
+    let role = identifier(role);
+    secondary
+        .batch_execute(&format!(
+            "GRANT USAGE, CREATE ON SCHEMA pgtandem TO {role};
+             CREATE FUNCTION pgtandem.run_as(statement text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+                 AS $run$ BEGIN EXECUTE statement; END $run$;
+             ALTER FUNCTION pgtandem.run_as(text) OWNER TO {role};
+             REVOKE USAGE, CREATE ON SCHEMA pgtandem FROM {role}"
+        ))
+        .await?;
+    secondary
+        .batch_execute(&format!("SELECT pgtandem.run_as({})", literal(statement)))
+        .await?;
+    secondary.batch_execute("DROP FUNCTION pgtandem.run_as(text)").await
+}
+
+/// Outside a transaction there is no function around the statement to keep it in its role, so
+/// only what runs no code of its writer's is let through. The record may be forged.
+fn may_run_outside(statement: &str) -> bool {
+    let mut rest = statement.trim_start();
+    loop {
+        if let Some(comment) = rest.strip_prefix("--") {
+            rest = comment.split_once('\n').map_or("", |(_, after)| after).trim_start();
+        } else if let Some(comment) = rest.strip_prefix("/*") {
+            rest = comment.split_once("*/").map_or("", |(_, after)| after).trim_start();
+        } else {
+            break;
+        }
+    }
+    let words: Vec<String> = rest.split_whitespace().map(str::to_ascii_uppercase).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        ["CREATE", "INDEX", "CONCURRENTLY", ..]
+        | ["CREATE", "UNIQUE", "INDEX", "CONCURRENTLY", ..]
+        | ["DROP", "INDEX", "CONCURRENTLY", ..]
+        | ["CREATE" | "DROP" | "ALTER", "DATABASE", ..] => true,
+        // REINDEX TABLE CONCURRENTLY and REINDEX (VERBOSE, CONCURRENTLY) TABLE.
+        [reindex, ..] if reindex == "REINDEX" || reindex.starts_with("REINDEX(") => true,
+        [
+            "ALTER",
+            "TABLE",
+            _,
+            "DETACH",
+            "PARTITION",
+            _,
+            "CONCURRENTLY" | "FINALIZE",
+        ]
+        | [
+            "ALTER",
+            "TABLE",
+            "IF",
+            "EXISTS",
+            _,
+            "DETACH",
+            "PARTITION",
+            _,
+            "CONCURRENTLY" | "FINALIZE",
+        ] => true,
+        _ => false,
+    }
+}
+
+/// A concurrent index build that was cut short leaves an invalid index of the same name.
+async fn drop_invalid_index(secondary: &Client, statement: &str) -> Result<(), ApplyError> {
+    let upper = statement.to_ascii_uppercase();
+    if !(upper.contains("CREATE") && upper.contains("INDEX") && upper.contains("CONCURRENTLY")) {
+        return Ok(());
+    }
+    let rows = secondary
+        .query(
+            "SELECT n.nspname::text, c.relname::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+               JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE NOT i.indisvalid AND position(c.relname::text IN $1) > 0",
+            &[&statement],
+        )
+        .await
+        .map_err(doing("look for an unfinished index"))?;
+    for row in &rows {
+        secondary
+            .batch_execute(&format!(
+                "DROP INDEX CONCURRENTLY IF EXISTS {}",
+                qualified(row.get(0), row.get(1))
+            ))
+            .await
+            .map_err(doing("drop an unfinished index"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_run_outside_a_transaction() {
+        for (statement, allowed) in [
+            ("CREATE INDEX CONCURRENTLY i ON t (a)", true),
+            ("  /* x */ -- y\n create unique index concurrently i on t (a)", true),
+            ("DROP INDEX CONCURRENTLY i", true),
+            ("REINDEX TABLE CONCURRENTLY t", true),
+            ("REINDEX (CONCURRENTLY) TABLE t", true),
+            ("CREATE DATABASE d", true),
+            ("ALTER TABLE p DETACH PARTITION q CONCURRENTLY", true),
+            (
+                "ALTER TABLE p ALTER a TYPE text USING f(a) -- DETACH PARTITION q CONCURRENTLY",
+                false,
+            ),
+            ("CREATE INDEX i ON t (a)", false),
+            ("DO $$ BEGIN RESET ROLE; END $$", false),
+            ("RESET ROLE", false),
+            ("CREATE TABLE x AS SELECT f()", false),
+            ("", false),
+        ] {
+            assert_eq!(may_run_outside(statement), allowed, "{statement}");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The first watermark of a new direction, taken while nobody can write on the new primary.
+
+use tokio_postgres::Client;
+
+use super::session::read_watermark;
+use super::{ApplyError, doing};
+use crate::catalog::{Oid, PINNED_SETTINGS};
+use crate::control::{Epoch, Side};
+
+/// Why a direction could not be begun.
+#[derive(Debug, thiserror::Error)]
+#[error("begin the new direction: {0}")]
+pub struct BeginError(String);
+
+impl From<ApplyError> for BeginError {
+    fn from(error: ApplyError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Makes `secondary` follow `primary` from now on, in `epoch`. To be called under the fence,
+/// after the last round of the old direction and before anyone may write on `primary`.
+///
+/// The watermark is a snapshot of the new primary as it is now. What its journal still holds
+/// of an earlier epoch is seen by that snapshot, so it is never applied. The tables are those of
+/// the old direction the other way round: what was synced is synced.
+pub async fn begin_direction(
+    primary: &Client,
+    secondary: &mut Client,
+    primary_side: Side,
+    epoch: Epoch,
+) -> Result<(), BeginError> {
+    begin(primary, secondary, primary_side, epoch)
+        .await
+        .map_err(BeginError::from)
+}
+
+async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epoch: Epoch) -> Result<(), ApplyError> {
+    primary
+        .batch_execute(PINNED_SETTINGS)
+        .await
+        .map_err(doing("prepare the connection"))?;
+    // What the applier's DDL changed here went past the hook: the records of captured tables
+    // are brought up to date, or the next DDL would take it for its own.
+    primary
+        .batch_execute(
+            "UPDATE pgtandem.captured c
+                SET schema = s.schema, name = s.name, shape = s.shape, filenode = s.filenode,
+                    attributes = s.attributes, attribute_count = s.attribute_count
+               FROM pgtandem.shape s WHERE s.rel = c.rel",
+        )
+        .await
+        .map_err(doing("refresh the captured tables"))?;
+    let head = primary
+        .query_one(
+            "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text",
+            &[],
+        )
+        .await
+        .map_err(doing("take the first snapshot"))?;
+    let (snapshot, position): (String, String) = (head.get(0), head.get(1));
+    let tables = primary
+        .query(
+            "SELECT s.local, s.rel, h.schema, h.name, s.state, s.paused, s.note, h.columns, h.shape, h.filenode, h.attributes
+               FROM pgtandem.seeding s JOIN pgtandem.shape h ON h.rel = s.local",
+            &[],
+        )
+        .await
+        .map_err(doing("read the old direction's tables"))?;
+    let old_round = read_watermark(primary).await?.map_or(0, |watermark| watermark.round);
+
+    let transaction = secondary
+        .transaction()
+        .await
+        .map_err(doing("begin the new direction"))?;
+    transaction
+        .batch_execute("SET LOCAL synchronous_commit = on; DELETE FROM pgtandem.seeding")
+        .await
+        .map_err(doing("begin the new direction"))?;
+    for row in &tables {
+        let (rel, local): (Oid, Oid) = (row.get(0), row.get(1));
+        let texts: [Option<&str>; 8] = [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get(index));
+        let filenode: Oid = row.get(9);
+        transaction
+            .execute(
+                "INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, note, columns, shape, attributes, filenode)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+                &[
+                    &rel, &local, &texts[0], &texts[1], &texts[2], &texts[3], &texts[4], &texts[5], &texts[6], &texts[7],
+                    &filenode,
+                ],
+            )
+            .await
+            .map_err(doing("record the new direction's tables"))?;
+    }
+    transaction
+        .execute(
+            "INSERT INTO pgtandem.watermark AS w (epoch, primary_side, round, snapshot, position)
+             VALUES ($1, $2, $3, $4, $5::text::pg_lsn)
+             ON CONFLICT (one) DO UPDATE SET epoch = EXCLUDED.epoch, primary_side = EXCLUDED.primary_side,
+                 round = GREATEST(w.round, EXCLUDED.round), snapshot = EXCLUDED.snapshot, position = EXCLUDED.position,
+                 target = NULL, target_position = NULL, piece = NULL, outside = NULL, applied_at = clock_timestamp()",
+            &[
+                &(epoch.0 as i64),
+                &primary_side.as_str(),
+                &(old_round as i64),
+                &snapshot,
+                &position,
+            ],
+        )
+        .await
+        .map_err(doing("store the first watermark"))?;
+    transaction.commit().await.map_err(doing("begin the new direction"))
+}

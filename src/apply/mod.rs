@@ -1,0 +1,152 @@
+//! The applier: brings what the primary's journal holds to the secondary, round by round.
+//!
+//! ```text
+//! primary ── read.rs ──▶ plan.rs ──▶ rows.rs / bulk.rs ──▶ secondary
+//!  journal   one snapshot  difference    one transaction     rows + watermark
+//! ```
+//!
+//! `app` spawns one [`Applier`] per pair of databases; the switchover, the shadow reads and
+//! `wait --caught-up` ask it for cuts; the status reads what it publishes. It never fails: it
+//! reconnects, and says in its status what is wrong.
+//!
+//! Why a round is exact. Let S be the snapshot of the last round and T the one of this. (1)
+//! Every committed effect is in the journal of its own transaction, so the changes visible in T
+//! and not in S are exactly the effects of the transactions that committed between the two. (2)
+//! Each change consumes one old image and produces one new one, so the rows at T are the rows
+//! at S, minus all old images, plus all new ones, in whatever order they were captured. (3) The
+//! secondary equals the primary at S, so it equals it at T once the difference is written; rows
+//! and T commit together, so a crash leaves S or T and nothing between. (4) Before that commit
+//! the primary has its log on disk past T, so no crash of it can take T back.
+
+mod bulk;
+mod ddl;
+pub mod difference;
+mod direction;
+pub mod image;
+pub mod pipeline;
+pub mod plan;
+mod round;
+mod rows;
+mod seeding;
+mod sequences;
+mod session;
+pub mod statements;
+mod status;
+mod tables;
+mod task;
+
+use std::time::Duration;
+
+pub use direction::{BeginError, begin_direction};
+pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
+pub use task::{Applier, Cut, HeldCut, Stopped, spawn};
+
+pub use crate::journal::read::ReadBy;
+
+use crate::config::{Journal, StrayWriters, Target};
+use crate::control::Epoch;
+use crate::journal::JournalError;
+use crate::journal::read::RoundReadError;
+use crate::upstream::control::{ConnectError, error_chain};
+
+/// What an applier is told.
+#[derive(Debug, Clone)]
+pub struct ApplierConfig {
+    pub primary: Target,
+    pub secondary: Target,
+    pub epoch: Epoch,
+    /// Between rounds while there is something to do.
+    pub poll_min: Duration,
+    /// Between rounds when nothing has come for a while.
+    pub poll_max: Duration,
+    pub read_by: ReadBy,
+    pub stray_writers: StrayWriters,
+    pub journal: Journal,
+}
+
+impl ApplierConfig {
+    /// With the usual pauses, reading by snapshots.
+    pub const fn new(
+        primary: Target,
+        secondary: Target,
+        epoch: Epoch,
+        journal: Journal,
+        stray_writers: StrayWriters,
+    ) -> Self {
+        Self {
+            primary,
+            secondary,
+            epoch,
+            poll_min: Self::POLL_MIN,
+            poll_max: Self::POLL_MAX,
+            read_by: ReadBy::Snapshot,
+            stray_writers,
+            journal,
+        }
+    }
+
+    pub const POLL_MIN: Duration = Duration::from_millis(15);
+    pub const POLL_MAX: Duration = Duration::from_millis(100);
+}
+
+/// Why a session of the applier ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ApplyError {
+    #[error("{doing}: {}", error_chain(.source))]
+    Postgres {
+        doing: &'static str,
+        #[source]
+        source: tokio_postgres::Error,
+    },
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Read(#[from] RoundReadError),
+    #[error(transparent)]
+    Snapshot(#[from] crate::catalog::snapshot::NotASnapshot),
+    #[error(transparent)]
+    Ddl(#[from] plan::BadDdlRecord),
+    #[error("another proxy holds the applier's lease")]
+    LeaseHeld,
+    #[error("{0}")]
+    Deposed(String),
+    #[error("schema pgtandem is not installed on {0}")]
+    NotInstalled(String),
+    #[error("the proxy's role on the secondary lacks a privilege; a DBA must run: {0}")]
+    Privileges(String),
+    #[error("the secondary refused a round: {0}")]
+    Refused(String),
+    #[error("{0}")]
+    Inconsistent(String),
+}
+
+impl ApplyError {
+    fn overtaken() -> Self {
+        Self::Deposed("another applier has gone on from the same round".into())
+    }
+
+    /// Whether a server could not be reached or went away, as opposed to said no.
+    fn is_connection(&self) -> bool {
+        match self {
+            Self::Connect(_) => true,
+            Self::Postgres { source, .. }
+            | Self::Read(RoundReadError::Postgres(source))
+            | Self::Journal(JournalError::Postgres { source, .. }) => {
+                // 57P01 to 57P05 and class 08: the server shut down or ended the session.
+                source.is_closed()
+                    || source.code().is_none_or(|code| {
+                        let code = code.code();
+                        code.starts_with("57P") || code.starts_with("08")
+                    })
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Adds what was being done to a database error.
+pub(crate) fn doing(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> ApplyError {
+    move |source| ApplyError::Postgres { doing, source }
+}

@@ -1,0 +1,328 @@
+//! What a round does, from the changes it read: differences per table, with DDL in between.
+//! Pure.
+//!
+//! Only DDL and TRUNCATE need an order. A transaction's place is its highest position: one that
+//! built on another's rows wrote after that one's commit, so highest positions are a valid
+//! order of whole transactions. The changes of a transaction that itself contains a barrier are
+//! placed one by one, as the barrier stands between them; no other transaction's changes to the
+//! tables concerned can be on both sides of it, because of the barrier's locks.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use serde::Deserialize;
+
+use super::difference::{Difference, Image, net};
+use crate::catalog::Oid;
+use crate::journal::read::{Change, Operation};
+
+/// One step of a round, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step<'a> {
+    Rows(BTreeMap<Oid, Difference<'a>>),
+    Ddl(DdlRecord),
+    /// Runs outside a transaction: what came before is committed first, up to `position`.
+    Outside {
+        position: u64,
+        record: DdlRecord,
+    },
+}
+
+/// A round's changes, ready to be written.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Plan<'a> {
+    pub steps: Vec<Step<'a>>,
+    pub changes: usize,
+    pub transactions: usize,
+    /// Every table that a change names.
+    pub rels: Vec<Oid>,
+}
+
+impl Plan<'_> {
+    /// The DDL inside the round's transactions, in order.
+    pub fn ddl(&self) -> impl Iterator<Item = &DdlRecord> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Ddl(record) => Some(record),
+            Step::Rows(_) | Step::Outside { .. } => None,
+        })
+    }
+}
+
+/// A DDL statement with what decides its meaning, and what it did to tables.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct DdlRecord {
+    #[serde(default)]
+    pub statement: String,
+    pub user: String,
+    pub role: String,
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
+    #[serde(default)]
+    pub created: Vec<TableRecord>,
+    #[serde(default)]
+    pub changed: Vec<TableRecord>,
+}
+
+/// A table as the primary had it right after the DDL.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct TableRecord {
+    pub rel: Oid,
+    pub schema: String,
+    pub name: String,
+    /// JSON, as view `pgtandem.shape` has it.
+    pub columns: String,
+    pub shape: String,
+    pub filenode: Oid,
+    pub attributes: String,
+    /// Values that existing rows got for new columns without a rewrite.
+    #[serde(default)]
+    pub computed: Vec<ComputedColumn>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ComputedColumn {
+    pub column: String,
+    /// An array with one element, as text.
+    pub value: String,
+}
+
+/// A DDL record that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("a DDL record cannot be read: {0}")]
+pub struct BadDdlRecord(String);
+
+impl DdlRecord {
+    pub fn from_change(change: &Change<'_>) -> Result<Self, BadDdlRecord> {
+        let context = change.old.ok_or_else(|| BadDdlRecord("no context".into()))?;
+        let statement = change.new.ok_or_else(|| BadDdlRecord("no statement".into()))?;
+        let mut record: Self = serde_json::from_slice(context).map_err(|error| BadDdlRecord(error.to_string()))?;
+        record.statement = String::from_utf8(statement.to_vec()).map_err(|error| BadDdlRecord(error.to_string()))?;
+        Ok(record)
+    }
+}
+
+/// Plans a round. The changes come in any order.
+pub fn plan<'a>(changes: &[Change<'a>]) -> Result<Plan<'a>, BadDdlRecord> {
+    let mut places: HashMap<u64, u64> = HashMap::new();
+    let mut barriers: HashSet<u64> = HashSet::new();
+    let mut rels: HashSet<Oid> = HashSet::new();
+    for change in changes {
+        let top = places.entry(change.xid).or_default();
+        *top = (*top).max(change.position);
+        if change.operation.is_barrier() {
+            barriers.insert(change.xid);
+        }
+        if change.rel != 0 {
+            rels.insert(change.rel);
+        }
+    }
+    let mut rels: Vec<Oid> = rels.into_iter().collect();
+    rels.sort_unstable();
+    let mut plan = Plan {
+        steps: Vec::new(),
+        changes: changes.len(),
+        transactions: places.len(),
+        rels,
+    };
+    let mut segment = Segment::default();
+    if barriers.is_empty() {
+        changes.iter().for_each(|change| segment.add(change));
+        plan.steps.extend(segment.finish());
+        return Ok(plan);
+    }
+    let mut ordered: Vec<&Change<'a>> = changes.iter().collect();
+    ordered.sort_by_key(|change| {
+        let place = if barriers.contains(&change.xid) {
+            change.position
+        } else {
+            places[&change.xid]
+        };
+        (place, change.position)
+    });
+    for change in ordered {
+        match change.operation {
+            Operation::Row | Operation::Truncate => segment.add(change),
+            Operation::Ddl => {
+                plan.steps.extend(std::mem::take(&mut segment).finish());
+                plan.steps.push(Step::Ddl(DdlRecord::from_change(change)?));
+            }
+            Operation::DdlOutside => {
+                plan.steps.extend(std::mem::take(&mut segment).finish());
+                plan.steps.push(Step::Outside {
+                    position: change.position,
+                    record: DdlRecord::from_change(change)?,
+                });
+            }
+        }
+    }
+    plan.steps.extend(segment.finish());
+    Ok(plan)
+}
+
+/// The changes of a table between two barriers.
+#[derive(Default)]
+struct Segment<'a> {
+    tables: BTreeMap<Oid, TableChanges<'a>>,
+}
+
+#[derive(Default)]
+struct TableChanges<'a> {
+    cleared: bool,
+    images: Vec<(Option<Image<'a>>, Option<Image<'a>>)>,
+}
+
+impl<'a> Segment<'a> {
+    fn add(&mut self, change: &Change<'a>) {
+        let table = self.tables.entry(change.rel).or_default();
+        if change.operation == Operation::Truncate {
+            // What the table's earlier changes did is void.
+            table.cleared = true;
+            table.images.clear();
+        } else {
+            table.images.push((change.old, change.new));
+        }
+    }
+
+    fn finish(self) -> Option<Step<'a>> {
+        let mut differences = BTreeMap::new();
+        for (rel, table) in self.tables {
+            let mut difference = net(table.images);
+            difference.cleared = table.cleared;
+            if !difference.is_empty() {
+                differences.insert(rel, difference);
+            }
+        }
+        (!differences.is_empty()).then_some(Step::Rows(differences))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `(position, xid, rel, kind, old, new)`
+    type Short = (u64, u64, Oid, char, &'static str, &'static str);
+
+    fn changes(short: &[Short]) -> Vec<Change<'static>> {
+        let image = |text: &'static str| (!text.is_empty()).then_some(text.as_bytes());
+        short
+            .iter()
+            .map(|&(position, xid, rel, kind, old, new)| Change {
+                position,
+                xid,
+                rel,
+                operation: match kind {
+                    'T' => Operation::Truncate,
+                    'S' => Operation::Ddl,
+                    'O' => Operation::DdlOutside,
+                    _ => Operation::Row,
+                },
+                old: image(old),
+                new: image(new),
+            })
+            .collect()
+    }
+
+    /// The plan as text: `7:-a+b` is table 7 losing a and gaining b, `7:!` cleared.
+    fn check(short: &[Short], expected: &str) {
+        let changes = changes(short);
+        let plan = plan(&changes).unwrap();
+        let text: Vec<String> = plan
+            .steps
+            .iter()
+            .map(|step| match step {
+                Step::Rows(tables) => tables
+                    .iter()
+                    .map(|(rel, difference)| {
+                        let mut text = format!("{rel}:{}", if difference.cleared { "!" } else { "" });
+                        for old in &difference.gone {
+                            text.push_str(&format!("-{}", String::from_utf8_lossy(old)));
+                        }
+                        for new in &difference.come {
+                            text.push_str(&format!("+{}", String::from_utf8_lossy(new)));
+                        }
+                        text
+                    })
+                    .collect::<Vec<_>>()
+                    .join(" "),
+                Step::Ddl(record) => format!("ddl({})", record.statement),
+                Step::Outside { position, record } => format!("outside({}@{position})", record.statement),
+            })
+            .collect();
+        assert_eq!(text.join(" | "), expected);
+    }
+
+    const CONTEXT: &str = r#"{"user":"u","role":"r"}"#;
+
+    #[test]
+    fn without_barriers_one_difference_a_table() {
+        check(&[], "");
+        check(
+            &[
+                (5, 1, 7, 'I', "", "a"),
+                (6, 2, 8, 'I', "", "x"),
+                (9, 2, 7, 'U', "a", "b"),
+            ],
+            "7:+b 8:+x",
+        );
+        check(&[(5, 1, 7, 'I', "", "a"), (6, 2, 7, 'D', "a", "")], "");
+    }
+
+    #[test]
+    fn truncate_voids_what_came_before() {
+        check(
+            &[
+                (1, 1, 7, 'U', "a", "b"),
+                (2, 2, 7, 'T', "", ""),
+                (3, 3, 7, 'I', "", "c"),
+                (4, 3, 8, 'I', "", "d"),
+            ],
+            "7:!+c 8:+d",
+        );
+        // In one transaction, by position; the journal's order does not matter.
+        check(
+            &[(3, 1, 7, 'I', "", "c"), (1, 1, 7, 'I', "", "b"), (2, 1, 7, 'T', "", "")],
+            "7:!+c",
+        );
+    }
+
+    #[test]
+    fn ddl_stands_between() {
+        check(
+            &[
+                (1, 1, 7, 'I', "", "a"),
+                (2, 2, 0, 'S', CONTEXT, "alter"),
+                (3, 3, 7, 'U', "a", "b"),
+            ],
+            "7:+a | ddl(alter) | 7:-a+b",
+        );
+        check(&[(2, 2, 0, 'O', CONTEXT, "index")], "outside(index@2)");
+    }
+
+    #[test]
+    fn other_transactions_stay_whole_around_a_barrier() {
+        // Transaction 3 has changes before and after the DDL: its place is its last.
+        check(
+            &[
+                (1, 3, 8, 'U', "b", "c"),
+                (2, 2, 0, 'S', CONTEXT, "alter"),
+                (3, 3, 8, 'U', "a", "b"),
+            ],
+            "ddl(alter) | 8:-a+c",
+        );
+        // The DDL's own transaction is taken apart.
+        check(
+            &[
+                (1, 2, 7, 'I', "", "a"),
+                (2, 2, 0, 'S', CONTEXT, "alter"),
+                (3, 2, 7, 'I', "", "b"),
+            ],
+            "7:+a | ddl(alter) | 7:+b",
+        );
+    }
+
+    #[test]
+    fn a_broken_record_is_an_error() {
+        assert!(plan(&changes(&[(2, 2, 0, 'S', "{}", "alter")])).is_err());
+        assert!(plan(&changes(&[(2, 2, 0, 'S', "", "alter")])).is_err());
+    }
+}

@@ -1,0 +1,448 @@
+//! One round: what came on the primary since the last one, written on the secondary as one
+//! difference together with the snapshot it was read in.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::pipeline::{Item, run};
+use super::plan::{DdlRecord, Plan, Step, plan};
+use super::rows::{Mode, NotWritten, Writes};
+use super::session::{Session, Target};
+use super::status::Seeding;
+use super::{ApplyError, doing};
+use crate::catalog::Oid;
+use crate::catalog::quote::literal;
+use crate::catalog::snapshot::Snapshot;
+use crate::control::Epoch;
+use crate::journal::read::{Change, ReadBy, RoundRead, Shape, Unsigned, lsn};
+use crate::journal::{SideRole, SlotState};
+
+/// A round with more changes than this goes through the secondary's own tables (bulk.rs). So
+/// the proxy holds at most this many, or [`BYTES_MAX`] and one row.
+const CHANGES_MAX: i64 = 10_000;
+const BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// Definitions of at most this many tables are asked for with every round, before it is known
+/// which ones it concerns; a larger set is asked for afterwards.
+const SHAPES_ASKED_AHEAD: usize = 64;
+
+/// What a round did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct RoundOutcome {
+    pub changes: usize,
+}
+
+impl Session {
+    /// Reads and applies one round. With `hold`, the primary's transaction stays open and its
+    /// exported snapshot's name is returned: the caller ends it by [`Self::end_read`].
+    pub(super) async fn round(&mut self, hold: bool) -> Result<(RoundOutcome, Option<String>), ApplyError> {
+        self.finish_interrupted().await?;
+        loop {
+            let asked: Vec<Oid> = if self.tables.iter().count() <= SHAPES_ASKED_AHEAD {
+                self.tables.rels()
+            } else {
+                Vec::new()
+            };
+            let rows_max = match self.config.read_by {
+                ReadBy::Snapshot => CHANGES_MAX + 1,
+                ReadBy::Position => i64::MAX,
+            };
+            let read = self
+                .reader
+                .read(&self.primary, &self.since, self.position, rows_max, &asked)
+                .await?;
+            self.check_epoch(&read)?;
+            let changes = read
+                .rows
+                .iter()
+                .map(Change::from_row)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
+            let bytes: usize = changes.iter().map(Change::size).sum();
+            let too_large = changes.len() as i64 > CHANGES_MAX || bytes > BYTES_MAX;
+            if too_large && self.config.read_by == ReadBy::Snapshot {
+                drop(changes);
+                self.end_read().await?;
+                let count = self
+                    .apply_in_pieces(Target {
+                        snapshot: read.snapshot,
+                        position: read.position,
+                        piece: 0,
+                    })
+                    .await?;
+                if hold {
+                    continue;
+                }
+                return Ok((RoundOutcome { changes: count }, None));
+            }
+            let exported = if hold {
+                Some(self.export_snapshot().await?)
+            } else {
+                None
+            };
+            let outcome = self.apply_read(&read, &changes, &asked, hold).await?;
+            return Ok((outcome, exported));
+        }
+    }
+
+    /// Ends the transaction in which a round was read.
+    pub(super) async fn end_read(&self) -> Result<(), ApplyError> {
+        self.primary
+            .batch_execute("COMMIT")
+            .await
+            .map_err(doing("end the reading of a round"))
+    }
+
+    async fn export_snapshot(&self) -> Result<String, ApplyError> {
+        let row = self
+            .primary
+            .query_one("SELECT pg_export_snapshot()", &[])
+            .await
+            .map_err(doing("export the round's snapshot"))?;
+        Ok(row.get(0))
+    }
+
+    /// A flip makes the old direction's applier stop, wherever it is.
+    fn check_epoch(&self, read: &RoundRead) -> Result<(), ApplyError> {
+        let state = read.state.and_then(SlotState::unpack);
+        let Some(state) = state else {
+            return Err(ApplyError::NotInstalled(self.config.primary.describe()));
+        };
+        let follows = matches!(state.side.role, SideRole::Primary | SideRole::Off);
+        if state.side.epoch == self.config.epoch && follows {
+            Ok(())
+        } else {
+            Err(ApplyError::Deposed(deposed(
+                state.side.epoch,
+                state.side.role,
+                self.config.epoch,
+            )))
+        }
+    }
+
+    async fn apply_read(
+        &mut self,
+        read: &RoundRead,
+        changes: &[Change<'_>],
+        asked: &[Oid],
+        hold: bool,
+    ) -> Result<RoundOutcome, ApplyError> {
+        let plan = plan(changes)?;
+        let expected = shapes_after(plan.ddl());
+        let missing: Vec<Oid> = plan.rels.iter().copied().filter(|rel| !asked.contains(rel)).collect();
+        let mut shapes = read.shapes.clone();
+        shapes.extend(
+            self.reader
+                .shapes_of(&self.primary, &missing)
+                .await
+                .map_err(doing("read the definitions of changed tables"))?,
+        );
+        if !hold {
+            self.end_read().await?;
+        }
+        self.adopt_unknown(&plan.rels, plan.ddl()).await?;
+        self.pause_changed_tables(&plan.rels, &shapes, &expected).await?;
+
+        let end = Target {
+            snapshot: read.snapshot.clone(),
+            position: read.position,
+            piece: 0,
+        };
+        if plan.steps.is_empty() {
+            self.advance(&end.snapshot, end.position);
+        } else {
+            self.apply_plan(&plan, &end, read.flushed).await?;
+        }
+        self.progress.changes += plan.changes as u64;
+        self.progress.transactions += plan.transactions as u64;
+        if self.config.read_by == ReadBy::Position
+            && let Some(last) = changes.iter().map(|change| change.position).max()
+        {
+            self.position = last;
+        }
+        Ok(RoundOutcome { changes: plan.changes })
+    }
+
+    /// In memory only: nothing came, so the stored watermark is as good.
+    fn advance(&mut self, snapshot: &Snapshot, position: u64) {
+        self.since = snapshot.clone();
+        if self.config.read_by == ReadBy::Snapshot {
+            self.position = position;
+        }
+    }
+
+    /// Writes the plan: one transaction, or several where DDL must run outside of one.
+    async fn apply_plan(&mut self, plan: &Plan<'_>, end: &Target, flushed: u64) -> Result<(), ApplyError> {
+        let mut rest = &plan.steps[..];
+        loop {
+            let outside = rest.iter().position(|step| matches!(step, Step::Outside { .. }));
+            let (chunk, after) = outside.map_or((rest, &[][..]), |at| (&rest[..at], &rest[at..]));
+            let stop = match after.first() {
+                Some(Step::Outside { position, record }) => Some((*position, record)),
+                _ => None,
+            };
+            match self.apply_chunk(chunk, Mode::Short, end, stop, flushed).await {
+                Ok(()) => {}
+                Err(NotWritten::Failed(error)) => return Err(error),
+                Err(NotWritten::Surprise(what)) => {
+                    self.roll_back().await?;
+                    tracing::warn!(
+                        what,
+                        round = self.round + 1,
+                        "the secondary is not as the last round left it, applying this round carefully"
+                    );
+                    match self.apply_chunk(chunk, Mode::Careful, end, stop, flushed).await {
+                        Ok(()) => {}
+                        Err(NotWritten::Failed(error)) => return Err(error),
+                        Err(NotWritten::Surprise(what)) => return Err(ApplyError::Refused(what)),
+                    }
+                }
+            }
+            let Some((_, record)) = stop else { return Ok(()) };
+            self.run_outside(record).await?;
+            rest = &after[1..];
+        }
+    }
+
+    async fn apply_chunk(
+        &mut self,
+        steps: &[Step<'_>],
+        mode: Mode,
+        end: &Target,
+        stop: Option<(u64, &DdlRecord)>,
+        flushed: u64,
+    ) -> Result<(), NotWritten> {
+        self.cleared_in_round.clear();
+        self.diverged_in_round.clear();
+        let mut writes = Writes::default();
+        writes.begin(self.watermark_sql(end, stop));
+        let mut has_ddl = false;
+        for step in steps {
+            match step {
+                Step::Rows(differences) => self.add_rows(&mut writes, differences, mode).await?,
+                Step::Ddl(record) => {
+                    has_ddl = true;
+                    self.write(&std::mem::take(&mut writes)).await?;
+                    self.run_ddl(record).await?;
+                }
+                Step::Outside { .. } => {}
+            }
+        }
+        // Nothing may be committed here that a crash of the primary could still undo there.
+        let (counts, on_disk) = tokio::join!(
+            run(&self.secondary, writes.items()),
+            wait_flushed(&self.aside, end.position, flushed)
+        );
+        self.examine(&writes, counts)?;
+        on_disk?;
+        self.commit().await?;
+        if stop.is_none() {
+            self.since = end.snapshot.clone();
+            self.durable = end.snapshot.clone();
+            if self.config.read_by == ReadBy::Snapshot {
+                self.position = end.position;
+            }
+            self.target = None;
+        } else {
+            self.target = Some(Target {
+                piece: stop.map_or(0, |(position, _)| position),
+                ..end.clone()
+            });
+        }
+        if has_ddl {
+            self.tables = super::tables::Tables::load(&self.secondary).await?;
+        }
+        Ok(())
+    }
+
+    /// Commits, and takes over what the transaction did.
+    pub(super) async fn commit(&mut self) -> Result<(), NotWritten> {
+        match self.secondary.batch_execute("COMMIT").await {
+            Ok(()) => {}
+            // A deferrable key is checked only here.
+            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::UNIQUE_VIOLATION) => {
+                return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
+            }
+            Err(error) => return Err(NotWritten::Failed(doing("commit a round")(error))),
+        }
+        self.round += 1;
+        for rel in std::mem::take(&mut self.cleared_in_round) {
+            if let Some(mirrored) = self.tables.get_mut(rel) {
+                mirrored.state = Seeding::Synced;
+                mirrored.note = None;
+            }
+        }
+        for (rel, count) in std::mem::take(&mut self.diverged_in_round) {
+            if let Some(mirrored) = self.tables.get_mut(rel) {
+                mirrored.diverged += count;
+                tracing::warn!(
+                    schema = mirrored.schema,
+                    table = mirrored.name,
+                    rows = count,
+                    round = self.round,
+                    "rows of a synced table were not as they should have been; they are now as on the primary"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn roll_back(&mut self) -> Result<(), ApplyError> {
+        self.secondary
+            .batch_execute("ROLLBACK")
+            .await
+            .map_err(doing("roll back a round"))?;
+        // DDL of the round is gone again, and so are the definitions read after it.
+        self.tables = super::tables::Tables::load(&self.secondary).await?;
+        Ok(())
+    }
+
+    /// The watermark's part of a round's transaction.
+    pub(super) fn watermark_sql(&self, end: &Target, stop: Option<(u64, &DdlRecord)>) -> String {
+        let (assignments, outside) = match stop {
+            None => (
+                format!(
+                    "snapshot = {}, position = '{}', target = NULL, target_position = NULL, piece = NULL",
+                    literal(&end.snapshot.to_string()),
+                    lsn(end.position)
+                ),
+                "NULL".to_owned(),
+            ),
+            Some((piece, record)) => (
+                target_assignments(end, piece),
+                literal(&super::ddl::record_text(record)),
+            ),
+        };
+        self.guarded_watermark(&format!("{assignments}, outside = {outside}"))
+    }
+
+    /// Finds no row where another applier has gone on from the same round: the row is locked
+    /// and its round compared, in the transaction that writes the rows.
+    pub(super) fn guarded_watermark(&self, assignments: &str) -> String {
+        format!(
+            "UPDATE pgtandem.watermark SET round = round + 1, {assignments}, applied_at = clock_timestamp()
+              WHERE round = {} AND epoch = {}",
+            self.round, self.config.epoch
+        )
+    }
+
+    /// Stores the snapshot when nothing came but something depends on it being durable.
+    pub(super) async fn store_watermark(&mut self) -> Result<(), ApplyError> {
+        if self.durable == self.since || self.target.is_some() {
+            return Ok(());
+        }
+        wait_flushed(&self.aside, self.position, 0).await?;
+        let sql = self.guarded_watermark(&format!(
+            "snapshot = {}, position = '{}'",
+            literal(&self.since.to_string()),
+            lsn(self.position)
+        ));
+        let counts = run(&self.secondary, &[Item::Text(sql)])
+            .await
+            .map_err(doing("store the watermark"))?;
+        if counts != [1] {
+            return Err(ApplyError::overtaken());
+        }
+        self.round += 1;
+        self.durable = self.since.clone();
+        Ok(())
+    }
+
+    /// Every table's definition at the end of the round must be what its last applied or
+    /// planned DDL left. Where it is not, somebody changed it in a way that the proxy did not
+    /// see: which images were written before and which after cannot be told, so the table is
+    /// paused before any of them is applied.
+    pub(super) async fn pause_changed_tables(
+        &mut self,
+        rels: &[Oid],
+        found: &[Shape],
+        planned: &HashMap<Oid, Shape>,
+    ) -> Result<(), ApplyError> {
+        for &rel in rels {
+            let Some(mirrored) = self.tables.get(rel).filter(|mirrored| mirrored.paused.is_none()) else {
+                continue;
+            };
+            let expected = planned.get(&rel).unwrap_or(&mirrored.shape);
+            let reason = match found.iter().find(|shape| shape.rel == rel) {
+                // Dropped since, by DDL of a later round or unseen; its rows are moot either way.
+                None => continue,
+                Some(shape) if shape == expected => continue,
+                Some(shape) if shape.shape != expected.shape => {
+                    "its definition changed by DDL that the proxy did not see"
+                }
+                Some(shape) if shape.filenode != expected.filenode && shape.attributes != expected.attributes => {
+                    "it was rewritten by DDL that the proxy did not see"
+                }
+                Some(shape) => {
+                    // VACUUM FULL, TRUNCATE, GRANT on a column: no row is written differently.
+                    self.remember_shape(shape).await?;
+                    continue;
+                }
+            };
+            self.tables.pause(&self.secondary, rel, reason).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the primary's tables must stand after these DDL statements.
+pub(super) fn shapes_after<'a>(records: impl Iterator<Item = &'a DdlRecord>) -> HashMap<Oid, Shape> {
+    let mut shapes = HashMap::new();
+    for table in records.flat_map(|record| record.created.iter().chain(&record.changed)) {
+        shapes.insert(
+            table.rel,
+            Shape {
+                rel: table.rel,
+                shape: table.shape.clone(),
+                filenode: table.filenode,
+                attributes: table.attributes.clone(),
+            },
+        );
+    }
+    shapes
+}
+
+pub(super) fn target_assignments(end: &Target, piece: u64) -> String {
+    format!(
+        "target = {}, target_position = '{}', piece = '{}'",
+        literal(&end.snapshot.to_string()),
+        lsn(end.position),
+        lsn(piece)
+    )
+}
+
+fn deposed(epoch: Epoch, role: SideRole, ours: Epoch) -> String {
+    format!("the primary is now in epoch {epoch} as {role:?}, this applier follows it in epoch {ours}")
+}
+
+/// Waits until the primary has its log on disk up to `position`; makes it so where nobody else
+/// does (clients with synchronous_commit = off, log written in the background).
+pub(super) async fn wait_flushed(
+    primary: &tokio_postgres::Client,
+    position: u64,
+    known: u64,
+) -> Result<(), ApplyError> {
+    if known >= position {
+        return Ok(());
+    }
+    for attempt in 0..u32::MAX {
+        let flushed = primary
+            .query_one("SELECT pg_current_wal_flush_lsn()", &[])
+            .await
+            .map_err(doing("ask how far the primary's log is on disk"))?
+            .get::<_, Unsigned>(0);
+        if flushed.0 >= position {
+            break;
+        }
+        if attempt >= 2 {
+            // A commit with synchronous_commit = on flushes everything before it.
+            primary
+                .batch_execute("SELECT pg_logical_emit_message(true, 'pgtandem', '')")
+                .await
+                .map_err(doing("flush the primary's log"))?;
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! Sequences are not transactional, so no trigger and no snapshot shows them: the primary's
+//! values are copied, exactly (also backwards: setval may go back).
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use super::session::Session;
+use super::{ApplyError, doing};
+use crate::catalog::quote::{literal, qualified};
+
+/// At most this often, unless asked for.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// Sequences read by one statement.
+const CHUNK: usize = 500;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Value {
+    last: i64,
+    called: bool,
+}
+
+/// What is known of the sequences between two copies.
+#[derive(Default)]
+pub(super) struct Sequences {
+    /// `(schema, name)`, as of the last look at the primary's catalog.
+    names: Vec<(String, String)>,
+    /// What the secondary has, as far as this session wrote or read it.
+    copied: HashMap<(String, String), Value>,
+    next: Option<Instant>,
+    pub errors: Vec<String>,
+}
+
+impl Sequences {
+    pub(super) fn count(&self) -> usize {
+        self.names.len()
+    }
+
+    /// The catalog changed: which ones there are must be asked again, and whether the secondary
+    /// has them.
+    pub(super) fn forget(&mut self) {
+        self.names.clear();
+        self.copied.clear();
+        self.next = None;
+    }
+}
+
+const LIST: &str = "\
+SELECT n.nspname::text, c.relname::text
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname NOT IN ('pgtandem', 'information_schema')
+   AND n.nspname NOT LIKE 'pg\\_%' ORDER BY 1, 2";
+
+impl Session {
+    /// Copies what changed, if it is time or `now`.
+    pub(super) async fn copy_sequences(&mut self, now: bool) -> Result<(), ApplyError> {
+        let started = Instant::now();
+        if !now && self.sequences.next.is_some_and(|next| started < next) {
+            return Ok(());
+        }
+        if self.sequences.names.is_empty() {
+            let listed = list(&self.aside).await?;
+            let here: std::collections::HashSet<(String, String)> = list(&self.secondary).await?.into_iter().collect();
+            self.sequences.errors = listed
+                .iter()
+                .filter(|name| !here.contains(*name))
+                .map(|(schema, name)| format!("{schema}.{name}: the secondary has no such sequence"))
+                .collect();
+            self.sequences.names = listed.into_iter().filter(|name| here.contains(name)).collect();
+            self.sequences.copied = read(&self.secondary, &self.sequences.names).await?;
+        }
+        let values = match read(&self.aside, &self.sequences.names).await {
+            Ok(values) => values,
+            // One was dropped since the last look; the next one lists them anew.
+            Err(ApplyError::Postgres { source, .. })
+                if source.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
+            {
+                self.sequences.forget();
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        for (name, value) in values {
+            if self.sequences.copied.get(&name) == Some(&value) {
+                continue;
+            }
+            let sql = format!(
+                "SELECT setval({}::regclass, {}, {})",
+                literal(&qualified(&name.0, &name.1)),
+                value.last,
+                value.called
+            );
+            match self.secondary.batch_execute(&sql).await {
+                Ok(()) => {
+                    self.sequences.copied.insert(name, value);
+                }
+                Err(error) if error.code().is_some() && !self.secondary.is_closed() => {
+                    // Out of the bounds that it has here, or gone: said, and tried again when
+                    // the catalog changes.
+                    let text = format!(
+                        "{}.{}: {}",
+                        name.0,
+                        name.1,
+                        crate::upstream::control::error_chain(&error)
+                    );
+                    tracing::warn!(sequence = text, "a sequence cannot be brought forward");
+                    self.sequences.errors.push(text);
+                    self.sequences.copied.insert(name, value);
+                }
+                Err(error) => return Err(doing("bring a sequence forward")(error)),
+            }
+        }
+        // A database with very many sequences is not read all the time.
+        self.sequences.next = Some(Instant::now() + INTERVAL.max(started.elapsed() * 20));
+        Ok(())
+    }
+}
+
+async fn list(client: &Client) -> Result<Vec<(String, String)>, ApplyError> {
+    let rows = client.query(LIST, &[]).await.map_err(doing("list sequences"))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+async fn read(client: &Client, names: &[(String, String)]) -> Result<HashMap<(String, String), Value>, ApplyError> {
+    let mut values = HashMap::with_capacity(names.len());
+    for chunk in names.chunks(CHUNK) {
+        let arms: Vec<String> = chunk
+            .iter()
+            .enumerate()
+            .map(|(index, (schema, name))| {
+                format!("SELECT {index}, last_value, is_called FROM {}", qualified(schema, name))
+            })
+            .collect();
+        let messages = client
+            .simple_query(&arms.join(" UNION ALL "))
+            .await
+            .map_err(doing("read sequences"))?;
+        for message in messages {
+            if let tokio_postgres::SimpleQueryMessage::Row(row) = message
+                && let (Some(index), Some(last), Some(called)) = (row.get(0), row.get(1), row.get(2))
+                && let (Ok(index), Ok(last)) = (index.parse::<usize>(), last.parse())
+                && let Some(name) = chunk.get(index)
+            {
+                let called = called == "t";
+                values.insert(name.clone(), Value { last, called });
+            }
+        }
+    }
+    Ok(values)
+}

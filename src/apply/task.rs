@@ -1,0 +1,458 @@
+//! The applier's task and its handle.
+//!
+//! The task's inputs are few: time, somebody waiting for a cut, somebody asking to hold one,
+//! and the order to stop. It connects again after every error; what it was doing is then found
+//! on the secondary.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::seeding::CatalogWatch;
+use super::session::{Session, connect_primary, connect_secondary, read_watermark};
+use super::status::{ApplierState, ApplierStatus, JournalStatus, Lag, WatermarkStatus};
+use super::{ApplierConfig, ApplyError, doing};
+use crate::journal::read::{Unsigned, lsn, window_sql};
+use crate::journal::{self, SideRole, SlotState, rotation};
+
+/// How long a cut may be held: the secondary stands still meanwhile.
+const HOLD_MAX: Duration = Duration::from_secs(5);
+
+/// Requests to hold a cut that wait their turn; one more waits in its sender.
+const CUT_REQUESTS_MAX: usize = 4;
+
+/// Catalogs, journal size and strays are looked at this often.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// A server that is down is tried more often than one that says no.
+const RECONNECT_MAX: Duration = Duration::from_secs(1);
+const LEASE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The end of a round: there the secondary equals the primary as of the round's snapshot.
+#[derive(Debug, Clone)]
+pub struct Cut {
+    pub round: u64,
+    /// The primary's snapshot, as `pg_snapshot` writes it.
+    pub snapshot: String,
+    /// The end of the primary's log when the snapshot was taken.
+    pub position: u64,
+    pub applied_at: Instant,
+}
+
+/// The applier has been stopped, or (for a held cut) does not hold the lease.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the applier has stopped or another proxy holds its lease")]
+pub struct Stopped;
+
+/// A cut at which the applier stands still, for at most a few seconds, until this is dropped.
+pub struct HeldCut {
+    pub cut: Cut,
+    /// For SET TRANSACTION SNAPSHOT on the primary, while this is held.
+    pub primary_snapshot: String,
+    release: oneshot::Sender<()>,
+}
+
+impl HeldCut {
+    /// False once the applier has gone on because this was held too long. Whoever compared
+    /// something under it asks at the end.
+    pub fn still_held(&self) -> bool {
+        !self.release.is_closed()
+    }
+}
+
+/// What the handle and the task share.
+#[derive(Default)]
+struct Shared {
+    /// Tickets given out to those who wait for a cut.
+    wanted: AtomicU64,
+    /// The same for those who want the sequences as well.
+    wanted_sequences: AtomicU64,
+    wake: Notify,
+    stop: CancellationToken,
+}
+
+/// Up to which ticket rounds have been applied.
+#[derive(Debug, Clone, Default)]
+struct Done {
+    ticket: u64,
+    cut: Option<Cut>,
+}
+
+/// A running applier. Dropping it ends its task; what was not committed is not applied.
+pub struct Applier {
+    shared: Arc<Shared>,
+    status: watch::Receiver<ApplierStatus>,
+    done: watch::Receiver<Done>,
+    cuts: mpsc::Sender<oneshot::Sender<HeldCut>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// Starts an applier. It never fails: its status says how it fares.
+pub fn spawn(config: ApplierConfig) -> Applier {
+    let shared = Arc::new(Shared::default());
+    let (status_sender, status) = watch::channel(ApplierStatus::new(config.primary.side, config.epoch));
+    let (done_sender, done) = watch::channel(Done::default());
+    let (cuts, cut_requests) = mpsc::channel(CUT_REQUESTS_MAX);
+    let task = Task {
+        config: Arc::new(config),
+        shared: shared.clone(),
+        status: status_sender,
+        done: done_sender,
+        cut_requests,
+    };
+    Applier {
+        shared,
+        status,
+        done,
+        cuts,
+        _task: AbortOnDropHandle::new(tokio::spawn(task.run())),
+    }
+}
+
+impl Applier {
+    pub fn status(&self) -> watch::Receiver<ApplierStatus> {
+        self.status.clone()
+    }
+
+    /// Waits until a round that began after this call has been applied (or found empty), and
+    /// the sequences have been copied after that. No deadline: while the secondary is away, it
+    /// waits.
+    pub async fn catch_up(&self) -> Result<Cut, Stopped> {
+        self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
+        self.round_after_now().await
+    }
+
+    /// The same without the sequences, for those who ask often.
+    pub async fn round_after_now(&self) -> Result<Cut, Stopped> {
+        let ticket = self.shared.wanted.fetch_add(1, Ordering::SeqCst) + 1;
+        self.shared.wake.notify_one();
+        let mut done = self.done.clone();
+        let reached = done.wait_for(|done| done.ticket >= ticket).await.map_err(|_| Stopped)?;
+        reached.cut.clone().ok_or(Stopped)
+    }
+
+    /// Stops at the end of a round that begins after this call, and holds there.
+    pub async fn cut(&self) -> Result<HeldCut, Stopped> {
+        let (answer, held) = oneshot::channel();
+        self.cuts.send(answer).await.map_err(|_| Stopped)?;
+        self.shared.wake.notify_one();
+        held.await.map_err(|_| Stopped)
+    }
+
+    /// Ends the task, wherever it is: a round that is not committed has not happened.
+    pub async fn stop(&self) {
+        self.shared.stop.cancel();
+        let mut status = self.status.clone();
+        // An error means that the task, which holds the sender, is gone.
+        status
+            .wait_for(|status| status.state == ApplierState::Stopped)
+            .await
+            .ok();
+    }
+}
+
+struct Task {
+    config: Arc<ApplierConfig>,
+    shared: Arc<Shared>,
+    status: watch::Sender<ApplierStatus>,
+    done: watch::Sender<Done>,
+    cut_requests: mpsc::Receiver<oneshot::Sender<HeldCut>>,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let stop = self.shared.stop.clone();
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = self.run_until_stopped() => {}
+        }
+        self.status.send_modify(|status| status.state = ApplierState::Stopped);
+    }
+
+    async fn run_until_stopped(&mut self) {
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let rounds_before = self.status.borrow().round;
+            let Err(error) = self.serve().await;
+            if matches!(error, ApplyError::LeaseHeld) {
+                self.wait_for_lease().await;
+                continue;
+            }
+            if self.status.borrow().round != rounds_before {
+                backoff = BACKOFF_MIN;
+            }
+            let text = error.to_string();
+            let connecting = error.is_connection();
+            let state = if connecting {
+                ApplierState::Connecting {
+                    error: Some(text.clone()),
+                }
+            } else {
+                ApplierState::Failing { error: text.clone() }
+            };
+            if self.status.borrow().state != state {
+                tracing::warn!(error = text, "the applier is interrupted; the journal keeps what comes");
+            }
+            self.status.send_modify(|status| status.state = state);
+            self.guard_journal(&error).await;
+            tokio::select! {
+                () = sleep(backoff) => {}
+                () = self.shared.wake.notified() => sleep(BACKOFF_MIN).await,
+            }
+            backoff = (backoff * 2).min(if connecting { RECONNECT_MAX } else { BACKOFF_MAX });
+        }
+    }
+
+    /// Rounds, until something fails.
+    async fn serve(&mut self) -> Result<std::convert::Infallible, ApplyError> {
+        let mut session = Session::connect(self.config.clone()).await?;
+        journal::refuse_or_report(&mut session.secondary, self.config.stray_writers).await?;
+        let mut watch = CatalogWatch::default();
+        let mut next_watch = Instant::now();
+        let mut pause = self.config.poll_min;
+        let mut first = true;
+        loop {
+            let ticket = self.shared.wanted.load(Ordering::SeqCst);
+            let sequences_wanted = self.shared.wanted_sequences.swap(0, Ordering::SeqCst) > 0;
+            let request = self.cut_requests.try_recv().ok().filter(|request| !request.is_closed());
+            let began = Instant::now();
+            if first {
+                // Tables must be known before their first changes are.
+                session.finish_interrupted().await?;
+                session.keep_in_step(&mut watch).await?;
+                first = false;
+            }
+            let result = session.round(request.is_some()).await;
+            if result.is_err() && sequences_wanted {
+                self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
+            }
+            let (outcome, exported) = result?;
+            session.copy_sequences(sequences_wanted).await?;
+            if began >= next_watch {
+                self.look_around(&mut session, &mut watch).await?;
+                next_watch = Instant::now() + WATCH_INTERVAL.max(began.elapsed() * 20);
+            }
+            let cut = Cut {
+                round: session.round,
+                snapshot: session.since.to_string(),
+                position: session.position,
+                applied_at: Instant::now(),
+            };
+            self.publish(&session, began);
+            self.done.send_replace(Done {
+                ticket,
+                cut: Some(cut.clone()),
+            });
+            if let (Some(request), Some(primary_snapshot)) = (request, exported) {
+                let (release, released) = oneshot::channel();
+                let held = HeldCut {
+                    cut,
+                    primary_snapshot,
+                    release,
+                };
+                if request.send(held).is_ok() {
+                    timeout(HOLD_MAX, released).await.ok();
+                }
+                session.end_read().await?;
+            }
+            pause = if outcome.changes > 0 {
+                self.config.poll_min
+            } else {
+                (pause * 3 / 2).min(self.config.poll_max)
+            };
+            if self.shared.wanted.load(Ordering::SeqCst) > ticket || !self.cut_requests.is_empty() {
+                // Somebody waits: rounds follow each other without a pause.
+                continue;
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.shared.wake.notified() => pause = self.config.poll_min,
+            }
+        }
+    }
+
+    /// What need not be looked at in every round.
+    async fn look_around(&self, session: &mut Session, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
+        if session.keep_in_step(watch).await? {
+            self.status.send_modify(|status| {
+                status.not_mirrored.clone_from(&watch.not_mirrored);
+                status.sql_for_dba.clone_from(&watch.sql_for_dba);
+            });
+        }
+        let mut size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
+        if size.waits_for_watermark && session.durable != session.since {
+            session.store_watermark().await?;
+            size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
+        }
+        let journal = keep_within_limit(&mut session.aside, &self.config, size.bytes).await?;
+        if journal.stopped {
+            session
+                .secondary
+                .batch_execute(
+                    "UPDATE pgtandem.seeding SET state = 'unseeded', note = 'mirroring was stopped: the journal was full'
+                      WHERE state <> 'unseeded'",
+                )
+                .await
+                .map_err(doing("mark all tables for seeding"))?;
+            session.tables = super::tables::Tables::load(&session.secondary).await?;
+        }
+        let strays = session
+            .secondary
+            .query_one("SELECT COALESCE(sum(writes), 0)::bigint FROM pgtandem.stray", &[])
+            .await
+            .map_err(doing("count stray writers"))?
+            .get::<_, i64>(0);
+        self.status.send_modify(|status| {
+            status.journal = journal;
+            status.strays = strays as u64;
+        });
+        Ok(())
+    }
+
+    fn publish(&self, session: &Session, began: Instant) {
+        self.status.send_modify(|status| {
+            status.state = ApplierState::Running;
+            status.round = session.round;
+            let position = lsn(session.position);
+            let watermark = WatermarkStatus {
+                snapshot: session.since.to_string(),
+                position,
+                in_pieces: session.target.is_some(),
+            };
+            status.watermark = Some(watermark);
+            status.lag = Lag::default();
+            status.caught_up_at = Some(began);
+            status.tables = session.tables.status();
+            status.diverged = status.tables.iter().map(|table| table.diverged).sum();
+            status.sequences = session.sequences.count();
+            status.sequence_errors.clone_from(&session.sequences.errors);
+            status.changes_applied = session.progress.changes;
+            status.transactions_applied = session.progress.transactions;
+        });
+    }
+
+    /// While rounds fail the journal still grows, and its bound still holds. Lag is measured on
+    /// the primary alone.
+    async fn guard_journal(&self, error: &ApplyError) {
+        if matches!(error, ApplyError::Deposed(_) | ApplyError::NotInstalled(_)) {
+            return;
+        }
+        let guard = async {
+            let mut primary = connect_primary(&self.config).await?;
+            let bytes = rotation::measure(&primary).await?;
+            let journal = keep_within_limit(&mut primary, &self.config, bytes).await?;
+            let row = primary
+                .query_one(
+                    "SELECT pg_snapshot_xmax(pg_current_snapshot())::text, pg_current_wal_insert_lsn()",
+                    &[],
+                )
+                .await
+                .map_err(doing("measure the lag"))?;
+            let xmax: u64 = row.get::<_, &str>(0).parse().unwrap_or_default();
+            Ok::<_, ApplyError>((journal, xmax, row.get::<_, Unsigned>(1).0))
+        };
+        let Ok(Ok((journal, xmax, end))) = timeout(RECONNECT_MAX, guard).await else {
+            return;
+        };
+        self.status.send_modify(|status| {
+            status.journal = journal;
+            if let Some(watermark) = &status.watermark
+                && let Ok(since) = watermark.snapshot.parse::<crate::catalog::snapshot::Snapshot>()
+            {
+                status.lag.transactions = xmax.saturating_sub(since.xmax());
+                status.lag.bytes = end.saturating_sub(parse_lsn(&watermark.position));
+            }
+            status.lag.seconds = status.caught_up_at.map_or(0.0, |at| at.elapsed().as_secs_f64());
+        });
+    }
+
+    /// Another proxy applies. Whoever waits here for a cut is answered from the watermark that
+    /// the other one leaves.
+    async fn wait_for_lease(&mut self) {
+        self.status.send_modify(|status| status.state = ApplierState::Waiting);
+        while self.cut_requests.try_recv().is_ok() {
+            // Dropping the request answers it: a cut can be held only by the lease's holder.
+        }
+        let waiters = self.shared.wanted.load(Ordering::SeqCst) > self.done.borrow().ticket;
+        if waiters {
+            let poll = self.answer_from_watermark();
+            // Errors here are those of the connections; the next attempt reports them.
+            timeout(LEASE_INTERVAL * 4, poll).await.ok();
+        } else {
+            tokio::select! {
+                () = sleep(LEASE_INTERVAL) => {}
+                () = self.shared.wake.notified() => {}
+            }
+        }
+    }
+
+    async fn answer_from_watermark(&self) -> Result<(), ApplyError> {
+        let (primary, secondary) = tokio::try_join!(connect_primary(&self.config), connect_secondary(&self.config))?;
+        loop {
+            let ticket = self.shared.wanted.load(Ordering::SeqCst);
+            if let Some(watermark) = read_watermark(&secondary).await?
+                && watermark.epoch == self.config.epoch.0
+                && watermark.target.is_none()
+            {
+                let window = window_sql(&watermark.snapshot, None);
+                let waiting = primary
+                    .query_one(&format!("SELECT EXISTS (SELECT FROM {window} w)"), &[])
+                    .await
+                    .map_err(doing("look into the journal"))?
+                    .get::<_, bool>(0);
+                if !waiting {
+                    self.done.send_replace(Done {
+                        ticket,
+                        cut: Some(Cut {
+                            round: watermark.round,
+                            snapshot: watermark.snapshot.to_string(),
+                            position: watermark.position,
+                            applied_at: Instant::now(),
+                        }),
+                    });
+                    return Ok(());
+                }
+            }
+            sleep(self.config.poll_min).await;
+        }
+    }
+}
+
+async fn keep_within_limit(
+    primary: &mut tokio_postgres::Client,
+    config: &ApplierConfig,
+    bytes: u64,
+) -> Result<JournalStatus, ApplyError> {
+    let row = primary
+        .query_one("SELECT pg_sequence_last_value('pgtandem.state'::regclass)", &[])
+        .await
+        .map_err(doing("read the primary's state"))?;
+    let Some(stored) = row.get::<_, Option<i64>>(0).and_then(SlotState::unpack) else {
+        return Ok(JournalStatus {
+            bytes,
+            ..JournalStatus::default()
+        });
+    };
+    let state = rotation::enforce_limit(primary, &config.journal, bytes, stored).await?;
+    Ok(JournalStatus {
+        bytes,
+        full: state.full,
+        stopped: state.side.role == SideRole::Off,
+    })
+}
+
+fn parse_lsn(text: &str) -> u64 {
+    let Some((high, low)) = text.split_once('/') else {
+        return 0;
+    };
+    let parse = |part| u64::from_str_radix(part, 16).unwrap_or_default();
+    parse(high) << 32 | parse(low)
+}

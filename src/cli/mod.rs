@@ -1,0 +1,261 @@
+//! The commands. Each asks the running proxy through its admin address (`serve` and `demo`
+//! apart), prints for a person or with `--json` for a script, and answers with an exit code:
+//! 0 done, 1 the answer is no, 2 it could not run.
+
+mod explain;
+mod mismatches;
+mod status;
+mod switchover;
+mod wait;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::admin::api::ReloadAnswer;
+use crate::admin::client::AdminClient;
+use crate::app::ServeOptions;
+use crate::config::{Config, parse_duration};
+use crate::control::Side;
+
+/// A Postgres proxy for zero-downtime migration: mirrors every committed write to a legacy and a
+/// new database, compares their answers, and flips the primary without a dropped connection.
+#[derive(Parser)]
+#[command(name = "pgtandem", version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Common {
+    /// The proxy's configuration.
+    #[arg(
+        long,
+        short,
+        value_name = "FILE",
+        default_value = "./proxy.yaml",
+        env = "PGTANDEM_CONFIG"
+    )]
+    config: PathBuf,
+}
+
+#[derive(Args)]
+struct Output {
+    /// Print facts as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the proxy. SIGHUP reloads proxy.yaml; SIGTERM drains and stops.
+    Serve {
+        #[command(flatten)]
+        common: Common,
+        /// Stop when stdin ends, so that whoever started the proxy cannot leave it behind.
+        #[arg(long, hide = true)]
+        until_stdin_closes: bool,
+    },
+    /// Show phase, primary, lag, tables, shadow reads and gates. Exit 1 when something is wrong.
+    Status {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Ask the running proxy to read proxy.yaml again. Exit 1 when it refuses.
+    Reload {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Flip the primary, or show whether it could be. Exit 1 when a gate is closed.
+    Switchover {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// The side that shall be primary: new or legacy.
+        #[arg(long, value_name = "SIDE")]
+        to: Side,
+        /// Show the gates and change nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Flip although a gate is closed; needs --reason, which is recorded.
+        #[arg(long, requires = "reason")]
+        force: bool,
+        /// Why closed gates may be passed.
+        #[arg(long, value_name = "TEXT", requires = "force")]
+        reason: Option<String>,
+    },
+    /// Wait until everything committed before this call has been applied to the secondary.
+    Wait {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// What to wait for; the only one there is.
+        #[arg(long, required = true)]
+        caught_up: bool,
+        /// How long; exit 1 when the time is over.
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+        timeout: Duration,
+    },
+    /// Read the mismatch log. Exit 1 when it holds any that was asked for.
+    Mismatches {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// One by one instead of by fingerprint.
+        #[arg(long)]
+        each: bool,
+        /// Only since this time (RFC 3339), or this long ago (10min, 2h).
+        #[arg(long, value_name = "TIME")]
+        since: Option<String>,
+        /// Only this fingerprint.
+        #[arg(long, value_name = "ID")]
+        fingerprint: Option<String>,
+    },
+    /// Show how a statement would be handled: class, tables, shadowed or not, mirrored how, why.
+    Explain {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        sql: String,
+    },
+    /// See it all on two throwaway servers: writes mirrored, reads compared, a flip and a flip back.
+    Demo {
+        /// Leave everything running at the end, until Ctrl-C.
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+/// Runs the command that the arguments name.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Serve {
+            common,
+            until_stdin_closes,
+        } => load(&common).and_then(|config| {
+            crate::app::serve(config, ServeOptions { until_stdin_closes })?;
+            Ok(true)
+        }),
+        Command::Demo { keep } => crate::demo::run(keep),
+        other => ask(other),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("pgtandem: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The commands that ask a running proxy or read its log.
+#[tokio::main(flavor = "current_thread")]
+async fn ask(command: Command) -> anyhow::Result<bool> {
+    match command {
+        Command::Status { common, output } => status::run(&client(&common)?, output.json).await,
+        Command::Reload { common, output } => reload(&client(&common)?, output.json).await,
+        Command::Switchover {
+            common,
+            output,
+            to,
+            dry_run,
+            force: _,
+            reason,
+        } => switchover::run(&client(&common)?, output.json, to, dry_run, reason).await,
+        Command::Wait {
+            common,
+            output,
+            caught_up: _,
+            timeout,
+        } => wait::run(&client(&common)?, output.json, timeout).await,
+        Command::Mismatches {
+            common,
+            output,
+            each,
+            since,
+            fingerprint,
+        } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
+        Command::Explain { common, output, sql } => explain::run(&client(&common)?, output.json, &sql).await,
+        Command::Serve { .. } | Command::Demo { .. } => unreachable!("run() takes these"),
+    }
+}
+
+async fn reload(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
+    use crate::admin::client::AdminError;
+    let answer: ReloadAnswer = match client.post("/api/v1/reload", &()).await {
+        Ok(answer) => answer,
+        Err(AdminError::Refused(why)) => {
+            if json {
+                print_json(&serde_json::json!({ "error": why }))?;
+            } else {
+                eprintln!("not reloaded: {why}");
+            }
+            return Ok(false);
+        }
+        Err(other) => return Err(other.into()),
+    };
+    if json {
+        print_json(&answer)?;
+    } else {
+        say(&format!("reloaded; phase {}", answer.phase));
+        for change in &answer.changed {
+            say(&format!("  {change}"));
+        }
+    }
+    Ok(true)
+}
+
+fn load(common: &Common) -> anyhow::Result<Config> {
+    Ok(Config::load(&common.config)?)
+}
+
+fn client(common: &Common) -> anyhow::Result<AdminClient> {
+    Ok(AdminClient::new(&load(common)?.admin))
+}
+
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    say(&serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Facts go to stdout. A reader that went away (`pgtandem … | head`) is no error.
+fn say(line: &str) {
+    use std::io::Write;
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_forced_switchover_needs_a_reason() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("pgtandem switchover --to new").is_ok());
+        assert!(parse("pgtandem switchover --to new --force").is_err());
+        assert!(parse("pgtandem switchover --to new --force --reason checked").is_ok());
+        assert!(parse("pgtandem switchover --to elsewhere").is_err());
+        assert!(parse("pgtandem wait").is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! `pgtandem status`: one screen that says where the migration stands and what is wrong.
+
+use super::switchover::{print_flip, print_gates};
+use super::{print_json, say};
+use crate::admin::api::{DatabaseStatus, Mirroring, ServerStatus, ShadowReads, Status};
+use crate::admin::client::AdminClient;
+
+/// Tables shown before the rest is only counted.
+const TABLES_MAX: usize = 20;
+
+pub(super) async fn run(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
+    let status: Status = client.get("/api/v1/status").await?;
+    let problems = problems(&status);
+    if json {
+        print_json(&status)?;
+    } else {
+        print(&status, &problems);
+    }
+    Ok(problems.is_empty())
+}
+
+/// What an operator must look at, a line each.
+fn problems(status: &Status) -> Vec<String> {
+    let mut problems: Vec<String> = status.problem.iter().cloned().collect();
+    for database in &status.databases {
+        let name = &database.name;
+        for (side, server) in [("legacy", &database.legacy), ("new", &database.new)] {
+            if let Some(error) = &server.error {
+                problems.push(format!("{name}: {side} cannot be reached: {error}"));
+            }
+        }
+        if database.shadow_reads.log_lost > 0 {
+            problems.push(format!(
+                "{name}: {} mismatches could not be written to the log",
+                database.shadow_reads.log_lost
+            ));
+        }
+        let Some(mirroring) = &database.mirroring else {
+            continue;
+        };
+        if let Some(error) = &mirroring.error {
+            problems.push(format!("{name}: mirroring is {}: {error}", mirroring.state));
+        }
+        if mirroring.journal.full {
+            problems.push(format!(
+                "{name}: the journal is full, writes are refused until it has drained"
+            ));
+        }
+        if mirroring.journal.stopped {
+            problems.push(format!(
+                "{name}: the journal was full and capture is switched off; the secondary must be seeded again"
+            ));
+        }
+        for sql in &mirroring.sql_for_dba {
+            problems.push(format!(
+                "{name}: the proxy's role lacks privileges; a DBA must run: {sql}"
+            ));
+        }
+        for error in &mirroring.sequence_errors {
+            problems.push(format!("{name}: sequences: {error}"));
+        }
+        for table in &mirroring.tables {
+            if let Some(why) = &table.note {
+                problems.push(format!("{name}: {}: {why}", table.name));
+            }
+            if let Some(why) = &table.paused {
+                problems.push(format!("{name}: mirroring of {} is paused: {why}", table.name));
+            }
+        }
+        if mirroring.divergences > 0 {
+            problems.push(format!(
+                "{name}: {} rows were not as expected on the secondary (table pgtandem.divergence there)",
+                mirroring.divergences
+            ));
+        }
+        if mirroring.stray_writes > 0 {
+            problems.push(format!(
+                "{name}: {} writes reached the secondary without pgtandem",
+                mirroring.stray_writes
+            ));
+        }
+    }
+    problems
+}
+
+fn print(status: &Status, problems: &[String]) {
+    say(&format!(
+        "phase {}   primary {}   epoch {}   sessions {}/{}   up {} s   (pgtandem {}, pid {})",
+        status.phase,
+        status.primary,
+        status.epoch,
+        status.sessions.open,
+        status.sessions.limit,
+        status.uptime_seconds,
+        status.version,
+        status.pid
+    ));
+    if status.wish != status.phase {
+        say(&format!("proxy.yaml asks for phase {}", status.wish));
+    }
+    for problem in problems {
+        say(&format!("  !  {problem}"));
+    }
+    for database in &status.databases {
+        print_database(database);
+    }
+    if !status.gates.is_empty() {
+        say("\ngates of the next switchover");
+        print_gates(&status.gates);
+    }
+    if let Some(flip) = &status.last_flip {
+        say("");
+        print_flip(flip);
+    }
+}
+
+fn print_database(database: &DatabaseStatus) {
+    say(&format!("\ndatabase {}", database.name));
+    print_server("legacy", &database.legacy);
+    print_server("new", &database.new);
+    match &database.mirroring {
+        Some(mirroring) => print_mirroring(mirroring),
+        None => say("  mirroring  off in this phase"),
+    }
+    print_shadow_reads(&database.shadow_reads);
+}
+
+fn print_server(side: &str, server: &ServerStatus) {
+    let state = match (&server.version, &server.error) {
+        (_, Some(error)) => format!("cannot be reached: {error}"),
+        (Some(version), None) => format!("Postgres {version}"),
+        (None, None) => "not asked yet".to_owned(),
+    };
+    say(&format!("  {side:9}  {}  {state}", server.address));
+}
+
+fn print_mirroring(mirroring: &Mirroring) {
+    say(&format!(
+        "  mirroring  {}, round {}, {} changes applied",
+        mirroring.state, mirroring.round, mirroring.changes_applied
+    ));
+    say(&format!(
+        "  lag        {} transactions, {}, {:.1} s; journal {}",
+        mirroring.lag.transactions,
+        human_bytes(mirroring.lag.bytes),
+        mirroring.lag.seconds,
+        human_bytes(mirroring.journal.bytes)
+    ));
+    for object in &mirroring.not_mirrored {
+        say(&format!("  not mirrored  {object}"));
+    }
+    let count = |seeding: &str| mirroring.tables.iter().filter(|table| table.seeding == seeding).count();
+    say(&format!(
+        "  tables     {} synced, {} seeding, {} unseeded",
+        count("synced"),
+        count("seeding"),
+        count("unseeded")
+    ));
+    let remarkable: Vec<_> = mirroring
+        .tables
+        .iter()
+        .filter(|table| table.seeding != "synced" || table.paused.is_some() || table.diverged > 0)
+        .collect();
+    for table in remarkable.iter().take(TABLES_MAX) {
+        let paused = if table.paused.is_some() { ", paused" } else { "" };
+        let diverged = match table.diverged {
+            0 => String::new(),
+            rows => format!(", {rows} rows diverged"),
+        };
+        say(&format!(
+            "             {}: {}{paused}{diverged}",
+            table.name, table.seeding
+        ));
+    }
+    if remarkable.len() > TABLES_MAX {
+        say(&format!("             and {} more", remarkable.len() - TABLES_MAX));
+    }
+}
+
+fn print_shadow_reads(reads: &ShadowReads) {
+    let not_comparable: u64 = reads.not_comparable.values().sum();
+    let failed: u64 = reads.failed.values().sum();
+    say(&format!(
+        "  shadow     {} matched, {} mismatched, {} transient, {not_comparable} not comparable, {} dropped, {failed} failed",
+        reads.matched, reads.mismatched, reads.transient, reads.dropped
+    ));
+    for (reason, count) in &reads.not_comparable {
+        say(&format!("             not comparable: {count} {reason}"));
+    }
+    for (reason, count) in &reads.failed {
+        say(&format!("             failed: {count} {reason}"));
+    }
+}
+
+/// `1.5 MiB`; powers of 1024.
+fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{value:.1} {}", units[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::human_bytes;
+
+    #[test]
+    fn bytes_for_people() {
+        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (10 << 30, "10.0 GiB")] {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Schema `pgtandem` on one side: put there, and removed.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::state::{read_slot_state, write_slot_state};
+use super::{JournalError, LOCK_CLASS, LOCK_STATE, SideRole, SideState, SlotState, doing};
+use crate::catalog::{privileges, quote};
+use crate::control::{Epoch, Side};
+
+/// Grows with every change of the SQL; an older installation is brought up to date in place.
+const VERSION: i32 = 1;
+
+const SCRIPTS: [&str; 3] = [
+    include_str!("sql/schema.sql"),
+    include_str!("sql/capture.sql"),
+    include_str!("sql/ddl.sql"),
+];
+
+/// What [`install`] found or made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Installed {
+    /// What is recorded: the caller's wish only where nothing was recorded before.
+    pub state: SideState,
+    /// Whether there was no state before.
+    pub fresh: bool,
+}
+
+/// Makes sure that schema `pgtandem` is on this side. A recorded epoch and role stay as they
+/// are: they say who is primary, and no configuration may contradict them unnoticed.
+pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epoch) -> Result<Installed, JournalError> {
+    let missing = privileges::missing_to_install(client)
+        .await
+        .map_err(doing("check privileges"))?;
+    if !missing.is_empty() {
+        return Err(JournalError::Privileges(missing.join(" ")));
+    }
+    let transaction = client.transaction().await.map_err(doing("install schema pgtandem"))?;
+    transaction
+        .batch_execute(&format!(
+            "SET LOCAL synchronous_commit = on; SET LOCAL client_min_messages = warning; SET LOCAL search_path = pg_catalog;
+             SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"
+        ))
+        .await
+        .map_err(doing("lock the side's state"))?;
+    let installed = transaction
+        .query_one("SELECT to_regclass('pgtandem.side') IS NOT NULL", &[])
+        .await
+        .map_err(doing("look for schema pgtandem"))?
+        .get::<_, bool>(0);
+    let recorded = if installed {
+        transaction
+            .query_opt("SELECT side, version FROM pgtandem.side", &[])
+            .await
+            .map_err(doing("read pgtandem.side"))?
+    } else {
+        None
+    };
+    if let Some(row) = &recorded {
+        let found: String = row.get(0);
+        if found != side.as_str() {
+            return Err(JournalError::WrongSide {
+                found,
+                expected: side.to_string(),
+            });
+        }
+    }
+    if recorded.is_none_or(|row| row.get::<_, i32>(1) != VERSION) {
+        for script in SCRIPTS {
+            transaction
+                .batch_execute(script)
+                .await
+                .map_err(doing("install schema pgtandem"))?;
+        }
+        transaction
+            .execute(
+                "INSERT INTO pgtandem.side AS s (side, version) VALUES ($1, $2)
+                 ON CONFLICT (one) DO UPDATE SET version = EXCLUDED.version",
+                &[&side.as_str(), &VERSION],
+            )
+            .await
+            .map_err(doing("record the installation"))?;
+    }
+    let before = read_slot_state(&transaction).await?;
+    let state = before.unwrap_or(SlotState {
+        side: SideState { epoch, role },
+        slot: 0,
+        full: false,
+    });
+    if before.is_none() {
+        write_slot_state(&transaction, state).await?;
+    }
+    transaction.commit().await.map_err(doing("install schema pgtandem"))?;
+    Ok(Installed {
+        state: state.side,
+        fresh: before.is_none(),
+    })
+}
+
+/// Removes triggers and schema. Table by table with short locks, so that no application queues
+/// behind it; it goes on until all are gone.
+pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
+    loop {
+        let rows = client
+            .query(
+                "SELECT DISTINCT n.nspname::text, c.relname::text
+                   FROM pg_catalog.pg_trigger t
+                   JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+                   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                  WHERE t.tgname IN ('zzz_pgtandem_row', 'zzz_pgtandem_truncate') AND NOT t.tgisinternal",
+                &[],
+            )
+            .await
+            .map_err(doing("list captured tables"))?;
+        if rows.is_empty() {
+            break;
+        }
+        for row in rows {
+            let table = quote::qualified(row.get(0), row.get(1));
+            let dropped = client
+                .batch_execute(&format!(
+                    "BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL client_min_messages = warning;
+                     DROP TRIGGER IF EXISTS zzz_pgtandem_row ON {table};
+                     DROP TRIGGER IF EXISTS zzz_pgtandem_truncate ON {table}; COMMIT"
+                ))
+                .await;
+            if let Err(error) = dropped {
+                client
+                    .batch_execute("ROLLBACK")
+                    .await
+                    .map_err(doing("remove capture triggers"))?;
+                let waits = [
+                    SqlState::LOCK_NOT_AVAILABLE,
+                    SqlState::UNDEFINED_TABLE,
+                    SqlState::T_R_DEADLOCK_DETECTED,
+                ];
+                if !error.code().is_some_and(|code| waits.contains(code)) {
+                    return Err(doing("remove capture triggers")(error));
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+    client
+        .batch_execute(
+            "SET client_min_messages = warning; DROP SCHEMA IF EXISTS pgtandem CASCADE; RESET client_min_messages",
+        )
+        .await
+        .map_err(doing("drop schema pgtandem"))
+}

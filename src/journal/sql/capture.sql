@@ -1,0 +1,220 @@
+-- Capture: the trigger functions and what generates them.
+
+-- A name that can be pasted into SQL.
+CREATE OR REPLACE FUNCTION pgtandem.name_of(rel oid) RETURNS text
+LANGUAGE sql STABLE
+AS $$
+    SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.oid = rel
+$$;
+
+-- The settings that the text of this table's rows depends on, as SET clauses of a function:
+-- each costs every captured row about a microsecond, so only those that its types need. Looks
+-- through domains, arrays, composites, ranges. A base type of an extension that is not known
+-- to ignore them gets all.
+CREATE OR REPLACE FUNCTION pgtandem.settings_of(rel oid) RETURNS text
+LANGUAGE sql STABLE
+AS $$
+    WITH RECURSIVE used(type) AS (
+        SELECT a.atttypid FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped
+        UNION
+        SELECT inner_type.type
+          FROM used u
+          JOIN pg_catalog.pg_type t ON t.oid = u.type
+         CROSS JOIN LATERAL (
+               SELECT t.typbasetype WHERE t.typtype = 'd'
+               UNION ALL
+               SELECT t.typelem WHERE t.typelem <> 0 AND t.typtype = 'b'
+               UNION ALL
+               SELECT a.atttypid FROM pg_catalog.pg_attribute a
+                WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+               UNION ALL
+               SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE r.rngtypid = t.oid
+               UNION ALL
+               SELECT r.rngtypid FROM pg_catalog.pg_range r
+                WHERE pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) 'rngmultitypid' OPERATOR(pg_catalog.=) t.oid::text
+         ) AS inner_type(type)
+    ),
+    base AS (
+        SELECT t.typname::text AS name, n.nspname OPERATOR(pg_catalog.=) 'pg_catalog' AS builtin
+          FROM used u
+          JOIN pg_catalog.pg_type t ON t.oid = u.type
+          JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
+         WHERE t.typtype = 'b' AND NOT (t.typcategory = 'A' AND t.typelem <> 0)
+    ),
+    foreign_base AS (
+        SELECT 1 FROM base
+         WHERE NOT builtin AND name NOT IN ('citext', 'hstore', 'ltree', 'lquery', 'ltxtquery', 'vector', 'halfvec', 'sparsevec', 'geometry', 'geography', 'isbn', 'ean13')
+    ),
+    pins(setting, value, needed) AS (VALUES
+        ('DateStyle', 'ISO, YMD', EXISTS (SELECT 1 FROM foreign_base) OR EXISTS (SELECT 1 FROM base WHERE name IN ('date', 'timestamp', 'timestamptz'))),
+        ('TimeZone', 'UTC', EXISTS (SELECT 1 FROM foreign_base) OR EXISTS (SELECT 1 FROM base WHERE name IN ('timestamptz'))),
+        ('IntervalStyle', 'postgres', EXISTS (SELECT 1 FROM foreign_base) OR EXISTS (SELECT 1 FROM base WHERE name IN ('interval'))),
+        ('extra_float_digits', '1', EXISTS (SELECT 1 FROM foreign_base) OR EXISTS (SELECT 1 FROM base WHERE name IN ('float4', 'float8', 'point', 'line', 'lseg', 'box', 'path', 'polygon', 'circle'))),
+        ('bytea_output', 'hex', EXISTS (SELECT 1 FROM base WHERE name IN ('bytea'))),
+        ('lc_monetary', 'C', EXISTS (SELECT 1 FROM base WHERE name IN ('money'))),
+        ('search_path', 'pg_catalog, pg_temp', EXISTS (SELECT 1 FROM base WHERE name LIKE 'reg%')),
+        ('quote_all_identifiers', 'off', EXISTS (SELECT 1 FROM base WHERE name LIKE 'reg%'))
+    )
+    SELECT COALESCE(pg_catalog.string_agg(
+               CASE WHEN setting = 'search_path' THEN 'SET search_path = pg_catalog, pg_temp'
+                    ELSE pg_catalog.format('SET %I = %L', setting, value) END, ' ' ORDER BY setting), '')
+      FROM pins WHERE needed
+$$;
+
+-- What a capture trigger does when the state is anything but "primary, slot 0 to 2": refuses,
+-- reports or lets pass. A function of its own, to keep the ordinary path short.
+CREATE OR REPLACE FUNCTION pgtandem.unusual(state bigint, rel oid, operation text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    this_side text := (SELECT s.side FROM pgtandem.side s);
+    that_side text := CASE this_side WHEN 'new' THEN 'legacy' ELSE 'new' END;
+    role integer := (state >> 2) & 7;
+BEGIN
+    CASE role
+    WHEN 0 THEN
+        -- The primary, with a full journal.
+        RAISE EXCEPTION USING ERRCODE = 'disk_full',
+            MESSAGE = 'pgtandem: the journal has reached journal.max_bytes, writes are refused until it has drained',
+            DETAIL = format('The secondary (%s) does not follow; see "pgtandem status".', that_side),
+            HINT = 'Bring the secondary back, raise journal.max_bytes, or set journal.when_full: stop_mirroring.';
+    WHEN 2 THEN
+        -- The writer's own transaction carries the note, so only what commits is reported.
+        INSERT INTO pgtandem.stray AS s (role, application, relation, operation, writes, last)
+        VALUES (session_user, current_setting('application_name'), pgtandem.name_of(rel), operation, 1, clock_timestamp())
+        ON CONFLICT ON CONSTRAINT stray_pkey DO UPDATE SET writes = s.writes + 1, last = EXCLUDED.last;
+    WHEN 4 THEN
+        -- Mirroring was stopped: the status says that the secondary must be seeded again.
+        NULL;
+    ELSE
+        RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
+            MESSAGE = CASE role WHEN 1
+                THEN format('pgtandem: this database (%s) is the secondary, writes go to the primary (%s)', this_side, that_side)
+                ELSE format('pgtandem: this database (%s) takes no writes now, the primary is being flipped', this_side) END,
+            DETAIL = format('Refused: %s on %s by role %s.', operation, pgtandem.name_of(rel), session_user),
+            HINT = 'Connect through pgtandem, which sends every write to the primary.';
+    END CASE;
+END
+$$;
+
+-- Captures a table: generates its function, creates its triggers. Takes SHARE ROW EXCLUSIVE on
+-- the table; the caller sets lock_timeout. Answers 'kept' (all was there), 'new', or 'again'
+-- (captured before, but a trigger was dropped or switched off: changes may be lost).
+--
+-- The function names everything with its schema instead of pinning search_path, which would
+-- cost each row a microsecond. NEW and OLD are of type record there, so a cast that a table's
+-- owner defines on his row type does not come into it. The lock is taken before the state is
+-- read (CASE guarantees the order): so whoever holds it exclusively can change the state
+-- knowing that nobody acts on the old one. To take it again in the same transaction is a look
+-- into a local table.
+CREATE OR REPLACE FUNCTION pgtandem.capture(rel oid) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    t record;
+    known pgtandem.captured%ROWTYPE;
+    pins text := pgtandem.settings_of(rel);
+    target text := pgtandem.name_of(rel);
+    function_name text := 'capture_' || rel;
+    outcome text;
+    empty boolean;
+BEGIN
+    IF target IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_table', MESSAGE = format('no table with OID %s', rel);
+    END IF;
+    SELECT * INTO t FROM pgtandem.shape s WHERE s.rel = capture.rel;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'wrong_object_type', MESSAGE = format('%s cannot be captured', target);
+    END IF;
+    SELECT * INTO known FROM pgtandem.captured c WHERE c.rel = capture.rel;
+    IF t.capturing AND known.settings = pins THEN
+        RETURN 'kept';
+    END IF;
+    IF NOT t.capturing OR known.settings IS DISTINCT FROM pins THEN
+        EXECUTE format($f$
+CREATE OR REPLACE FUNCTION pgtandem.%1$I() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER %2$s
+AS $capture$
+DECLARE
+    state bigint := CASE WHEN pg_catalog.pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_catalog.pg_sequence_last_value(%3$s) END;
+    slot integer := state OPERATOR(pg_catalog.&) 255;
+BEGIN
+    IF slot OPERATOR(pg_catalog.=) 0 THEN
+        INSERT INTO pgtandem.change_0 (rel, op, old, new)
+        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
+    ELSIF slot OPERATOR(pg_catalog.=) 1 THEN
+        INSERT INTO pgtandem.change_1 (rel, op, old, new)
+        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
+    ELSIF slot OPERATOR(pg_catalog.=) 2 THEN
+        INSERT INTO pgtandem.change_2 (rel, op, old, new)
+        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
+    ELSE
+        PERFORM pgtandem.unusual(state, TG_RELID, TG_OP);
+    END IF;
+    RETURN NULL;
+END
+$capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid);
+        EXECUTE format('REVOKE ALL ON FUNCTION pgtandem.%I() FROM PUBLIC', function_name);
+    END IF;
+    IF t.capturing THEN
+        UPDATE pgtandem.captured c SET settings = pins WHERE c.rel = capture.rel;
+        RETURN 'kept';
+    END IF;
+
+    EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', target);
+    -- Nobody else can have an uncommitted row here now, so what is seen is all there is.
+    EXECUTE format('SELECT NOT EXISTS (SELECT FROM ONLY %s)', target) INTO empty;
+    IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = capture.rel AND g.tgname = 'zzz_pgtandem_row') THEN
+        EXECUTE format('CREATE TRIGGER zzz_pgtandem_row AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW WHEN (session_user <> %L) EXECUTE FUNCTION pgtandem.%I()',
+            target, current_user, function_name);
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = capture.rel AND g.tgname = 'zzz_pgtandem_truncate') THEN
+        EXECUTE format('CREATE TRIGGER zzz_pgtandem_truncate AFTER TRUNCATE ON %s FOR EACH STATEMENT WHEN (session_user <> %L) EXECUTE FUNCTION pgtandem.%I()',
+            target, current_user, function_name);
+    END IF;
+    EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER zzz_pgtandem_row, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate', target);
+    outcome := CASE WHEN known.rel IS NULL THEN 'new' ELSE 'again' END;
+    INSERT INTO pgtandem.captured AS c (rel, schema, name, was_empty, shape, filenode, attributes, attribute_count, settings, origin)
+    SELECT s.rel, s.schema, s.name, empty AND outcome = 'new', s.shape, s.filenode, s.attributes, s.attribute_count, pins,
+           jsonb_build_object('rel', s.rel::bigint, 'schema', s.schema, 'name', s.name, 'columns', s.columns,
+               'shape', s.shape, 'filenode', s.filenode::bigint, 'attributes', s.attributes)
+      FROM pgtandem.shape s WHERE s.rel = capture.rel
+    ON CONFLICT ON CONSTRAINT captured_pkey DO UPDATE SET schema = EXCLUDED.schema, name = EXCLUDED.name,
+        was_empty = EXCLUDED.was_empty, shape = EXCLUDED.shape, filenode = EXCLUDED.filenode,
+        attributes = EXCLUDED.attributes, attribute_count = EXCLUDED.attribute_count, settings = EXCLUDED.settings,
+        origin = EXCLUDED.origin;
+    RETURN outcome;
+END
+$$;
+
+-- Writes one record into the journal's current slot, as a trigger would.
+CREATE OR REPLACE FUNCTION pgtandem.append(rel oid, op "char", old text, new text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    state bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(1885828196, 1);
+    state := pg_sequence_last_value('pgtandem.state');
+    CASE state & 255
+    WHEN 0 THEN INSERT INTO pgtandem.change_0 (rel, op, old, new) VALUES (append.rel, append.op, append.old, append.new);
+    WHEN 1 THEN INSERT INTO pgtandem.change_1 (rel, op, old, new) VALUES (append.rel, append.op, append.old, append.new);
+    WHEN 2 THEN INSERT INTO pgtandem.change_2 (rel, op, old, new) VALUES (append.rel, append.op, append.old, append.new);
+    ELSE PERFORM pgtandem.unusual(state, rel, 'DDL');
+    END CASE;
+END
+$$;
+
+DO $$
+DECLARE f regprocedure;
+BEGIN
+    FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'append', 'unusual', 'settings_of')
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
+    END LOOP;
+END
+$$;

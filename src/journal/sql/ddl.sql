@@ -1,0 +1,165 @@
+-- DDL that the proxy recognises: recorded at its place, new tables captured in the same
+-- transaction, and rows that the DDL itself computed (CREATE TABLE AS, a rewrite with a
+-- volatile default) journaled after it, so that they are copied and not computed twice.
+
+-- Whether a catalog row that we see was written by this very transaction or a savepoint of it:
+-- its writer is still in progress. Savepoints' ids are above the transaction's own; the
+-- comparison is modulo 2^32, as xmin has no epoch.
+CREATE OR REPLACE FUNCTION pgtandem.ours(writer xid, top bigint) RETURNS boolean
+LANGUAGE sql STABLE
+AS $$
+    SELECT CASE WHEN (writer::text::bigint - top) & 4294967295 < 2147483648 AND writer::text::bigint > 2
+                THEN pg_catalog.pg_xact_status((top + ((writer::text::bigint - top) & 4294967295))::text::xid8) = 'in progress'
+                ELSE false END
+$$;
+
+-- The part that runs under pinned settings: images must be written as capture writes them.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp SET "DateStyle" = 'ISO, YMD' SET "TimeZone" = 'UTC' SET "IntervalStyle" = 'postgres'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off
+AS $$
+DECLARE
+    top_xid bigint := pg_current_xact_id()::text::bigint;
+    t record;
+    row_image text;
+    image_of text;
+    created jsonb := '[]';
+    changed jsonb := '[]';
+    filled oid[] := '{}';
+    computed jsonb;
+    has_rows boolean;
+    hint text;
+BEGIN
+    -- New tables: their row in pg_class is of this transaction.
+    FOR t IN
+        SELECT s.*, pgtandem.name_of(s.rel) AS target, pg_get_userbyid(c.relowner) AS owner
+          FROM pgtandem.shape s JOIN pg_class c ON c.oid = s.rel
+         WHERE NOT s.capturing AND s.extension IS NULL
+           AND pgtandem.ours(c.xmin, top_xid)
+         ORDER BY s.rel
+    LOOP
+        BEGIN
+            PERFORM pgtandem.capture(t.rel);
+        EXCEPTION WHEN insufficient_privilege THEN
+            hint := format('GRANT %I TO %I;', t.owner, current_user);
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('pgtandem cannot capture the new table %s: %s', t.target, SQLERRM),
+                HINT = format('Let the proxy''s role own what %s owns: %s', t.owner, hint);
+        END;
+        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s)', t.target) INTO has_rows;
+        IF has_rows THEN
+            filled := filled || t.rel;
+        END IF;
+        created := created || jsonb_build_object('rel', t.rel::bigint, 'schema', t.schema, 'name', t.name, 'columns', t.columns,
+            'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes);
+    END LOOP;
+
+    FOR t IN
+        SELECT s.*, c.filenode AS old_filenode, c.attributes AS old_attributes, c.attribute_count AS old_count, c.shape AS old_shape,
+               pgtandem.name_of(s.rel) AS target
+          FROM pgtandem.shape s JOIN pgtandem.captured c ON c.rel = s.rel
+         WHERE (s.shape, s.filenode, s.attributes, s.schema, s.name) IS DISTINCT FROM (c.shape, c.filenode, c.attributes, c.schema, c.name)
+           -- Only what this transaction touched: what others do is theirs to record, and to wait
+           -- here for their locks would hang the client.
+           AND (EXISTS (SELECT FROM pg_class o WHERE o.oid = s.rel AND pgtandem.ours(o.xmin, top_xid))
+                OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = s.rel AND pgtandem.ours(a.xmin, top_xid)))
+           AND NOT created @> jsonb_build_array(jsonb_build_object('rel', s.rel::bigint))
+         ORDER BY s.rel
+    LOOP
+        -- The function's settings follow the new types.
+        PERFORM pgtandem.capture(t.rel);
+        computed := '[]';
+        IF t.filenode <> t.old_filenode AND t.attributes <> t.old_attributes THEN
+            filled := filled || t.rel;
+        ELSE
+            -- A column added with a stable default (now()) is not rewritten: the value is kept
+            -- once, in the catalog, and differs where the statement runs a second time.
+            SELECT COALESCE(jsonb_agg(jsonb_build_object('column', a.attname, 'value', a.attmissingval::text)), '[]') INTO computed
+              FROM pg_attribute a
+             WHERE a.attrelid = t.rel AND a.attnum > t.old_count AND NOT a.attisdropped AND a.atthasmissing;
+        END IF;
+        changed := changed || jsonb_build_object('rel', t.rel::bigint, 'schema', t.schema, 'name', t.name, 'columns', t.columns,
+            'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes, 'computed', computed);
+        UPDATE pgtandem.captured c
+           SET shape = t.shape, filenode = t.filenode, attributes = t.attributes, attribute_count = t.attribute_count,
+               schema = t.schema, name = t.name
+         WHERE c.rel = t.rel;
+    END LOOP;
+
+    PERFORM pgtandem.append(0, 'S', (context || jsonb_build_object('created', created, 'changed', changed))::text, statement);
+
+    FOR t IN SELECT f.rel, pgtandem.name_of(f.rel) AS target FROM unnest(filled) AS f(rel) LOOP
+        PERFORM pgtandem.append(t.rel, 'T', NULL, NULL);
+        SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
+                   format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
+               ELSE 't::text' END
+          INTO image_of
+          FROM pg_attribute a WHERE a.attrelid = t.rel AND a.attnum > 0 AND NOT a.attisdropped;
+        FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, t.target) LOOP
+            PERFORM pgtandem.append(t.rel, 'I', NULL, row_image);
+        END LOOP;
+    END LOOP;
+END
+$$;
+
+-- Run by a client's session right after a DDL statement, in its transaction.
+CREATE OR REPLACE FUNCTION pgtandem.ddl(statement text, caller_search_path text, caller_role text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    state bigint;
+BEGIN
+    -- The transaction id comes before the state is read: the rotation relies on it.
+    PERFORM pg_current_xact_id();
+    PERFORM pg_advisory_xact_lock_shared(1885828196, 1);
+    state := pg_sequence_last_value('pgtandem.state');
+    IF (state >> 2) & 15 <> 0 THEN
+        PERFORM pgtandem.unusual(state, 0, 'DDL');
+        RETURN;
+    END IF;
+    IF NOT pg_has_role(session_user, caller_role, 'MEMBER') THEN
+        RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('%s is not a member of %s', session_user, caller_role);
+    END IF;
+    PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role));
+END
+$$;
+
+-- Run after a DDL statement that may not be in a transaction has succeeded.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_outside(statement text, caller_search_path text, caller_role text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_current_xact_id();
+    IF NOT pg_has_role(session_user, caller_role, 'MEMBER') THEN
+        RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('%s is not a member of %s', session_user, caller_role);
+    END IF;
+    PERFORM pgtandem.append(0, 'O', pgtandem.ddl_context(caller_search_path, caller_role)::text, statement);
+END
+$$;
+
+-- What of the client's session decides what its statement means.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_context(caller_search_path text, caller_role text) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT pg_catalog.jsonb_build_object('user', session_user, 'role', caller_role, 'settings', pg_catalog.jsonb_build_object(
+        'search_path', caller_search_path,
+        'TimeZone', pg_catalog.current_setting('TimeZone'),
+        'DateStyle', pg_catalog.current_setting('DateStyle'),
+        'IntervalStyle', pg_catalog.current_setting('IntervalStyle'),
+        'check_function_bodies', pg_catalog.current_setting('check_function_bodies'),
+        'standard_conforming_strings', pg_catalog.current_setting('standard_conforming_strings')))
+$$;
+
+DO $$
+DECLARE f regprocedure;
+BEGIN
+    FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects')
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
+    END LOOP;
+END
+$$;

@@ -1,0 +1,157 @@
+-- The objects that both sides carry, so that the reverse direction is armed before any flip.
+-- Idempotent: run by journal::install inside one transaction.
+
+CREATE SCHEMA IF NOT EXISTS pgtandem;
+GRANT USAGE ON SCHEMA pgtandem TO PUBLIC;
+COMMENT ON SCHEMA pgtandem IS 'journal and state of the pgtandem proxy; leave out of dumps (pg_dump -N pgtandem)';
+
+-- Which database this is and how far its journal has come.
+CREATE TABLE IF NOT EXISTS pgtandem.side (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    side text NOT NULL,
+    version integer NOT NULL,
+    truncations bigint NOT NULL DEFAULT 0
+);
+
+-- Epoch, role and journal slot packed into one number, because a sequence is read as it is
+-- now, whatever the reader's snapshot. journal::state packs and unpacks it:
+-- epoch * 256 + full * 32 + role * 4 + slot.
+CREATE SEQUENCE IF NOT EXISTS pgtandem.state MINVALUE 0 START 0;
+
+-- The journal: three tables that take turns, so that an old one can go by TRUNCATE. No key and
+-- no sequence (they would change the client's lastval()); the index serves rounds. Rows are
+-- only ever inserted, so autovacuum would find nothing to do but its own scan.
+CREATE TABLE IF NOT EXISTS pgtandem.change_0 (
+    pos pg_lsn NOT NULL DEFAULT pg_catalog.pg_current_wal_insert_lsn(),
+    xid xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
+    rel oid NOT NULL,
+    op "char" NOT NULL,
+    old text,
+    new text
+) WITH (autovacuum_enabled = off);
+CREATE TABLE IF NOT EXISTS pgtandem.change_1 (LIKE pgtandem.change_0 INCLUDING DEFAULTS) WITH (autovacuum_enabled = off);
+CREATE TABLE IF NOT EXISTS pgtandem.change_2 (LIKE pgtandem.change_0 INCLUDING DEFAULTS) WITH (autovacuum_enabled = off);
+CREATE INDEX IF NOT EXISTS change_0_xid ON pgtandem.change_0 (xid);
+CREATE INDEX IF NOT EXISTS change_1_xid ON pgtandem.change_1 (xid);
+CREATE INDEX IF NOT EXISTS change_2_xid ON pgtandem.change_2 (xid);
+
+-- A slot that writers have left: every transaction that may have written it is below `closed`.
+CREATE TABLE IF NOT EXISTS pgtandem.rotation (
+    slot smallint PRIMARY KEY,
+    closed xid8
+);
+
+-- The tables whose changes this side captures, as they were when last looked at, and in
+-- `origin` as they were when capture began: a secondary that comes late starts from there.
+CREATE TABLE IF NOT EXISTS pgtandem.captured (
+    rel oid PRIMARY KEY,
+    schema text NOT NULL,
+    name text NOT NULL,
+    was_empty boolean NOT NULL,
+    shape text NOT NULL,
+    filenode oid NOT NULL,
+    attributes text NOT NULL,
+    attribute_count smallint NOT NULL,
+    settings text NOT NULL,
+    origin jsonb NOT NULL
+);
+
+-- How far this side has followed, while it is the secondary. One row, written in the same
+-- transaction as the rows of a round.
+CREATE TABLE IF NOT EXISTS pgtandem.watermark (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    epoch bigint NOT NULL,
+    primary_side text NOT NULL,
+    round bigint NOT NULL,
+    snapshot text NOT NULL,
+    position pg_lsn NOT NULL,
+    target text,
+    target_position pg_lsn,
+    piece pg_lsn,
+    outside text,
+    applied_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+) WITH (fillfactor = 10);
+
+-- The primary's tables (by the primary's OID, which survives renames) and this side's.
+CREATE TABLE IF NOT EXISTS pgtandem.seeding (
+    rel oid PRIMARY KEY,
+    local oid,
+    schema text NOT NULL,
+    name text NOT NULL,
+    state text NOT NULL CHECK (state IN ('unseeded', 'seeding', 'synced')),
+    paused text,
+    note text,
+    columns text NOT NULL,
+    shape text NOT NULL,
+    filenode oid NOT NULL,
+    attributes text NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS pgtandem.divergence (
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    round bigint NOT NULL,
+    schema text NOT NULL,
+    name text NOT NULL,
+    kind text NOT NULL,
+    key text
+);
+
+-- Writers that came to this side while it was the secondary (stray_writers: report).
+CREATE TABLE IF NOT EXISTS pgtandem.stray (
+    role text NOT NULL,
+    application text NOT NULL,
+    relation text NOT NULL,
+    operation text NOT NULL,
+    writes bigint NOT NULL,
+    last timestamptz NOT NULL,
+    PRIMARY KEY (role, application, relation, operation)
+);
+
+-- Where a piece too large for the proxy's memory is turned into a difference by the server.
+CREATE UNLOGGED TABLE IF NOT EXISTS pgtandem.staged (
+    rel oid NOT NULL,
+    op "char" NOT NULL,
+    pos pg_lsn NOT NULL,
+    old text,
+    new text
+) WITH (autovacuum_enabled = off);
+CREATE UNLOGGED TABLE IF NOT EXISTS pgtandem.net (
+    img text NOT NULL,
+    n bigint NOT NULL
+) WITH (autovacuum_enabled = off);
+
+-- Every table that can be captured, and what its definition looks like. `shape` changes with
+-- everything that changes how a row is written; `attributes` with every touch of a column's
+-- catalog row; a rewrite of the data shows as a new `filenode` together with new `attributes`
+-- (VACUUM FULL and TRUNCATE change the file alone). `columns` names types as the reader's
+-- search_path makes them: read it with search_path = pg_catalog.
+CREATE OR REPLACE VIEW pgtandem.shape AS
+SELECT c.oid AS rel,
+       n.nspname::text AS schema,
+       c.relname::text AS name,
+       c.relpersistence AS persistence,
+       c.relfilenode AS filenode,
+       c.relnatts AS attribute_count,
+       (SELECT e.extname::text FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+         WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0
+           AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e') AS extension,
+       (SELECT COALESCE(pg_catalog.md5(pg_catalog.string_agg(pg_catalog.concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attgenerated), ',' ORDER BY a.attnum)), '')
+          FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS shape,
+       (SELECT COALESCE(pg_catalog.md5(pg_catalog.string_agg(a.xmin::text, ',' ORDER BY a.attnum)), '')
+          FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0) AS attributes,
+       (SELECT COALESCE(pg_catalog.json_agg(pg_catalog.json_build_array(a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attgenerated) ORDER BY a.attnum), '[]')::text
+          FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_trigger t
+         WHERE t.tgrelid = c.oid AND t.tgenabled = 'A' AND t.tgname IN ('zzz_pgtandem_row', 'zzz_pgtandem_truncate')
+           AND t.tgfoid = (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
+                            WHERE pn.nspname = 'pgtandem' AND p.proname = pg_catalog.concat('capture_', c.oid)
+                              AND p.pronargs = 0)) = 2 AS capturing
+  FROM pg_catalog.pg_class c
+  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'r'
+   AND c.relpersistence <> 't'
+   AND n.nspname NOT IN ('pgtandem', 'information_schema')
+   AND n.nspname NOT LIKE 'pg\_%';

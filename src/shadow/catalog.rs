@@ -1,0 +1,137 @@
+//! What the shadow reads know of the two catalogs, read by the proxy's own role and kept current.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Notify, watch};
+use tokio::time::Duration;
+use tokio_postgres::Client;
+
+use super::digest::FIRST_CUSTOM_OID;
+use crate::config::DatabaseConfig;
+use crate::control::{Control, Side};
+use crate::sql::{FUNCTIONS_QUERY, FunctionVolatility, RELATIONS_QUERY};
+use crate::upstream::control::{connect, error_chain};
+
+/// How often the catalogs are read again without being asked to: DDL may come by other ways.
+const REFRESH: Duration = Duration::from_secs(60);
+/// After a failure.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Functions and relations of the primary, and the custom types of both sides.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// The side whose functions these are.
+    pub primary: Option<Side>,
+    pub functions: FunctionVolatility,
+    /// By OID on the primary, the OID of the type of the same name on the secondary.
+    types: HashMap<u32, u32>,
+}
+
+const TYPES_QUERY: &str = "select t.oid, n.nspname::text, t.typname::text from pg_catalog.pg_type t \
+     join pg_catalog.pg_namespace n on n.oid = t.typnamespace where t.oid >= 16384";
+
+impl Catalog {
+    /// Reads both catalogs.
+    pub async fn load(side: Side, primary: &Client, secondary: &Client) -> Result<Self, tokio_postgres::Error> {
+        let mut functions = FunctionVolatility::default();
+        for row in primary.query(FUNCTIONS_QUERY, &[]).await? {
+            functions.add_function(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        }
+        for row in primary.query(RELATIONS_QUERY, &[]).await? {
+            functions.add_relation(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        }
+        let mut by_name: HashMap<(String, String), u32> = HashMap::new();
+        for row in secondary.query(TYPES_QUERY, &[]).await? {
+            by_name.insert((row.try_get(1)?, row.try_get(2)?), row.try_get(0)?);
+        }
+        let mut types = HashMap::new();
+        for row in primary.query(TYPES_QUERY, &[]).await? {
+            if let Some(&there) = by_name.get(&(row.try_get(1)?, row.try_get(2)?)) {
+                types.insert(row.try_get(0)?, there);
+            }
+        }
+        Ok(Self {
+            primary: Some(side),
+            functions,
+            types,
+        })
+    }
+
+    /// Parse's parameter types as the secondary knows them; `None` where it has no such type.
+    pub(super) fn map_types(&self, types: &[u8]) -> Option<Vec<u8>> {
+        let mut mapped = Vec::with_capacity(types.len());
+        for oid in types.chunks_exact(4) {
+            let oid = u32::from_be_bytes(oid.try_into().ok()?);
+            let there = if oid < FIRST_CUSTOM_OID {
+                oid
+            } else {
+                *self.types.get(&oid)?
+            };
+            mapped.extend_from_slice(&there.to_be_bytes());
+        }
+        Some(mapped)
+    }
+}
+
+/// Reads the catalogs in phases that shadow reads: at once, when the primary changes, when
+/// `changed` says so, and now and then. Runs until dropped.
+pub(super) async fn keep_current(
+    targets: DatabaseConfig,
+    mut control: watch::Receiver<Control>,
+    catalog: Arc<ArcSwap<Catalog>>,
+    changed: Arc<Notify>,
+) {
+    loop {
+        let now = *control.borrow_and_update();
+        let mut pause = REFRESH;
+        if now.phase.shadows() {
+            match read_both(&targets, now).await {
+                Ok(read) => catalog.store(Arc::new(read)),
+                Err(error) => {
+                    tracing::warn!(
+                        database = targets.legacy.dbname(),
+                        error,
+                        "cannot read the catalogs for shadow reads"
+                    );
+                    pause = RETRY;
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = changed.notified() => {}
+            ended = control.changed() => if ended.is_err() { return },
+        }
+    }
+}
+
+async fn read_both(targets: &DatabaseConfig, now: Control) -> Result<Catalog, String> {
+    let connection = |side| connect(targets.target(side), "shadow");
+    let primary = connection(now.primary).await.map_err(|error| error.to_string())?;
+    let secondary = connection(now.secondary()).await.map_err(|error| error.to_string())?;
+    Catalog::load(now.primary, &primary, &secondary)
+        .await
+        .map_err(|error| error_chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameter_types_by_name() {
+        let catalog = Catalog {
+            types: HashMap::from([(16_400, 20_000)]),
+            ..Catalog::default()
+        };
+        let bytes = |oids: &[u32]| oids.iter().flat_map(|oid| oid.to_be_bytes()).collect::<Vec<u8>>();
+        assert_eq!(
+            catalog.map_types(&bytes(&[23, 16_400, 0])),
+            Some(bytes(&[23, 20_000, 0]))
+        );
+        assert_eq!(catalog.map_types(&bytes(&[16_401])), None);
+        assert_eq!(catalog.map_types(&[]), Some(vec![]));
+    }
+}

@@ -1,0 +1,183 @@
+//! Asks both sides again at a cut, where they must be equal whatever the clients write.
+//!
+//! While the applier is held, a transaction on the primary takes the round's exported snapshot
+//! and one on the secondary a snapshot of its own; then the applier goes on. Each side's answer
+//! is read in these snapshots, in text format. If they differ, the primary is asked a second
+//! time in the same snapshot but in another transaction, so that a clock behind a "stable"
+//! function gives itself away.
+
+use tokio::time::Duration;
+
+use super::compare::{Answer, Difference, Kind, Verdict, compare};
+use super::connection::{Connection, ConnectionError};
+use super::digest::Digest;
+use super::log::BothSides;
+use super::read::{Call, ShadowRead};
+use super::stats::{Failed, Outcome, Skipped};
+use super::worker::{Worker, is_circumstance};
+use crate::sql::{LexSettings, NotComparable, ReadFacts, widen_limit};
+
+pub(super) enum Confirmed {
+    Is(Outcome),
+    Mismatch {
+        round: u64,
+        found: Difference,
+        sides: Box<BothSides<Digest>>,
+    },
+}
+
+/// What was asked last, and what the two sides said.
+struct Asked<'a> {
+    text: &'a [u8],
+    facts: &'a ReadFacts,
+    ours: Answer,
+    theirs: Answer,
+}
+
+/// Rows to look at beyond a LIMIT whose choice is left open. Where there are more, it stays open:
+/// the primary shall not read whole tables for a shadow.
+const WIDENED_ROWS: u32 = 1000;
+/// The applier is held while the snapshots are taken.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(3);
+
+const BEGIN: &str = "begin isolation level repeatable read read only";
+
+pub(super) async fn confirm(
+    worker: &Worker,
+    read: &ShadowRead,
+    facts: &ReadFacts,
+    secondary_call: &Call,
+) -> Result<Confirmed, ConnectionError> {
+    let primary_key = worker.key(read, read.control.primary);
+    let secondary_key = worker.key(read, read.control.secondary());
+    // Connections first: opening them takes longer than the applier should be held.
+    let (mut primary, mut again, mut secondary) = tokio::try_join!(
+        worker.connection(&primary_key),
+        worker.connection(&primary_key),
+        worker.connection(&secondary_key),
+    )?;
+    let Ok(held) = worker.cuts.hold_cut().await else {
+        return Ok(Confirmed::Is(Outcome::Failed(Failed::NoCut)));
+    };
+    if !worker.is_current(read) {
+        return Ok(Confirmed::Is(Outcome::Skipped(Skipped::Flip)));
+    }
+    let round = held.round;
+    let snapshots = async {
+        let import = begin_in(&held.primary_snapshot);
+        let own = format!("{BEGIN}; select 1");
+        tokio::try_join!(
+            primary.command("take the round's snapshot on the primary", import.as_bytes()),
+            again.command("take the round's snapshot on the primary", import.as_bytes()),
+            secondary.command("take a snapshot on the secondary", own.as_bytes()),
+        )
+    };
+    tokio::time::timeout(SNAPSHOT_PATIENCE, snapshots)
+        .await
+        .unwrap_or(Err(ConnectionError::Deadline))?;
+    drop(held);
+
+    let answers = async {
+        tokio::try_join!(
+            primary.answer(&read.text, &read.call),
+            secondary.answer(&read.text, secondary_call)
+        )
+    };
+    let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
+    let mut asked = Asked {
+        text: &read.text,
+        facts,
+        ours,
+        theirs,
+    };
+    let (ours, theirs) = (&asked.ours, &asked.theirs);
+    let mut verdict = match [ours, theirs].map(|answer| answer.digest.sqlstate()) {
+        [Some("57014"), _] | [_, Some("57014")] => return Ok(Confirmed::Is(Outcome::Failed(Failed::Timeout))),
+        [Some(code), _] | [_, Some(code)]
+            if is_circumstance(code) && ours.digest.sqlstate != theirs.digest.sqlstate =>
+        {
+            return Ok(Confirmed::Is(Outcome::Failed(Failed::Connection)));
+        }
+        _ => compare(facts, ours, theirs),
+    };
+    // Which rows a LIMIT lets through may be left open, but not which rows there are.
+    let perhaps_open = match &verdict {
+        Verdict::Open(NotComparable::LimitWithoutOrder) => true,
+        Verdict::Different(found) => facts.limited && found.kind == Kind::Value,
+        Verdict::Open(_) | Verdict::Equal | Verdict::OrderTies => false,
+    };
+    // The session's lexical settings are not known here; they only matter to backslashes.
+    let widened = (perhaps_open && !read.text.contains(&b'\\'))
+        .then(|| widen_limit(&read.text, LexSettings::default(), WIDENED_ROWS + 1))
+        .flatten();
+    if let Some(widened) = &widened {
+        let answers = async {
+            tokio::try_join!(
+                primary.answer(&widened.text, &read.call),
+                secondary.answer(&widened.text, secondary_call)
+            )
+        };
+        let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
+        let all_there =
+            |answer: &Answer| answer.digest.sqlstate.is_none() && answer.digest.rows <= u64::from(WIDENED_ROWS);
+        if all_there(&ours) && all_there(&theirs) {
+            verdict = match compare(&widened.facts, &ours, &theirs) {
+                Verdict::Equal | Verdict::OrderTies => Verdict::Open(NotComparable::LimitWithoutOrder),
+                open_or_different => open_or_different,
+            };
+            asked = Asked {
+                text: &widened.text,
+                facts: &widened.facts,
+                ours,
+                theirs,
+            };
+        }
+    }
+    let confirmed = match verdict {
+        Verdict::Equal => Confirmed::Is(Outcome::Transient),
+        Verdict::OrderTies => Confirmed::Is(Outcome::OrderTies),
+        Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
+        Verdict::Different(found) => {
+            let (second, _) = patiently(worker, again.answer(asked.text, &read.call)).await?;
+            match compare(asked.facts, &asked.ours, &second) {
+                Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
+                    round,
+                    found,
+                    sides: Box::new(BothSides {
+                        primary: asked.ours.digest,
+                        secondary: asked.theirs.digest,
+                    }),
+                },
+                Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
+                Verdict::Different(_) => Confirmed::Is(Outcome::NotComparable(NotComparable::NonDeterministic)),
+            }
+        }
+    };
+    for (key, mut connection) in [
+        (primary_key.clone(), primary),
+        (primary_key, again),
+        (secondary_key, secondary),
+    ] {
+        if end(worker, &mut connection).await.is_ok() {
+            worker.pool.give(key, connection);
+        }
+    }
+    Ok(confirmed)
+}
+
+async fn end(worker: &Worker, connection: &mut Connection) -> Result<(), ConnectionError> {
+    patiently(worker, connection.command("end the transaction", b"rollback")).await
+}
+
+fn begin_in(snapshot: &str) -> String {
+    format!("{BEGIN}; set transaction snapshot '{}'", snapshot.replace('\'', "''"))
+}
+
+async fn patiently<T>(
+    worker: &Worker,
+    what: impl Future<Output = Result<T, ConnectionError>>,
+) -> Result<T, ConnectionError> {
+    tokio::time::timeout(worker.patience(), what)
+        .await
+        .unwrap_or(Err(ConnectionError::Deadline))
+}

@@ -1,0 +1,121 @@
+//! Shadow reads: a share of the reads is repeated on the secondary and the answers compared.
+//!
+//! ```text
+//! session ── wants? ──▶ digest while the answer passes ── offer ──▶ bounded queue ──▶ worker
+//!                                                                                      │
+//!              mismatch log ◀── confirmed at a cut ◀── different ◀── after a round ◀───┘
+//! ```
+//! A client never waits for any of this: a full queue means dropped and counted. The sessions
+//! call [`ShadowSink`] and [`DigestBuilder`]; the app calls [`spawn`] once for each database.
+//! Nothing here writes to either database.
+
+mod catalog;
+mod compare;
+mod confirm;
+mod connection;
+mod cuts;
+mod digest;
+mod log;
+mod log_reader;
+mod read;
+mod sink;
+mod stats;
+mod worker;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
+
+pub use catalog::Catalog;
+pub use compare::Kind;
+pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
+pub use digest::{Digest, DigestBuilder};
+pub use log::{BothSides, Mismatch, MismatchLog, ValueWriter};
+pub use log_reader::{Filter, FingerprintSummary, LogContents, by_fingerprint, read_log};
+pub use read::{Call, ShadowRead};
+pub use sink::ShadowSink;
+pub use stats::{Dropped, Failed, NonDeterministic, Outcome, ShadowStats, Skipped};
+
+use crate::config::DatabaseConfig;
+use crate::control::Control;
+use stats::Counters;
+use worker::Worker;
+
+/// What the shadow reads of one database need.
+pub struct Shadow {
+    /// As clients name it.
+    pub database: String,
+    /// With the names of the databases filled in.
+    pub targets: DatabaseConfig,
+    pub percent: f64,
+    pub control: watch::Receiver<Control>,
+    pub cuts: Arc<dyn Cuts>,
+    pub log: MismatchLog,
+    pub limits: ShadowLimits,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct ShadowLimits {
+    /// How long a shadow may run on the secondary.
+    pub deadline: Duration,
+    /// Shadows at once.
+    pub concurrency: usize,
+    /// Reads that may wait.
+    pub queue_reads: usize,
+}
+
+impl Default for ShadowLimits {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(30),
+            concurrency: 4,
+            queue_reads: sink::QUEUE_READS,
+        }
+    }
+}
+
+/// The tasks of one database's shadow reads. The worker ends when every clone of its sink is
+/// gone; the catalog's reader ends with this.
+pub struct ShadowTasks {
+    pub worker: JoinHandle<()>,
+    _catalog: AbortOnDropHandle<()>,
+}
+
+/// Starts the shadow reads of one database.
+pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
+    let catalog = Arc::new(ArcSwap::from_pointee(Catalog::default()));
+    let counters = Arc::new(Counters::new(&shadow.database));
+    let (sink, queue) = ShadowSink::new(
+        shadow.percent,
+        catalog.clone(),
+        counters.clone(),
+        shadow.limits.queue_reads,
+    );
+    let reader = catalog::keep_current(
+        shadow.targets.clone(),
+        shadow.control.clone(),
+        catalog.clone(),
+        sink.0.catalog_changed.clone(),
+    );
+    let worker = Arc::new(Worker {
+        database: shadow.database,
+        targets: shadow.targets,
+        control: shadow.control,
+        cuts: shadow.cuts,
+        catalog,
+        counters,
+        log: shadow.log,
+        pool: connection::Pool::new(),
+        deadline: shadow.limits.deadline,
+        confirming: Mutex::new(()),
+    });
+    let tasks = ShadowTasks {
+        worker: tokio::spawn(worker::run(worker, queue, shadow.limits.concurrency)),
+        _catalog: AbortOnDropHandle::new(tokio::spawn(reader)),
+    };
+    (sink, tasks)
+}

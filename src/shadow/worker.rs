@@ -1,0 +1,259 @@
+//! Takes reads from the queue, repeats each on the secondary after a round that began after it,
+//! and says what became of it.
+//!
+//! ```text
+//! queue ─▶ a round that began after the reads ─▶ the same read on the secondary ─▶ equal: matched
+//!                                                                               └▶ different: confirm
+//! ```
+//! Several run at once; when all are busy the queue fills up, and what does not fit is dropped
+//! and counted.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Mutex, Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Duration;
+
+use super::catalog::Catalog;
+use super::compare::same;
+use super::confirm::{Confirmed, confirm};
+use super::connection::{Connection, ConnectionError, Pool, PoolKey};
+use super::cuts::Cuts;
+use super::log::{BothSides, Mismatch, MismatchLog, VERSION};
+use super::read::{BindValues, Call, ShadowRead};
+use super::sink::Queued;
+use super::stats::{Counters, Failed, Outcome, Skipped};
+use crate::config::DatabaseConfig;
+use crate::control::{Control, Side};
+use crate::sql::NotComparable;
+
+/// Reads that wait for one round together.
+const BATCH: usize = 64;
+/// Between looks at the idle connections.
+const TIDY: Duration = Duration::from_secs(30);
+
+pub(super) struct Worker {
+    pub(super) database: String,
+    pub(super) targets: DatabaseConfig,
+    pub(super) control: watch::Receiver<Control>,
+    pub(super) cuts: Arc<dyn Cuts>,
+    pub(super) catalog: Arc<ArcSwap<Catalog>>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) log: MismatchLog,
+    pub(super) pool: Pool,
+    /// How long a shadow may run.
+    pub(super) deadline: Duration,
+    /// Confirmations hold the applier for a moment: one at a time.
+    pub(super) confirming: Mutex<()>,
+}
+
+/// Runs until the last sink is gone and the queue is empty.
+pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, concurrency: usize) {
+    let permits = Arc::new(Semaphore::new(concurrency));
+    let mut running = JoinSet::new();
+    let mut batch = Vec::with_capacity(BATCH);
+    loop {
+        match tokio::time::timeout(TIDY, queue.recv_many(&mut batch, BATCH)).await {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(_) => worker.pool.close_idle(),
+        }
+        batch.retain(|queued: &Queued| {
+            let current = worker.is_current(&queued.read);
+            if !current {
+                worker.counters.count(Outcome::Skipped(Skipped::Flip));
+            }
+            current
+        });
+        if batch.is_empty() {
+            continue;
+        }
+        if worker.cuts.round_after_now().await.is_err() {
+            for _ in batch.drain(..) {
+                worker.counters.count(Outcome::Failed(Failed::NoCut));
+            }
+            continue;
+        }
+        for queued in batch.drain(..) {
+            // The semaphore is never closed.
+            let Ok(permit) = permits.clone().acquire_owned().await else {
+                return;
+            };
+            let worker = worker.clone();
+            running.spawn(async move {
+                let outcome = worker.judge(&queued.read).await;
+                worker.counters.count(outcome);
+                drop((permit, queued));
+            });
+            while running.try_join_next().is_some() {}
+        }
+    }
+    while running.join_next().await.is_some() {}
+}
+
+impl Worker {
+    pub(super) fn is_current(&self, read: &ShadowRead) -> bool {
+        let now = *self.control.borrow();
+        now.epoch == read.control.epoch && now.primary == read.control.primary && now.phase.shadows()
+    }
+
+    pub(super) fn key(&self, read: &ShadowRead, side: Side) -> PoolKey {
+        PoolKey {
+            target: self.targets.target(side).clone(),
+            login: read.login.clone(),
+            settings: read.settings.clone(),
+        }
+    }
+
+    pub(super) async fn connection(&self, key: &PoolKey) -> Result<Connection, ConnectionError> {
+        self.pool.take(key, self.deadline).await
+    }
+
+    /// A little longer than the server's own deadline, which gives the better answer.
+    pub(super) fn patience(&self) -> Duration {
+        self.deadline + Duration::from_secs(2)
+    }
+
+    async fn judge(&self, read: &ShadowRead) -> Outcome {
+        let Ok(facts) = crate::sql::single_read(&read.script) else {
+            return Outcome::NotComparable(NotComparable::NotARead);
+        };
+        if read.digest.partial {
+            return Outcome::NotComparable(NotComparable::PartialAnswer);
+        }
+        if read.digest.sqlstate().is_some_and(is_circumstance) {
+            return Outcome::Skipped(Skipped::PrimaryError);
+        }
+        let Some(call) = self.call_for_secondary(&read.call) else {
+            return Outcome::NotComparable(NotComparable::ParameterType);
+        };
+        let key = self.key(read, read.control.secondary());
+        let asked = async {
+            let mut connection = self.connection(&key).await?;
+            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call))
+                .await
+                .unwrap_or(Err(ConnectionError::Deadline))?;
+            self.pool.give(key, connection);
+            Ok(answer)
+        };
+        let (digest, latency) = match asked.await {
+            Ok(answer) => answer,
+            Err(error) => return self.failed(&error),
+        };
+        for (side, latency) in [("primary", read.latency), ("secondary", latency)] {
+            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => side)
+                .record(latency.as_secs_f64());
+        }
+        if same(facts, &read.digest, &digest) {
+            return Outcome::Matched;
+        }
+        match digest.sqlstate() {
+            Some("57014") => return Outcome::Failed(Failed::Timeout),
+            // Some function wanted to write; the primary's transaction may.
+            Some("25006") => return Outcome::NotComparable(NotComparable::VolatileFunction),
+            // Binary arrays and rows carry OIDs of types, which the secondary does not know.
+            Some("42804" | "42704" | "22P03") if has_binary_parameters(&call) => {
+                return Outcome::NotComparable(NotComparable::ParameterType);
+            }
+            Some(code) if is_circumstance(code) => return Outcome::Failed(Failed::Connection),
+            _ => {}
+        }
+        let confirmed = {
+            let _one_at_a_time = self.confirming.lock().await;
+            confirm(self, read, facts, &call).await
+        };
+        match confirmed {
+            Ok(Confirmed::Is(outcome)) => {
+                if outcome == Outcome::NotComparable(NotComparable::NonDeterministic) {
+                    self.counters
+                        .count_non_deterministic(read.script.fingerprint(&read.text));
+                }
+                outcome
+            }
+            Ok(Confirmed::Mismatch { round, found, sides }) => {
+                let fingerprint = read.script.fingerprint(&read.text);
+                let values = &self.log.values;
+                let mismatch = Mismatch {
+                    version: VERSION,
+                    time: now(),
+                    database: self.database.clone(),
+                    user: read.login.user.clone(),
+                    fingerprint: fingerprint.id.to_string(),
+                    statement: fingerprint.text.clone(),
+                    key: values.hash(&[&read.text, &[0], read.call.parameters()]),
+                    kind: found.kind,
+                    primary: read.control.primary,
+                    rows: BothSides {
+                        primary: sides.primary.rows,
+                        secondary: sides.secondary.rows,
+                    },
+                    error: BothSides {
+                        primary: sides.primary.sqlstate().map(str::to_owned),
+                        secondary: sides.secondary.sqlstate().map(str::to_owned),
+                    },
+                    first_rows: BothSides {
+                        primary: values.rows(&found.primary),
+                        secondary: values.rows(&found.secondary),
+                    },
+                    latency_ms: BothSides {
+                        primary: read.latency.as_secs_f64() * 1000.0,
+                        secondary: latency.as_secs_f64() * 1000.0,
+                    },
+                    round,
+                };
+                tracing::warn!(
+                    database = self.database,
+                    fingerprint = mismatch.fingerprint,
+                    statement = mismatch.statement,
+                    kind = mismatch.kind.as_str(),
+                    round,
+                    "shadow read: mismatch"
+                );
+                self.log.write(mismatch, &self.counters);
+                Outcome::Mismatched
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    pub(super) fn failed(&self, error: &ConnectionError) -> Outcome {
+        tracing::debug!(database = self.database, %error, "shadow read failed");
+        match error {
+            ConnectionError::Deadline => Outcome::Failed(Failed::Timeout),
+            ConnectionError::Login(_) | ConnectionError::Broken(_) | ConnectionError::Refused { .. } => {
+                Outcome::Failed(Failed::Connection)
+            }
+        }
+    }
+
+    /// The call with the secondary's OIDs of custom types.
+    fn call_for_secondary(&self, call: &Call) -> Option<Call> {
+        Some(match call {
+            Call::Simple => Call::Simple,
+            Call::Extended { parameter_types, bind } => Call::Extended {
+                parameter_types: self.catalog.load().map_types(parameter_types)?.into(),
+                bind: bind.clone(),
+            },
+        })
+    }
+}
+
+fn has_binary_parameters(call: &Call) -> bool {
+    match call {
+        Call::Simple => false,
+        Call::Extended { bind, .. } => BindValues::read(bind).is_some_and(|values| values.any_binary()),
+    }
+}
+
+/// Errors that tell of a moment or a session, not of data: lost connections (08), invalid
+/// transaction state (25), conflicts (40), resources (53), intervention (57), system (58).
+pub(super) fn is_circumstance(sqlstate: &str) -> bool {
+    matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
+}
+
+fn now() -> String {
+    time::OffsetDateTime::now_utc()
+        .format(&time::format_description::well_known::Rfc3339)
+        .unwrap_or_default()
+}

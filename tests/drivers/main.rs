@@ -1,0 +1,147 @@
+//! Real drivers against real servers, directly and through the proxy: a client must not be able
+//! to tell the two apart.
+//!
+//! Each driver runs a fixed list of named behaviours and reports what the client observed, as
+//! JSON without what differs between any two runs (process ids, ports, times). The lists of the
+//! Python, JavaScript and Java drivers are scripts beside this file, those of tokio-postgres and
+//! sqlx are modules here. A driver is run against each server directly, then through a proxy in
+//! front of it, in the phases `initial` and `dual_write`; the reports must be equal.
+//!
+//! `scripts/install-drivers` installs the drivers; without it these tests fail and say so.
+//! `DRIVER_ONLY=copy` runs only the behaviours with `copy` in their names.
+
+mod driver;
+mod pair;
+mod proxy;
+mod report;
+mod sqlx_driver;
+mod tokio_postgres_driver;
+
+use driver::Driver;
+use pair::{Pair, authority_and_certificate};
+use proxy::Proxy;
+
+/// What a proxy in front of a server changes for a client today, though it should not: driver,
+/// phase, behaviour, and why. The tests insist that these do differ, so that a line goes when its
+/// cause does.
+const KNOWN_DIFFERENCES: &[(&str, &str, &str, &str)] = &[
+    (
+        "psycopg",
+        "initial",
+        "a_name_longer_than_names_can_be",
+        "Postgres cuts names at 63 bytes, the proxy takes them whole",
+    ),
+    (
+        "psycopg",
+        "dual_write",
+        "a_name_longer_than_names_can_be",
+        "Postgres cuts names at 63 bytes, the proxy takes them whole",
+    ),
+];
+
+fn check(driver: Driver) {
+    let pair = Pair::start();
+    let mut differences = Vec::new();
+    for (served, other) in [(&pair.older, &pair.newer), (&pair.newer, &pair.older)] {
+        let database = format!("shop{}", served.major);
+        for server in [served, other] {
+            server
+                .create_database(&database, pair::CLIENT)
+                .expect("create the database");
+        }
+        let direct = driver.run(&pair::endpoint(served, &database), served.binaries());
+        report::refuse_unexpected(driver.name(), &direct);
+        for phase in ["initial", "dual_write"] {
+            let proxy = Proxy::start(served, other, &database, phase, None);
+            let through = driver.run(&proxy.endpoint(&database), served.binaries());
+            let context = format!("{} on {} in {phase}", driver.name(), served.major);
+            differences.extend(report::differences(&context, driver.name(), phase, &direct, &through));
+        }
+    }
+    assert!(differences.is_empty(), "\n{}", differences.join("\n"));
+}
+
+/// TLS between client and server, against TLS between client and proxy.
+fn check_tls(driver: Driver) {
+    let (authority_pem, tls) = authority_and_certificate();
+    let pair = Pair::start_with_tls(tls.clone());
+    let authority = pair.file("authority.crt", &authority_pem);
+    let database = "shop";
+    for server in [&pair.older, &pair.newer] {
+        server
+            .create_database(database, pair::CLIENT)
+            .expect("create the database");
+    }
+    let mut endpoint = pair::endpoint(&pair.older, database);
+    endpoint.tls_root = Some(authority.clone());
+    let direct = driver.run(&endpoint, pair.older.binaries());
+    report::refuse_unexpected(driver.name(), &direct);
+
+    let proxy = Proxy::start(&pair.older, &pair.newer, database, "initial", Some(&tls));
+    let mut endpoint = proxy.endpoint(database);
+    endpoint.tls_root = Some(authority);
+    let through = driver.run(&endpoint, pair.older.binaries());
+    let context = format!("{} with TLS", driver.name());
+    let differences = report::differences(&context, driver.name(), "initial", &direct, &through);
+    assert!(differences.is_empty(), "\n{}", differences.join("\n"));
+}
+
+#[test]
+fn psql() {
+    check(Driver::Psql);
+}
+
+#[test]
+fn psycopg() {
+    check(Driver::Psycopg);
+}
+
+#[test]
+fn asyncpg() {
+    check(Driver::Asyncpg);
+}
+
+#[test]
+fn node_postgres() {
+    check(Driver::NodePostgres);
+}
+
+#[test]
+fn jdbc() {
+    check(Driver::Jdbc);
+}
+
+#[test]
+fn tokio_postgres() {
+    check(Driver::TokioPostgres);
+}
+
+#[test]
+fn sqlx() {
+    check(Driver::Sqlx);
+}
+
+#[test]
+fn tls_by_psql() {
+    check_tls(Driver::Psql);
+}
+
+#[test]
+fn tls_by_psycopg() {
+    check_tls(Driver::Psycopg);
+}
+
+#[test]
+fn tls_by_asyncpg() {
+    check_tls(Driver::Asyncpg);
+}
+
+#[test]
+fn tls_by_node_postgres() {
+    check_tls(Driver::NodePostgres);
+}
+
+#[test]
+fn tls_by_jdbc() {
+    check_tls(Driver::Jdbc);
+}
