@@ -11,7 +11,7 @@ use tokio_postgres::error::SqlState;
 use super::difference::{Difference, pair};
 use super::pipeline::{ImageArray, Item, run};
 use super::session::Session;
-use super::statements::Source;
+use super::statements::{Source, Writer};
 use super::status::Seeding;
 use super::{ApplyError, doing, image};
 use crate::catalog::{Oid, quote};
@@ -224,7 +224,12 @@ impl Session {
             )
             .await
             .map_err(doing("look at truncated tables"))?;
-        let mut large = Vec::new();
+        // One TRUNCATE of the whole set, as they may refer to each other; not while others, which
+        // keep their rows, refer to one of them.
+        let large = rows.iter().any(|row| row.get::<_, i64>(3) > TRUNCATE_BYTES);
+        let referenced = rows.iter().any(|row| row.get::<_, bool>(4));
+        let mut targets = Vec::new();
+        let mut waking = Vec::new();
         for row in &rows {
             let target = quote::qualified(row.get(1), row.get(2));
             let writer = self
@@ -232,22 +237,21 @@ impl Session {
                 .iter()
                 .find(|table| table.local == Some(row.get::<_, Oid>(0)))
                 .and_then(|table| table.writer.as_ref());
-            let silence = writer.and_then(super::statements::Writer::silence);
-            let referenced: bool = row.get(4);
-            if row.get::<_, i64>(3) > TRUNCATE_BYTES && !referenced && silence.is_none() {
-                large.push(format!("ONLY {target}"));
-                continue;
-            }
-            if let Some((off, on)) = silence {
+            if let Some((off, on)) = writer.and_then(Writer::silence) {
                 writes.text(off);
-                writes.text(format!("DELETE FROM ONLY {target}"));
-                writes.text(on);
-            } else {
-                writes.text(format!("DELETE FROM ONLY {target}"));
+                waking.push(on);
+            }
+            targets.push(format!("ONLY {target}"));
+        }
+        if large && !referenced {
+            writes.text(format!("TRUNCATE {}", targets.join(", ")));
+        } else {
+            for target in targets {
+                writes.text(format!("DELETE FROM {target}"));
             }
         }
-        if !large.is_empty() {
-            writes.text(format!("TRUNCATE {}", large.join(", ")));
+        for on in waking {
+            writes.text(on);
         }
         let listed: Vec<String> = rels.iter().map(u32::to_string).collect();
         writes.text(format!(
