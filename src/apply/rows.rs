@@ -27,6 +27,13 @@ pub(super) enum Mode {
 /// with an older snapshot survive.
 const TRUNCATE_BYTES: i64 = 4 * 1024 * 1024;
 
+/// A row stands where a new one goes.
+pub(super) fn is_conflict(error: &tokio_postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| [SqlState::UNIQUE_VIOLATION, SqlState::EXCLUSION_VIOLATION].contains(code))
+}
+
 /// What the row count of a statement must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Expect {
@@ -276,7 +283,7 @@ impl Session {
     ) -> Result<(), NotWritten> {
         let counts = match counts {
             Ok(counts) => counts,
-            Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+            Err(error) if is_conflict(&error) => {
                 return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
             }
             Err(error) => return Err(NotWritten::Failed(doing("apply a round")(error))),
