@@ -18,7 +18,7 @@ use super::session::{Session, connect_primary, connect_secondary, read_watermark
 use super::status::{ApplierState, ApplierStatus, JournalStatus, Lag, WatermarkStatus};
 use super::{ApplierConfig, ApplyError, doing};
 use crate::journal::read::{Unsigned, lsn, window_sql};
-use crate::journal::{self, SideRole, SlotState, rotation};
+use crate::journal::{self, SideRole, rotation};
 
 /// How long a cut may be held: the secondary stands still meanwhile.
 const HOLD_MAX: Duration = Duration::from_secs(5);
@@ -442,17 +442,7 @@ async fn keep_within_limit(
     config: &ApplierConfig,
     bytes: u64,
 ) -> Result<JournalStatus, ApplyError> {
-    let row = primary
-        .query_one("SELECT pg_sequence_last_value('pgtandem.state'::regclass)", &[])
-        .await
-        .map_err(doing("read the primary's state"))?;
-    let Some(stored) = row.get::<_, Option<i64>>(0).and_then(SlotState::unpack) else {
-        return Ok(JournalStatus {
-            bytes,
-            ..JournalStatus::default()
-        });
-    };
-    let state = rotation::enforce_limit(primary, &config.journal, bytes, stored).await?;
+    let state = rotation::enforce_limit(primary, &config.journal, bytes).await?;
     Ok(JournalStatus {
         bytes,
         full: state.full,
