@@ -6,7 +6,7 @@ use std::process::Command;
 
 use pgtandem::servers::{Binaries, PASSWORD};
 
-use crate::pair::{CLIENT, Endpoint};
+use crate::pair::{self, CLIENT, Endpoint};
 use crate::report::{Observed, parse};
 use crate::{sqlx_driver, tokio_postgres_driver};
 
@@ -81,6 +81,7 @@ fn run_script(
         .env("DRIVER_USER", CLIENT)
         .env("DRIVER_PASSWORD", PASSWORD)
         .env("DRIVER_DBNAME", &endpoint.database)
+        .env("DRIVER_OTHER_DBNAME", pair::other_database(&endpoint.database))
         .env("DRIVER_PSQL", binaries.program("psql"))
         .env(
             "DRIVER_PSQL_NEWEST",

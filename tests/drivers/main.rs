@@ -44,11 +44,7 @@ fn check(driver: Driver) {
     let mut differences = Vec::new();
     for (served, other) in [(&pair.older, &pair.newer), (&pair.newer, &pair.older)] {
         let database = format!("shop{}", served.major);
-        for server in [served, other] {
-            server
-                .create_database(&database, pair::CLIENT)
-                .expect("create the database");
-        }
+        pair.create_databases(&database);
         let direct = driver.run(&pair::endpoint(served, &database), served.binaries());
         report::refuse_unexpected(driver.name(), &direct);
         for phase in ["initial", "dual_write"] {
@@ -67,11 +63,7 @@ fn check_tls(driver: Driver) {
     let pair = Pair::start_with_tls(tls.clone());
     let authority = pair.file("authority.crt", &authority_pem);
     let database = "shop";
-    for server in [&pair.older, &pair.newer] {
-        server
-            .create_database(database, pair::CLIENT)
-            .expect("create the database");
-    }
+    pair.create_databases(database);
     let mut endpoint = pair::endpoint(&pair.older, database);
     endpoint.tls_root = Some(authority.clone());
     let direct = driver.run(&endpoint, pair.older.binaries());

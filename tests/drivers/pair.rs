@@ -17,6 +17,11 @@ pub(crate) struct Pair {
     files: TempDir,
 }
 
+/// The database that a session moves on to from the one it began with.
+pub(crate) fn other_database(database: &str) -> String {
+    format!("{database}_other")
+}
+
 /// Where a driver connects to.
 #[derive(Debug, Clone)]
 pub(crate) struct Endpoint {
@@ -80,6 +85,16 @@ impl Pair {
             );
         }
         pair
+    }
+
+    /// Creates a database and its [`other_database`] on both servers. Each proxy of a test needs
+    /// databases of its own: which side is primary is recorded in them.
+    pub(crate) fn create_databases(&self, database: &str) {
+        for server in [&self.older, &self.newer] {
+            for name in [database, &other_database(database)] {
+                server.create_database(name, CLIENT).expect("create a database");
+            }
+        }
     }
 
     /// A file that lives as long as the pair.

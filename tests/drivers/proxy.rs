@@ -9,7 +9,7 @@ use std::time::Duration;
 use pgtandem::servers::{PASSWORD, Server, ServerTls, free_port};
 use tempfile::TempDir;
 
-use crate::pair::{CLIENT, Endpoint, PROXY};
+use crate::pair::{self, CLIENT, Endpoint, PROXY};
 
 /// A running proxy. Dropping it kills the process.
 pub(crate) struct Proxy {
@@ -26,8 +26,7 @@ impl Proxy {
         let (port, admin_port) = (free_port().expect("a port"), free_port().expect("a port"));
         let mut config =
             format!("listen: 127.0.0.1:{port}\nadmin: 127.0.0.1:{admin_port}\nphase: {phase}\ndatabases:\n");
-        // psql's list connects to `postgres` as well.
-        for name in [database, "postgres"] {
+        for name in [database, &pair::other_database(database)] {
             config += &format!(
                 "  {name}:\n    legacy: {}\n    new: {}\n",
                 legacy.url(PROXY, name),

@@ -111,7 +111,7 @@ SCRIPTS = {
         {},
     ),
     "listen_and_notify": ("LISTEN here;\nNOTIFY here, 'a payload';\nSELECT 1;\nUNLISTEN here;\nNOTIFY here, 'unheard';\nSELECT 2;", {}),
-    "reconnects": ("SELECT 1;\n\\connect -reuse-previous=on dbname=postgres\nSELECT current_database();", {}),
+    "reconnects": ("SELECT 1;\n\\connect -reuse-previous=on dbname=OTHER\nSELECT current_database();", {}),
     "latin1": (b"\\encoding LATIN1\nSELECT 'Gr\xfc\xdfe', length('Gr\xfc\xdfe') AS \"\xfc\";\nSELECT \xfc;\nSELECT E'\xe6\xbc';\n", {}),
     "sjis": (b"\\encoding SJIS\nSELECT '\x95\x5c\x83\x5c' AS \"\x95\x5c\";\nSELECT '\x83\x5c', no_\x83\x5c;\n", {}),
     "sql_ascii": (b"\\encoding SQL_ASCII\nSELECT '\xfc';\nSELECT 'ok', '\xc3\xbc';\n", {"environment": {"PGCLIENTENCODING": "SQL_ASCII"}}),
@@ -183,7 +183,7 @@ def main():
         return tls()
     for name, (script, options) in SCRIPTS.items():
         if isinstance(script, str):
-            script = script.replace("SCRATCH", scratch.name)
+            script = script.replace("SCRATCH", scratch.name).replace("OTHER", os.environ["DRIVER_OTHER_DBNAME"])
         common.record(name, run(script, **options))
     common.record("interrupted", interrupted())
     common.record("interrupted_3_2", interrupted(psql=PSQL_NEWEST, max_protocol_version="latest"))
