@@ -377,6 +377,9 @@ impl Session {
         let Some(shadow) = &self.context.hooks.shadow else {
             return Mark::None;
         };
+        if !self.control.phase.shadows() {
+            return Mark::None;
+        }
         let sampled = match portal {
             None => shadow.sampled(text, &[]),
             Some(portal) => portal.values.is_some(),
@@ -387,7 +390,7 @@ impl Session {
             .attention
             .as_ref()
             .is_some_and(|attention| attention.observation.is_some());
-        if busy || sniff.write || !self.control.phase.shadows() || !sampled {
+        if busy || sniff.write || !sampled {
             return Mark::None;
         }
         let script = self.context.hooks.statements.get_as(text, self.lex);
