@@ -377,13 +377,16 @@ impl Session {
         let Some(shadow) = &self.context.hooks.shadow else {
             return Mark::None;
         };
+        if !self.control.phase.shadows() {
+            return Mark::None;
+        }
         let values = portal.and_then(|portal| portal.values.as_deref()).unwrap_or_default();
         let in_batch = std::mem::replace(&mut self.shadowing.executed, portal.is_some());
         let busy = self
             .attention
             .as_ref()
             .is_some_and(|attention| attention.observation.is_some());
-        if busy || sniff.write || !self.control.phase.shadows() {
+        if busy || sniff.write {
             return Mark::None;
         }
         let sampled = match portal {

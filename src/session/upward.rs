@@ -131,8 +131,10 @@ impl Session {
             },
             b'E' => self.plan_execute(body),
             b'P' => {
-                let all = self.context.hooks.shadow.is_some();
-                self.statements.parsed(body, all);
+                // Named ones are used for long: a later phase may want to know them.
+                let shadow = self.context.hooks.shadow.is_some();
+                self.statements
+                    .parsed(body, shadow, shadow && self.control.phase.shadows());
                 Plan::Pass(Mark::None)
             }
             b'B' => {
