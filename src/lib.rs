@@ -28,6 +28,8 @@ pub mod apply;
 /// Reads repeated on the secondary, and the answers compared.
 pub mod shadow;
 
+/// Existing rows: compared at a cut.
+pub mod reconcile;
 /// A client's session: handshake, authentication, relay, carrying over.
 pub mod session;
 /// Changing the phase, and the flip of the primary.

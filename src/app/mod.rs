@@ -6,9 +6,11 @@
 //! | one applier for each mirrored database | control runtime | with mirroring |
 //! | shadow workers and the mismatch log's writer | control runtime | with the process |
 //! | watching both servers of each database | control runtime | with the process |
+//! | publishing the gauges, looking for new databases under `"*"` | control runtime | with the process |
 //! | the admin server | control runtime | with the process |
 //! | signals (SIGHUP, SIGTERM, SIGINT) | control runtime | with the process |
 
+mod gauges;
 mod operations;
 mod phases;
 mod shadows;
@@ -23,6 +25,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use self::world::World;
 use crate::config::Config;
@@ -85,6 +88,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
             return Ok(());
         }
     }
+    let gauges = AbortOnDropHandle::new(tokio::spawn(gauges::publish(world.clone())));
     let listener = Listener::start(world.sessions(), &listen)?;
     world.serving();
     asked_to_stop.await;
@@ -95,6 +99,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
         tracing::warn!(cut_off, "transactions were still open and were ended");
     }
     world.end().await;
+    drop(gauges);
     stop.cancel();
     admin.await.context("the admin server")?.context("the admin server")?;
     Ok(())

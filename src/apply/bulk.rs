@@ -11,7 +11,7 @@ use futures_util::{SinkExt, StreamExt, pin_mut};
 
 use super::plan::DdlRecord;
 use super::round::{shapes_after, wait_flushed};
-use super::rows::{Mode, NotWritten};
+use super::rows::{Mode, NotWritten, is_conflict};
 use super::session::{Session, Target};
 use super::statements::{Source, Writer};
 use super::status::Seeding;
@@ -451,7 +451,7 @@ impl Session {
     async fn write_from_net(&self, sql: &str) -> Result<u64, NotWritten> {
         match self.secondary.execute(sql, &[]).await {
             Ok(count) => Ok(count),
-            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::UNIQUE_VIOLATION) => {
+            Err(error) if is_conflict(&error) => {
                 Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)))
             }
             Err(error) => Err(NotWritten::Failed(doing("apply a piece")(error))),

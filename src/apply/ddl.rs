@@ -40,7 +40,11 @@ impl Session {
         if record.role == self.own_role {
             secondary.execute(&record.statement, &[]).await.map(drop)
         } else {
-            run_as(secondary, &record.role, &record.statement).await
+            let check_bodies = record
+                .settings
+                .get("check_function_bodies")
+                .map_or("on", String::as_str);
+            run_as(secondary, &record.role, &record.statement, check_bodies).await
         }
         .map_err(doing("run a DDL statement on the secondary"))?;
         let restored = PINNED_SETTINGS.replace("SET ", "SET LOCAL ");
@@ -293,22 +297,29 @@ impl Session {
 
 /// Runs a statement with a role's privileges and no more. SET ROLE alone would not do: the
 /// statement could itself be a RESET ROLE, or a DO block with one inside. A function that
-/// belongs to the role and is SECURITY DEFINER forbids it.
-async fn run_as(secondary: &Client, role: &str, statement: &str) -> Result<(), tokio_postgres::Error> {
+/// belongs to the role and is SECURITY DEFINER forbids it. In language SQL, because PL/pgSQL's
+/// EXECUTE does not know SELECT INTO.
+async fn run_as(
+    secondary: &Client,
+    role: &str,
+    statement: &str,
+    check_bodies: &str,
+) -> Result<(), tokio_postgres::Error> {
     let role = identifier(role);
     secondary
         .batch_execute(&format!(
             "GRANT USAGE, CREATE ON SCHEMA pgtandem TO {role};
-             CREATE FUNCTION pgtandem.run_as(statement text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
-                 AS $run$ BEGIN EXECUTE statement; END $run$;
-             ALTER FUNCTION pgtandem.run_as(text) OWNER TO {role};
-             REVOKE USAGE, CREATE ON SCHEMA pgtandem FROM {role}"
+             SET LOCAL check_function_bodies = off;
+             CREATE FUNCTION pgtandem.run_as() RETURNS void LANGUAGE sql SECURITY DEFINER AS {};
+             SET LOCAL check_function_bodies = {};
+             ALTER FUNCTION pgtandem.run_as() OWNER TO {role};
+             REVOKE USAGE, CREATE ON SCHEMA pgtandem FROM {role}",
+            literal(statement),
+            literal(check_bodies)
         ))
         .await?;
-    secondary
-        .batch_execute(&format!("SELECT pgtandem.run_as({})", literal(statement)))
-        .await?;
-    secondary.batch_execute("DROP FUNCTION pgtandem.run_as(text)").await
+    secondary.batch_execute("SELECT pgtandem.run_as()").await?;
+    secondary.batch_execute("DROP FUNCTION pgtandem.run_as()").await
 }
 
 /// Outside a transaction there is no function around the statement to keep it in its role, so

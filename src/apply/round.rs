@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::pipeline::{Item, run};
 use super::plan::{DdlRecord, Plan, Step, plan};
-use super::rows::{Mode, NotWritten, Writes};
+use super::rows::{Mode, NotWritten, Writes, is_conflict};
 use super::session::{Session, Target};
 use super::status::Seeding;
 use super::{ApplyError, doing};
@@ -260,7 +260,7 @@ impl Session {
         match self.secondary.batch_execute("COMMIT").await {
             Ok(()) => {}
             // A deferrable key is checked only here.
-            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::UNIQUE_VIOLATION) => {
+            Err(error) if is_conflict(&error) => {
                 return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
             }
             Err(error) => return Err(NotWritten::Failed(doing("commit a round")(error))),

@@ -11,7 +11,7 @@ use tokio_postgres::error::SqlState;
 use super::difference::{Difference, pair};
 use super::pipeline::{ImageArray, Item, run};
 use super::session::Session;
-use super::statements::Source;
+use super::statements::{Source, Writer};
 use super::status::Seeding;
 use super::{ApplyError, doing, image};
 use crate::catalog::{Oid, quote};
@@ -26,6 +26,13 @@ pub(super) enum Mode {
 /// Above this size a cleared table is truncated; below, its rows are deleted, which readers
 /// with an older snapshot survive.
 const TRUNCATE_BYTES: i64 = 4 * 1024 * 1024;
+
+/// A row stands where a new one goes.
+pub(super) fn is_conflict(error: &tokio_postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| [SqlState::UNIQUE_VIOLATION, SqlState::EXCLUSION_VIOLATION].contains(code))
+}
 
 /// What the row count of a statement must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,7 +231,12 @@ impl Session {
             )
             .await
             .map_err(doing("look at truncated tables"))?;
-        let mut large = Vec::new();
+        // One TRUNCATE of the whole set, as they may refer to each other; not while others, which
+        // keep their rows, refer to one of them.
+        let large = rows.iter().any(|row| row.get::<_, i64>(3) > TRUNCATE_BYTES);
+        let referenced = rows.iter().any(|row| row.get::<_, bool>(4));
+        let mut targets = Vec::new();
+        let mut waking = Vec::new();
         for row in &rows {
             let target = quote::qualified(row.get(1), row.get(2));
             let writer = self
@@ -232,22 +244,21 @@ impl Session {
                 .iter()
                 .find(|table| table.local == Some(row.get::<_, Oid>(0)))
                 .and_then(|table| table.writer.as_ref());
-            let silence = writer.and_then(super::statements::Writer::silence);
-            let referenced: bool = row.get(4);
-            if row.get::<_, i64>(3) > TRUNCATE_BYTES && !referenced && silence.is_none() {
-                large.push(format!("ONLY {target}"));
-                continue;
-            }
-            if let Some((off, on)) = silence {
+            if let Some((off, on)) = writer.and_then(Writer::silence) {
                 writes.text(off);
-                writes.text(format!("DELETE FROM ONLY {target}"));
-                writes.text(on);
-            } else {
-                writes.text(format!("DELETE FROM ONLY {target}"));
+                waking.push(on);
+            }
+            targets.push(format!("ONLY {target}"));
+        }
+        if large && !referenced {
+            writes.text(format!("TRUNCATE {}", targets.join(", ")));
+        } else {
+            for target in targets {
+                writes.text(format!("DELETE FROM {target}"));
             }
         }
-        if !large.is_empty() {
-            writes.text(format!("TRUNCATE {}", large.join(", ")));
+        for on in waking {
+            writes.text(on);
         }
         let listed: Vec<String> = rels.iter().map(u32::to_string).collect();
         writes.text(format!(
@@ -272,7 +283,7 @@ impl Session {
     ) -> Result<(), NotWritten> {
         let counts = match counts {
             Ok(counts) => counts,
-            Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+            Err(error) if is_conflict(&error) => {
                 return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
             }
             Err(error) => return Err(NotWritten::Failed(doing("apply a round")(error))),

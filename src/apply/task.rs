@@ -5,7 +5,7 @@
 //! on the secondary.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -18,7 +18,7 @@ use super::session::{Session, connect_primary, connect_secondary, read_watermark
 use super::status::{ApplierState, ApplierStatus, JournalStatus, Lag, WatermarkStatus};
 use super::{ApplierConfig, ApplyError, doing};
 use crate::journal::read::{Unsigned, lsn, window_sql};
-use crate::journal::{self, SideRole, SlotState, rotation};
+use crate::journal::{self, SideRole, rotation};
 
 /// How long a cut may be held: the secondary stands still meanwhile.
 const HOLD_MAX: Duration = Duration::from_secs(5);
@@ -74,6 +74,8 @@ struct Shared {
     wanted: AtomicU64,
     /// The same for those who want the sequences as well.
     wanted_sequences: AtomicU64,
+    /// What is recorded of the tables was changed by somebody else.
+    tables_changed: AtomicBool,
     wake: Notify,
     stop: CancellationToken,
 }
@@ -136,6 +138,12 @@ impl Applier {
         let mut done = self.done.clone();
         let reached = done.wait_for(|done| done.ticket >= ticket).await.map_err(|_| Stopped)?;
         reached.cut.clone().ok_or(Stopped)
+    }
+
+    /// The records in `pgtandem.seeding` were changed: they are read again before the next round.
+    pub fn tables_changed(&self) {
+        self.shared.tables_changed.store(true, Ordering::SeqCst);
+        self.shared.wake.notify_one();
     }
 
     /// Stops at the end of a round that begins after this call, and holds there.
@@ -229,6 +237,9 @@ impl Task {
                 session.finish_interrupted().await?;
                 session.keep_in_step(&mut watch).await?;
                 first = false;
+            }
+            if self.shared.tables_changed.swap(false, Ordering::SeqCst) {
+                session.tables = super::tables::Tables::load(&session.secondary).await?;
             }
             let result = session.round(request.is_some()).await;
             if result.is_err() && sequences_wanted {
@@ -431,17 +442,7 @@ async fn keep_within_limit(
     config: &ApplierConfig,
     bytes: u64,
 ) -> Result<JournalStatus, ApplyError> {
-    let row = primary
-        .query_one("SELECT pg_sequence_last_value('pgtandem.state'::regclass)", &[])
-        .await
-        .map_err(doing("read the primary's state"))?;
-    let Some(stored) = row.get::<_, Option<i64>>(0).and_then(SlotState::unpack) else {
-        return Ok(JournalStatus {
-            bytes,
-            ..JournalStatus::default()
-        });
-    };
-    let state = rotation::enforce_limit(primary, &config.journal, bytes, stored).await?;
+    let state = rotation::enforce_limit(primary, &config.journal, bytes).await?;
     Ok(JournalStatus {
         bytes,
         full: state.full,

@@ -154,8 +154,8 @@ pub async fn enforce_limit(
     client: &mut Client,
     limit: &config::Journal,
     bytes: u64,
-    stored: SlotState,
 ) -> Result<SlotState, JournalError> {
+    let stored = read_slot_state(client).await?.ok_or(JournalError::NotInstalled)?;
     let over = bytes >= limit.max_bytes;
     // Not at the first byte below: else writers and applier would take turns at the bound.
     let drained = bytes < limit.max_bytes / 10 * 8;

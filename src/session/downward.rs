@@ -1,6 +1,7 @@
 //! What becomes of each frame of the server's, decided as it passes.
 
 use super::outbox::Gather;
+use super::registry::lock;
 use super::relay::{End, Session};
 use crate::wire::backend;
 use crate::wire::frame::{HEADER_LEN, Header};
@@ -83,6 +84,9 @@ impl Session {
 
     fn parameter_changed(&mut self, body: &[u8]) {
         if let Some((name, value)) = backend::parameter(body) {
+            if name == b"application_name" {
+                *lock(&self.registered.shared.application) = String::from_utf8_lossy(value).into_owned();
+            }
             self.reported.set(name, value);
             self.lex = self.reported.lex();
         }

@@ -45,7 +45,7 @@ impl Session {
                 self.prepare(side).await;
             }
         }
-        if orders & order::STANDBY != 0 && !self.active {
+        if orders & order::STANDBY != 0 {
             shared.clear(order::STANDBY);
             self.standby_opened().await?;
         }
@@ -91,7 +91,7 @@ impl Session {
         });
     }
 
-    /// The other side's connection is there; the session is idle.
+    /// The other side's connection is there, or could not be opened.
     async fn standby_opened(&mut self) -> Result<(), End> {
         if let Some(opening) = self.opening.take() {
             let opened = opening.result.borrow_mut().take();
@@ -105,6 +105,11 @@ impl Session {
             }
         }
         if self.standby.is_none() {
+            return Ok(());
+        }
+        if self.active {
+            // Its state is copied when it is carried over; nobody waits for its transaction here.
+            self.answer(None, None);
             return Ok(());
         }
         // A hold that begins now waits until the session's state has been read.

@@ -53,6 +53,14 @@ impl State {
         Self::ALL.get(usize::from(value)).copied().unwrap_or(Self::Active)
     }
 
+    /// Whether it has a server connection to move.
+    const fn is_open(self) -> bool {
+        match self {
+            Self::Idle | Self::Active | Self::InTransaction => true,
+            Self::Opening | Self::Waiting | Self::Ended => false,
+        }
+    }
+
     /// Whether a hold has to wait for it.
     const fn quiet(self) -> bool {
         match self {
@@ -337,6 +345,9 @@ impl Registry {
     pub async fn prepare(&self, to: Side) -> Prepared {
         let mut answers = Vec::new();
         self.each(|session| {
+            if !session.state().is_open() {
+                return;
+            }
             let (answer, answered) = oneshot::channel();
             session.asked().prepare = Some((to, answer));
             session.order(order::PREPARE);
@@ -361,7 +372,7 @@ impl Registry {
     pub async fn carry_over(&self, _hold: &Hold, to: Side) -> Vec<Uncarried> {
         let mut answers = Vec::new();
         self.each(|session| {
-            if session.state() == State::Waiting {
+            if !session.state().is_open() {
                 return;
             }
             let (answer, answered) = oneshot::channel();

@@ -24,11 +24,12 @@ use super::context::Context;
 use super::known::Statements;
 use super::orders::Opening;
 use super::outbox::{Gather, Outbox};
-use super::registry::{PreparedOne, Registered, State, order};
+use super::registry::{Asked, PreparedOne, Registered, State, order};
 use super::reported::Reported;
 use crate::control::{Control, Side};
 use crate::routing::Pair;
 use crate::sql::LexSettings;
+use crate::upstream::cancel::cancel;
 use crate::upstream::{Login, Stream};
 use crate::wire::backend::Status;
 use crate::wire::error::{SqlError, sqlstate};
@@ -161,7 +162,7 @@ impl Session {
     }
 
     fn must_obey(&self, orders: u32) -> bool {
-        orders & !(order::END_WHEN_IDLE | order::STANDBY) != 0 || !self.active
+        orders & !order::END_WHEN_IDLE != 0 || !self.active
     }
 
     /// Server to client. Returns whether anything moved.
@@ -338,7 +339,10 @@ impl Session {
     async fn finish(&mut self, end: End) {
         self.registered.shared.publish(State::Ended);
         self.registered.registry.came_to_rest();
+        // Whoever waits for an answer of this session waits no longer.
+        *self.registered.shared.asked() = Asked::default();
         let target = self.pair.config.target(self.side);
+        let ordered = matches!(end, End::Ordered(_));
         let error = match end {
             End::ClientGone => None,
             End::ServerGone(_) if self.server_fatal || self.terminated || self.client_done => None,
@@ -364,9 +368,16 @@ impl Session {
         {
             last_words.extend_from_slice(&error.to_frame());
         }
-        let goodbye = async {
+        let cut_off = ordered && self.active;
+        let goodbye_server = async {
+            if cut_off && let Some(backend) = self.registered.shared.backend() {
+                // What is running would go on until the server next looks at its socket.
+                cancel(&backend.target, backend.pid, &backend.key).await.ok();
+            }
             self.server.write_all(frontend::TERMINATE).await.ok();
             self.server.shutdown().await.ok();
+        };
+        let goodbye_client = async {
             self.client.write_all(&last_words).await?;
             self.client.shutdown().await?;
             let mut ignored = Vec::new();
@@ -374,6 +385,7 @@ impl Session {
             while !self.client_done && ignored.len() < 1 << 16 && self.client.read_some(&mut ignored).await? > 0 {}
             Ok::<(), std::io::Error>(())
         };
+        let goodbye = async { tokio::join!(goodbye_server, goodbye_client) };
         // A client that does not take its last words goes without them.
         tokio::time::timeout(GOODBYE_TIMEOUT, goodbye).await.ok();
     }

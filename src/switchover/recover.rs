@@ -66,15 +66,14 @@ pub fn recover(legacy: &Observed, new: &Observed, wish: Phase) -> Result<Beginni
         (Role(Primary(epoch)), _) => agreed(Side::Legacy, *epoch, wish),
         (_, Role(Primary(epoch))) => agreed(Side::New, *epoch, wish),
         (Role(Secondary(legacy)), Role(Secondary(new))) if legacy != new => {
-            let (side, highest) = if legacy > new {
-                (Side::Legacy, legacy)
+            // Epochs count flips that happened: this one did not, so the other side's still holds,
+            // and with it the watermark there.
+            let (side, epoch) = if legacy > new {
+                (Side::Legacy, *new)
             } else {
-                (Side::New, new)
+                (Side::New, *legacy)
             };
-            Ok(Beginning::Restore {
-                side,
-                epoch: highest.next(),
-            })
+            Ok(Beginning::Restore { side, epoch })
         }
         (Role(Secondary(_)), Role(Secondary(_)) | Nothing | Completed) | (Nothing, Role(Secondary(_)) | Completed) => {
             contradiction(

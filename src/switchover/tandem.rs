@@ -16,6 +16,7 @@ use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
 use crate::config::{DatabaseConfig, Journal, StrayWriters, Target};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
+use crate::reconcile;
 use crate::routing::Pair;
 use crate::upstream::control::{connect, error_chain};
 
@@ -163,7 +164,24 @@ impl Tandem {
             self.journal,
             self.stray_writers,
         ));
-        *self.slot() = Some(Arc::new(applier));
+        let applier = Arc::new(applier);
+        *self.slot() = Some(applier.clone());
+        self.verify_unseeded(applier, control);
+    }
+
+    /// Tables that held rows when their capture began are compared once, beside everything else;
+    /// it ends with the applier.
+    fn verify_unseeded(&self, applier: Arc<Applier>, control: Control) {
+        let primary = self.targets().target(control.primary).clone();
+        let secondary = self.targets().target(control.secondary()).clone();
+        let database = self.name().to_owned();
+        tokio::spawn(async move {
+            match reconcile::verify_unseeded(&applier, &primary, &secondary).await {
+                Ok(equal) if equal.is_empty() => {}
+                Ok(equal) => tracing::info!(database, tables = ?equal, "found equal at a cut and synced from there on"),
+                Err(error) => tracing::info!(database, %error, "existing rows were not compared to the end"),
+            }
+        });
     }
 
     /// Lets the applier finish its round and give its lease back.

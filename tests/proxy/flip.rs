@@ -262,6 +262,52 @@ async fn a_hold_waits_for_open_transactions_and_names_them() {
 }
 
 #[tokio::test]
+async fn preparing_waits_for_nobody_and_an_ended_session_runs_nothing_more() {
+    let proxy = Proxy::start("prepares", Options::default()).await;
+    let registry = proxy.context.registry.clone();
+    let mut busy = proxy.client().await;
+    let mut out = Vec::new();
+    frontend::put_query(&mut out, b"set application_name = 'later named'; select pg_sleep(600)");
+    busy.send(&out).await;
+    until_active(&proxy, 1).await;
+    let prepared = registry.prepare(Side::New).await;
+    assert_eq!((prepared.opened, prepared.failed.len()), (1, 0));
+    let hold = registry.hold();
+    let stragglers = registry.drained(&hold, Instant::now()).await.unwrap_err();
+    assert_eq!(stragglers[0].state, State::Active);
+    registry.end(&[stragglers[0].id], "ended by a test");
+    registry.drained(&hold, soon()).await.unwrap();
+    let error = busy.fatal().await;
+    assert_eq!(
+        (error.sqlstate().as_str(), error.message().as_str()),
+        ("57P01", "ended by a test")
+    );
+    // Cancelled, not left to its ten minutes.
+    let own = direct(Side::Legacy, "postgres", "postgres").await;
+    while own
+        .query_opt("select from pg_stat_activity where pid = $1", &[&busy.pid])
+        .await
+        .unwrap()
+        .is_some()
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // What was opened for it on the other side is gone as well.
+    let own = direct(Side::New, "postgres", "postgres").await;
+    while own
+        .query_opt(
+            "select from pg_stat_activity where datname = $1 and usename = $2",
+            &[&proxy.database, &APP],
+        )
+        .await
+        .unwrap()
+        .is_some()
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_standby_that_cannot_be_opened_is_told() {
     let proxy = Proxy::start("no_standby", Options::default()).await;
     let _raw = proxy.client().await;

@@ -66,6 +66,23 @@ impl Rig {
             .await;
     }
 
+    /// Starts the proxy with `"*"` as its only database; its role is a superuser then, since it
+    /// has to own what it cannot know.
+    pub(crate) fn spawn_with_every_database(&mut self, phase: Phase) {
+        for server in [&self.legacy, &self.new] {
+            server
+                .sql("postgres", &format!("ALTER ROLE {OWN_ROLE} SUPERUSER"))
+                .unwrap();
+        }
+        self.write_config(phase);
+        let named = fs::read_to_string(self.config_path()).unwrap();
+        let every = named
+            .replace(&format!("  {DATABASE}:\n"), "  \"*\":\n")
+            .replace(&format!("/{DATABASE}\n"), "\n");
+        fs::write(self.config_path(), every).unwrap();
+        self.spawn_proxy();
+    }
+
     /// Starts the proxy with proxy.yaml as it is.
     pub(crate) fn spawn_proxy(&mut self) {
         let log = fs::OpenOptions::new()

@@ -1,0 +1,140 @@
+//! The gauges of `/metrics`: the status, once a second, as numbers. Counters are kept where
+//! things happen (the shadow reads').
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{describe_gauge, gauge};
+
+use super::world::World;
+use crate::admin::api::{DatabaseStatus, Mirroring};
+use crate::control::Phase;
+use crate::session::count_by_state;
+
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Publishes as long as the process lives.
+pub(super) async fn publish(world: Arc<World>) {
+    describe();
+    loop {
+        let control = world.control_now();
+        for phase in [
+            Phase::Initial,
+            Phase::DualWrite,
+            Phase::DualRead,
+            Phase::Switchover,
+            Phase::Complete,
+        ] {
+            gauge!("pgtandem_phase", "phase" => phase.as_str()).set(one_if(phase == control.phase));
+        }
+        gauge!("pgtandem_epoch").set(control.epoch.0 as f64);
+        gauge!("pgtandem_problem").set(one_if(world.facts().problem.is_some()));
+        let sessions = count_by_state(&world.sessions.registry.sessions());
+        for state in ["opening", "waiting", "idle", "active", "in_transaction"] {
+            let count = sessions.get(state).copied().unwrap_or(0);
+            gauge!("pgtandem_sessions", "state" => state).set(count as f64);
+        }
+        for database in world.databases().await {
+            of_database(&database);
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+fn of_database(status: &DatabaseStatus) {
+    let name = || status.name.clone();
+    for (side, server) in [("legacy", &status.legacy), ("new", &status.new)] {
+        gauge!("pgtandem_server_up", "database" => name(), "side" => side).set(one_if(server.version.is_some()));
+    }
+    let running = status
+        .mirroring
+        .as_ref()
+        .is_some_and(|mirroring| mirroring.state == "running");
+    gauge!("pgtandem_mirroring_running", "database" => name()).set(one_if(running));
+    if let Some(mirroring) = &status.mirroring {
+        of_mirroring(&status.name, mirroring);
+    }
+}
+
+fn of_mirroring(database: &str, mirroring: &Mirroring) {
+    let paused = mirroring.tables.iter().filter(|table| table.paused.is_some()).count();
+    for (gauge_name, value) in [
+        ("pgtandem_round", mirroring.round as f64),
+        ("pgtandem_lag_seconds", mirroring.lag.seconds),
+        ("pgtandem_lag_bytes", mirroring.lag.bytes as f64),
+        ("pgtandem_lag_transactions", mirroring.lag.transactions as f64),
+        ("pgtandem_journal_bytes", mirroring.journal.bytes as f64),
+        ("pgtandem_changes_applied", mirroring.changes_applied as f64),
+        ("pgtandem_divergences", mirroring.divergences as f64),
+        ("pgtandem_stray_writes", mirroring.stray_writes as f64),
+        ("pgtandem_tables_paused", paused as f64),
+    ] {
+        gauge!(gauge_name, "database" => database.to_owned()).set(value);
+    }
+    if let Some(position) = mirroring.position.as_deref().and_then(log_position) {
+        gauge!("pgtandem_watermark_position_bytes", "database" => database.to_owned()).set(position);
+    }
+    for seeding in ["unseeded", "seeding", "synced"] {
+        let count = mirroring.tables.iter().filter(|table| table.seeding == seeding).count();
+        gauge!("pgtandem_tables", "database" => database.to_owned(), "seeding" => seeding).set(count as f64);
+    }
+}
+
+fn describe() {
+    for (name, what) in [
+        ("pgtandem_phase", "1 for the phase that is served"),
+        ("pgtandem_epoch", "grows with every flip"),
+        (
+            "pgtandem_problem",
+            "1 while proxy.yaml's phase is not what is served; status says why",
+        ),
+        ("pgtandem_sessions", "client sessions"),
+        ("pgtandem_server_up", "1 while the server answers"),
+        ("pgtandem_mirroring_running", "1 while rounds are applied"),
+        ("pgtandem_round", "the last applied round"),
+        ("pgtandem_lag_seconds", "since the secondary last equalled the primary"),
+        ("pgtandem_lag_bytes", "of the primary's log beyond the watermark"),
+        ("pgtandem_lag_transactions", "committed and not yet applied, at most"),
+        ("pgtandem_journal_bytes", "size of the journal's tables on the primary"),
+        ("pgtandem_changes_applied", "since the applier connected"),
+        (
+            "pgtandem_divergences",
+            "rows that were not as expected on the secondary",
+        ),
+        (
+            "pgtandem_stray_writes",
+            "writes that reached the secondary past pgtandem",
+        ),
+        ("pgtandem_tables_paused", "tables whose mirroring is paused"),
+        ("pgtandem_tables", "mirrored tables by seeding state"),
+        (
+            "pgtandem_watermark_position_bytes",
+            "the watermark's place in the primary's log",
+        ),
+    ] {
+        describe_gauge!(name, what);
+    }
+}
+
+fn one_if(holds: bool) -> f64 {
+    f64::from(u8::from(holds))
+}
+
+/// `16/B374D848` as bytes since the log's beginning.
+fn log_position(text: &str) -> Option<f64> {
+    let (high, low) = text.split_once('/')?;
+    let parse = |part| u64::from_str_radix(part, 16).ok();
+    Some((parse(high)? << 32 | parse(low)?) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::log_position;
+
+    #[test]
+    fn log_positions() {
+        assert_eq!(log_position("0/10"), Some(16.0));
+        assert_eq!(log_position("1/0"), Some(4_294_967_296.0));
+        assert_eq!(log_position("none"), None);
+    }
+}

@@ -1,0 +1,13 @@
+//! The engine on real servers: what is written on the primary, in whatever way, is on the
+//! secondary after a round, and stays so through failures and flips.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are outside #[test] functions")]
+
+mod backlog;
+mod bed;
+mod catalog;
+mod ddl;
+mod dml;
+mod failures;
+mod fence;
+mod storm;

@@ -1,0 +1,195 @@
+//! What operators touch: commands and their exit codes, the admin API, proxy.yaml and reload,
+//! tables that held rows before mirroring began, and databases under `"*"`.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod rig;
+
+use std::fs;
+use std::process::Output;
+
+use pgtandem::admin::api::Status;
+use pgtandem::control::{Phase, Side};
+use pgtandem::servers::PASSWORD;
+use rig::{APP, OWN_ROLE, Rig, connect};
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+fn check(rig: &Rig, arguments: &[&str], code: i32, says: &str) {
+    let output = rig.command(arguments);
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commands_answer_with_words_and_exit_codes() {
+    let mut rig = Rig::new();
+    check(&rig, &["status"], 2, "proxy.yaml");
+    rig.write_config(Phase::DualRead);
+    check(&rig, &["status"], 2, "is `pgtandem serve` running?");
+    check(&rig, &["mismatches"], 0, "no mismatches");
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    check(&rig, &["wait", "--caught-up", "--timeout", "30s"], 0, "caught up after");
+    check(&rig, &["status"], 0, "phase dual_read");
+    check(&rig, &["explain", "SELECT * FROM t"], 0, "rows compared in any order");
+    check(&rig, &["explain", "SELECT now()"], 0, "clock");
+    check(&rig, &["explain", "ALTER TABLE t ADD c int"], 0, "barrier");
+    check(&rig, &["switchover", "--to", "new", "--dry-run"], 0, "could begin");
+    check(&rig, &["switchover", "--to", "legacy"], 1, "legacy is primary already");
+    check(&rig, &["reload"], 0, "reloaded; phase dual_read");
+    let json = rig.command(&["status", "--json"]);
+    let status: Status = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((status.phase, status.primary), (Phase::DualRead, Side::Legacy));
+    assert!(!text(&json).contains(PASSWORD), "a password in --json");
+    assert!(!rig.log().contains(PASSWORD), "a password in the log");
+
+    check(&rig, &["switchover", "--to", "new"], 0, "switchover to new");
+    check(&rig, &["status"], 1, "proxy.yaml still says dual_read");
+    let version: String = client.query_one("SHOW server_version", &[]).await.unwrap().get(0);
+    assert!(version.starts_with(&rig.new.major.to_string()), "{version}");
+
+    rig.new.stop("immediate").unwrap();
+    rig.until(|status| status.databases[0].new.error.is_some()).await;
+    check(&rig, &["wait", "--caught-up", "--timeout", "200ms"], 1, "not caught up");
+    check(&rig, &["status"], 1, "new cannot be reached");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_file_changes_nothing_and_says_so() {
+    let rig = Rig::serving(Phase::Initial).await;
+    let good = fs::read_to_string(rig.config_path()).unwrap();
+    let refused = async |file: &str, says: &str| {
+        fs::write(rig.config_path(), file).unwrap();
+        let error = rig
+            .admin()
+            .post::<serde_json::Value>("/api/v1/reload", &())
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    refused(
+        &good.replace("initial", "initail"),
+        "proxy.yaml:3:8: phase: unknown variant",
+    )
+    .await;
+    refused(&format!("{good}\nlimit: {{}}\n"), "unknown field").await;
+    refused(
+        &good.replace("shop:\n", "shoop:\n"),
+        "databases: cannot be changed by a reload",
+    )
+    .await;
+    refused(
+        &good.replace("phase: initial", "phase: switchover"),
+        "go through dual_write first",
+    )
+    .await;
+    fs::write(rig.config_path(), &good).unwrap();
+    check(&rig, &["reload"], 0, "phase initial");
+    rig.client().await.batch_execute("SELECT 1").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn existing_rows_count_as_synced_only_where_both_sides_are_equal() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        let client = rig.direct(side, APP).await;
+        client
+            .batch_execute(
+                "CREATE TABLE same (id int PRIMARY KEY, v text); INSERT INTO same SELECT i, 'v' FROM generate_series(1, 500) i;
+                 CREATE TABLE other (id int PRIMARY KEY, v text); INSERT INTO other SELECT i, 'v' FROM generate_series(1, 500) i",
+            )
+            .await
+            .unwrap();
+    }
+    let new = rig.direct(Side::New, APP).await;
+    new.batch_execute("UPDATE other SET v = 'w' WHERE id = 250")
+        .await
+        .unwrap();
+    rig.serve(Phase::DualWrite).await;
+    let seeding = |status: &Status, name: &str| {
+        let tables = &status.databases[0].mirroring.as_ref()?.tables;
+        let table = tables.iter().find(|table| table.name == name)?;
+        Some(table.seeding.clone())
+    };
+    let status = rig
+        .until(|status| seeding(status, "public.same").as_deref() == Some("synced"))
+        .await;
+    assert_eq!(seeding(&status, "public.other").as_deref(), Some("unseeded"));
+    check(
+        &rig,
+        &["switchover", "--to", "new", "--dry-run"],
+        1,
+        "public.other is not",
+    );
+    let error = rig.set_phase(Phase::Switchover).await.unwrap_err().to_string();
+    assert!(error.contains("a gate is closed"), "{error}");
+    // Writes on both are mirrored meanwhile.
+    let client = rig.client().await;
+    client
+        .batch_execute("UPDATE same SET v = 'x' WHERE id % 3 = 0; UPDATE other SET v = 'mended' WHERE id = 250; DELETE FROM other WHERE id = 1")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    rig.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_star_stands_for_every_other_database() {
+    let mut rig = Rig::new();
+    rig.spawn_with_every_database(Phase::DualWrite);
+    rig.until(|status| status.phase == Phase::DualWrite && status.databases.iter().any(|d| d.name == "shop"))
+        .await;
+    let url = |database: &str| format!("postgresql://{APP}:{PASSWORD}@127.0.0.1:{}/{database}", rig.port);
+    let shop = connect(&url("shop")).await.unwrap();
+    shop.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    for side in [Side::Legacy, Side::New] {
+        rig.server(side)
+            .sql("postgres", "ALTER ROLE app CREATEDB; ALTER ROLE pgtandem CREATEDB")
+            .unwrap();
+    }
+    shop.batch_execute("CREATE DATABASE fresh").await.unwrap();
+    rig.until(|status| {
+        let fresh = status.databases.iter().find(|database| database.name == "fresh");
+        fresh.is_some_and(|fresh| {
+            fresh
+                .mirroring
+                .as_ref()
+                .is_some_and(|mirroring| mirroring.state == "running")
+        })
+    })
+    .await;
+    let fresh = connect(&url("fresh")).await.unwrap();
+    fresh
+        .batch_execute("CREATE TABLE u (id int PRIMARY KEY); INSERT INTO u VALUES (7)")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    let copied = connect(&rig.new.url(OWN_ROLE, "fresh")).await.unwrap();
+    copied.batch_execute(&format!("SET ROLE {APP}")).await.unwrap();
+    let id: i32 = copied.query_one("SELECT id FROM u", &[]).await.unwrap().get(0);
+    assert_eq!(id, 7);
+    drop((fresh, copied));
+    shop.batch_execute("DROP DATABASE fresh WITH (FORCE)").await.unwrap();
+    rig.until(|status| !status.databases.iter().any(|database| database.name == "fresh"))
+        .await;
+    rig.wait_caught_up().await;
+    let left = rig
+        .value(Side::New, "SELECT count(*) FROM pg_database WHERE datname = 'fresh'")
+        .await;
+    assert_eq!(left, "0");
+}
