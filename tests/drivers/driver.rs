@@ -34,6 +34,11 @@ impl Driver {
         }
     }
 
+    /// Whether the driver has a list for TLS as well; the Rust ones are built without TLS.
+    pub(crate) fn has_tls_list(self) -> bool {
+        !matches!(self, Self::TokioPostgres | Self::Sqlx)
+    }
+
     /// Runs the driver's list of behaviours. `binaries` are those of the server behind the
     /// endpoint: psql should be of its version.
     pub(crate) fn run(self, endpoint: &Endpoint, binaries: &Binaries) -> Vec<Observed> {

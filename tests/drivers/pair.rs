@@ -54,19 +54,12 @@ pub(crate) fn endpoint(server: &Server, database: &str) -> Endpoint {
 }
 
 impl Pair {
-    pub(crate) fn start() -> Self {
-        Self::start_older_with(Options::default())
-    }
-
-    /// Only the older one speaks TLS: the newer one's binaries are built without.
-    pub(crate) fn start_with_tls(tls: ServerTls) -> Self {
-        Self::start_older_with(Options {
-            tls: Some(tls),
+    /// Only the older one can speak TLS: the newer one's binaries are built without.
+    pub(crate) fn start(certificate: &ServerTls) -> Self {
+        let options = Options {
+            tls: Some(certificate.clone()),
             ..Options::default()
-        })
-    }
-
-    fn start_older_with(options: Options) -> Self {
+        };
         let older = Server::start_with(&Binaries::legacy().expect("the legacy binaries"), &options);
         let newer = Server::start(&Binaries::new_side().expect("the new binaries"), &[]);
         let pair = Self {

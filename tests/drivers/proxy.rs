@@ -21,7 +21,7 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     /// Starts a proxy whose clients are served by `legacy`, and waits until it is ready.
-    pub(crate) fn start(legacy: &Server, new: &Server, database: &str, phase: &str, tls: Option<&ServerTls>) -> Self {
+    pub(crate) fn start(legacy: &Server, new: &Server, database: &str, phase: &str, certificate: &ServerTls) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (port, admin_port) = (free_port().expect("a port"), free_port().expect("a port"));
         let mut config =
@@ -34,16 +34,14 @@ impl Proxy {
             );
         }
         config += &format!("auth:\n  method: scram\n  users: {{ {CLIENT}: {PASSWORD} }}\n");
-        if let Some(tls) = tls {
-            let (certificate, key) = (directory.path().join("server.crt"), directory.path().join("server.key"));
-            fs::write(&certificate, &tls.certificate_pem).expect("write the certificate");
-            fs::write(&key, &tls.key_pem).expect("write the key");
-            config += &format!(
-                "tls:\n  certificate: {}\n  key: {}\n",
-                certificate.display(),
-                key.display()
-            );
-        }
+        let (certificate_path, key_path) = (directory.path().join("server.crt"), directory.path().join("server.key"));
+        fs::write(&certificate_path, &certificate.certificate_pem).expect("write the certificate");
+        fs::write(&key_path, &certificate.key_pem).expect("write the key");
+        config += &format!(
+            "tls:\n  certificate: {}\n  key: {}\n",
+            certificate_path.display(),
+            key_path.display()
+        );
         let config_path = directory.path().join("proxy.yaml");
         fs::write(&config_path, config).expect("write proxy.yaml");
         let log = fs::File::create(directory.path().join("log")).expect("create the log");

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::KNOWN_DIFFERENCES;
+use crate::driver::Driver;
 
 /// One named behaviour.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ pub(crate) fn refuse_unexpected(driver: &str, observed: &[Observed]) {
 /// A paragraph for each behaviour that differs, or should and does not.
 pub(crate) fn differences(
     context: &str,
-    driver: &str,
+    driver: Driver,
     phase: &str,
     direct: &[Observed],
     through: &[Observed],
@@ -65,7 +66,7 @@ pub(crate) fn differences(
     for (direct, through) in direct.iter().zip(through) {
         let known = KNOWN_DIFFERENCES
             .iter()
-            .find(|known| (known.0, known.1, known.2) == (driver, phase, direct.name.as_str()));
+            .find(|known| (known.0, known.1, known.2) == (driver.name(), phase, direct.name.as_str()));
         match (direct.result == through.result, known) {
             (true, None) | (false, Some(_)) => {}
             (true, Some((.., why))) => found.push(format!(
