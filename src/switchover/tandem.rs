@@ -348,7 +348,10 @@ impl Tandem {
         let failed = report.failed.iter().map(|(table, _)| table);
         let missing: Vec<&String> = report.busy.iter().chain(failed).collect();
         if !missing.is_empty() {
-            return Err(format!("on {} these tables could not be captured: {missing:?}", to.primary));
+            return Err(format!(
+                "on {} these tables could not be captured: {missing:?}",
+                to.primary
+            ));
         }
         let mut secondary = connect(self.targets().target(to.secondary()), "switchover")
             .await
