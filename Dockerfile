@@ -22,7 +22,9 @@ WORKDIR /var/lib/pgtandem
 
 # Clients; the admin address serves /healthz, /readyz and /metrics where proxy.yaml puts it.
 EXPOSE 6432 6433
-# Asks the running proxy over its admin address: fails while it does not answer.
+# Asks the running proxy over its admin address. Unhealthy also when it runs but something is
+# wrong that a person should see (a server down, mirroring paused); to decide about restarts, use
+# /healthz instead.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["pgtandem", "status", "--config", "/etc/pgtandem/proxy.yaml"]
 # The proxy drains its sessions on SIGTERM, which is what `docker stop` sends.
