@@ -22,11 +22,10 @@ WORKDIR /var/lib/pgtandem
 
 # Clients; the admin address serves /healthz, /readyz and /metrics where proxy.yaml puts it.
 EXPOSE 6432 6433
-# Asks the running proxy over its admin address. Unhealthy also when it runs but something is
-# wrong that a person should see (a server down, mirroring paused); to decide about restarts, use
-# /healthz instead.
+# Asks the running proxy over its admin address. Exit code 2 means that it does not answer; 1 that
+# something is wrong which restarting the proxy would not mend (a server is down, say).
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["pgtandem", "status", "--config", "/etc/pgtandem/proxy.yaml"]
+    CMD pgtandem status --config /etc/pgtandem/proxy.yaml > /dev/null; test $? -ne 2
 # The proxy drains its sessions on SIGTERM, which is what `docker stop` sends.
 ENTRYPOINT ["pgtandem"]
 CMD ["serve", "--config", "/etc/pgtandem/proxy.yaml"]

@@ -184,7 +184,7 @@ async fn the_star_stands_for_every_other_database() {
     let id: i32 = copied.query_one("SELECT id FROM u", &[]).await.unwrap().get(0);
     assert_eq!(id, 7);
     drop((fresh, copied));
-    shop.batch_execute("DROP DATABASE fresh WITH (FORCE)").await.unwrap();
+    shop.batch_execute("DROP DATABASE fresh").await.unwrap();
     rig.until(|status| !status.databases.iter().any(|database| database.name == "fresh"))
         .await;
     rig.wait_caught_up().await;

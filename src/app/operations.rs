@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
@@ -125,14 +126,14 @@ impl Operations for World {
     async fn explain(&self, sql: &str) -> ExplainAnswer {
         // The databases' catalogs differ in what they know of functions; the first one's stands
         // for all where a statement is explained without saying where it runs.
-        let catalog = self
-            .tandems()
-            .first()
-            .and_then(|tandem| self.shadows.catalog(tandem.name()));
+        let catalog = match self.tandems().first() {
+            Some(tandem) => Shadows::read_catalog(tandem, self.control_now()).await,
+            None => None,
+        };
         let context = ExplainContext {
             phase: self.control_now().phase,
             shadow_percent: self.config.load().reads.shadow_percent,
-            catalog: catalog.as_deref().map(|catalog| &catalog.functions as _),
+            catalog: catalog.as_ref().map(|catalog| &catalog.functions as _),
         };
         let explanation = explain(sql.as_bytes(), &context);
         ExplainAnswer {

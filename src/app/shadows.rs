@@ -17,8 +17,9 @@ use crate::shadow::{
     Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
     ShadowSink, ShadowTasks, ValueWriter, spawn,
 };
-use crate::sql::{Glance, NotComparable};
+use crate::sql::{LexSettings, NotComparable, glance};
 use crate::switchover::Tandem;
+use crate::upstream::control::connect;
 
 pub(super) struct Shadows {
     databases: Arc<DashMap<String, Intake>>,
@@ -79,9 +80,16 @@ impl Shadows {
         }
     }
 
-    /// The catalog by which a database's reads are judged.
-    pub(super) fn catalog(&self, database: &str) -> Option<Arc<Catalog>> {
-        Some(self.databases.get(database)?.sink.catalog())
+    /// The catalog by which a database's reads are judged, as it is now; `None` where a server
+    /// cannot be asked.
+    pub(super) async fn read_catalog(tandem: &Tandem, control: Control) -> Option<Catalog> {
+        let primary = connect(tandem.targets().target(control.primary), "explain")
+            .await
+            .ok()?;
+        let secondary = connect(tandem.targets().target(control.secondary()), "explain")
+            .await
+            .ok()?;
+        Catalog::load(control.primary, &primary, &secondary).await.ok()
     }
 
     pub(super) fn of_database(&self, name: &str) -> ShadowReads {
@@ -115,10 +123,11 @@ struct Shown {
 }
 
 impl hooks::Shadow for Shown {
-    fn sampled(&self, text: &[u8], values: &[u8]) -> bool {
-        // One share holds for all databases, so any of them can say.
-        let any = self.databases.iter().next();
-        any.is_some_and(|database| database.sink.samples(Glance::Unclear, text, values))
+    fn sampled(&self, database: &str, text: &[u8], values: &[u8]) -> bool {
+        let glance = glance(text, LexSettings::default());
+        self.databases
+            .get(database)
+            .is_some_and(|database| database.sink.samples(glance, text, values))
     }
 
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {

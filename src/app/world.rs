@@ -1,12 +1,13 @@
 //! What the process is about: its configuration, its databases, where the migration stands.
 //! The one place that writes [`Control`].
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::bail;
 use arc_swap::ArcSwap;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::shadows::Shadows;
@@ -14,7 +15,7 @@ use crate::admin::api::{Flip, ReloadAnswer};
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
-use crate::session::hooks::{DdlHooks, Hooks};
+use crate::session::hooks::{DdlHooks, Hooks, OwnConnections};
 use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
 use crate::{journal, session};
 
@@ -30,8 +31,39 @@ pub(super) struct World {
     tandems: ArcSwap<Vec<Arc<Tandem>>>,
     /// Held by whoever changes the phase: one change at a time.
     pub(super) transition: tokio::sync::Mutex<()>,
+    /// Databases that a client is about to drop, and until when they are left alone.
+    leaving: Arc<Leaving>,
     facts: Mutex<Facts>,
     pub(super) started: Instant,
+}
+
+/// A server gives connections that are in the way of DROP DATABASE five seconds; the drop on
+/// the secondary follows within a round or two.
+const LEFT_ALONE: Duration = Duration::from_secs(15);
+/// Names of databases on their way to be dropped: a client drops few at once.
+const LEAVING_MAX: usize = 64;
+
+struct Leaving {
+    until: Mutex<HashMap<String, Instant>>,
+    names: mpsc::Sender<String>,
+}
+
+impl Leaving {
+    fn is_left_alone(&self, dbname: &str) -> bool {
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.retain(|_, until| *until > Instant::now());
+        until.contains_key(dbname)
+    }
+}
+
+impl OwnConnections for Leaving {
+    fn leave(&self, dbname: &str) {
+        let until = Instant::now() + LEFT_ALONE;
+        let mut leaving = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        leaving.insert(dbname.to_owned(), until);
+        // No room: the server says that the database is in use, and the client asks again.
+        self.names.try_send(dbname.to_owned()).ok();
+    }
 }
 
 /// What the admin pages tell besides the databases' own status.
@@ -53,7 +85,13 @@ impl World {
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone());
         let settings = session::Settings::from_config(&config)?;
+        let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
+        let leaving = Arc::new(Leaving {
+            until: Mutex::default(),
+            names,
+        });
         let hooks = Hooks {
+            connections: Some(leaving.clone()),
             ddl: Some(DdlHooks {
                 in_transaction: journal::DDL_HOOK.into(),
                 outside: journal::DDL_HOOK_OUTSIDE.into(),
@@ -62,7 +100,8 @@ impl World {
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
-        Ok(Arc::new(Self {
+        let world = Arc::new(Self {
+            leaving,
             config: ArcSwap::from_pointee(config),
             sessions,
             shadows,
@@ -74,7 +113,9 @@ impl World {
                 ..Facts::default()
             }),
             started: Instant::now(),
-        }))
+        });
+        tokio::spawn(world.clone().leave_databases(leaving_names));
+        Ok(world)
     }
 
     pub(super) fn sessions(&self) -> Arc<session::Context> {
@@ -187,7 +228,11 @@ impl World {
         if let Some(every_other) = config.databases.get(EVERY_OTHER_DATABASE) {
             let target = every_other.target(wish.primary());
             let listed = crate::catalog::databases(target).await.map_err(CannotBegin::NotYet)?;
-            names.extend(listed.into_iter().filter(|name| !config.databases.contains_key(name)));
+            names.extend(
+                listed
+                    .into_iter()
+                    .filter(|name| !config.databases.contains_key(name) && !self.leaving.is_left_alone(name)),
+            );
         }
         let known = self.tandems();
         Ok(names
@@ -215,6 +260,25 @@ impl World {
             let _changing = self.transition.lock().await;
             if let Err(error) = self.adopt_databases().await {
                 tracing::warn!(error, "look for new databases");
+            }
+        }
+    }
+
+    /// Closes the proxy's own connections to databases that clients are about to drop.
+    async fn leave_databases(self: Arc<Self>, mut names: mpsc::Receiver<String>) {
+        while let Some(name) = names.recv().await {
+            let (gone, staying): (Vec<_>, Vec<_>) =
+                self.tandems().iter().cloned().partition(|tandem| {
+                    tandem.targets().legacy.dbname() == name || tandem.targets().new.dbname() == name
+                });
+            self.tandems.store(Arc::new(staying));
+            self.shadows.attend(&self.tandems(), &self.config.load());
+            for tandem in gone {
+                tracing::info!(
+                    database = tandem.name(),
+                    "a client is dropping it; left alone meanwhile"
+                );
+                tandem.stop_applier().await;
             }
         }
     }

@@ -125,7 +125,8 @@ impl Applier {
 
     /// Waits until a round that began after this call has been applied (or found empty), and
     /// the sequences have been copied after that. No deadline: while the secondary is away, it
-    /// waits.
+    /// waits. Where another proxy applies, the answer is for the rows; that proxy copies the
+    /// sequences at its own pace, every half second.
     pub async fn catch_up(&self) -> Result<Cut, Stopped> {
         self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
         self.round_after_now().await

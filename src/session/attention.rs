@@ -377,17 +377,23 @@ impl Session {
         let Some(shadow) = &self.context.hooks.shadow else {
             return Mark::None;
         };
-        let sampled = match portal {
-            None => shadow.sampled(text, &[]),
-            Some(portal) => portal.values.is_some(),
-        };
+        if !self.control.phase.shadows() {
+            return Mark::None;
+        }
         let values = portal.and_then(|portal| portal.values.as_deref()).unwrap_or_default();
         let in_batch = std::mem::replace(&mut self.shadowing.executed, portal.is_some());
         let busy = self
             .attention
             .as_ref()
             .is_some_and(|attention| attention.observation.is_some());
-        if busy || sniff.write || !self.control.phase.shadows() || !sampled {
+        if busy || sniff.write {
+            return Mark::None;
+        }
+        let sampled = match portal {
+            None => shadow.sampled(&self.pair.name, text, &[]),
+            Some(portal) => portal.values.is_some(),
+        };
+        if !sampled {
             return Mark::None;
         }
         let script = self.context.hooks.statements.get_as(text, self.lex);

@@ -199,10 +199,10 @@ async fn begin_session(
     if let Some(error) = refusal {
         return Err(Refused::With(Box::new(stream), error));
     }
-    let user = user.unwrap_or_default().into_owned();
+    let user = cut(user.unwrap_or_default().into_owned());
     let database = text(b"database")
         .filter(|database| !database.is_empty())
-        .map_or_else(|| user.clone(), Cow::into_owned);
+        .map_or_else(|| user.clone(), |database| cut(database.into_owned()));
     let mut greeted = Greeted {
         stream,
         user,
@@ -213,6 +213,14 @@ async fn begin_session(
     };
     negotiate(context, &mut greeted).await?;
     Ok(greeted)
+}
+
+/// As Postgres: a name may have 63 bytes, and what is longer is cut, not refused.
+fn cut(mut name: String) -> String {
+    while name.len() > 63 {
+        name.pop();
+    }
+    name
 }
 
 /// Tells a client that asks for more than the primary can do what it gets instead.
@@ -273,6 +281,17 @@ fn wants_replication(value: Option<&[u8]>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_names_are_cut() {
+        for (name, expected) in [
+            ("a".repeat(63), "a".repeat(63)),
+            ("a".repeat(64), "a".repeat(63)),
+            ("é".repeat(40), "é".repeat(31)),
+        ] {
+            assert_eq!(cut(name), expected);
+        }
+    }
 
     #[test]
     fn which_connections_are_for_replication() {

@@ -17,6 +17,15 @@ pub struct Hooks {
     pub statements: Arc<StatementCache>,
     pub ddl: Option<DdlHooks>,
     pub shadow: Option<Arc<dyn Shadow>>,
+    pub connections: Option<Arc<dyn OwnConnections>>,
+}
+
+/// The proxy's own connections to a database, which a client's DROP DATABASE would find in its
+/// way.
+pub trait OwnConnections: Send + Sync {
+    /// A client is about to drop the database (its name on the servers). Must not wait: the
+    /// server gives other connections five seconds to go.
+    fn leave(&self, dbname: &str);
 }
 
 /// SQL that a client's own session runs after its DDL in mirroring phases, with the exact
@@ -33,7 +42,7 @@ pub struct DdlHooks {
 pub trait Shadow: Send + Sync {
     /// Whether a read with this text and these bound values is in the sample. Asked for every
     /// statement in shadowing phases, before anything is analyzed.
-    fn sampled(&self, text: &[u8], values: &[u8]) -> bool;
+    fn sampled(&self, database: &str, text: &[u8], values: &[u8]) -> bool;
 
     /// Asked before a read is sent. `None`: not wanted. Must be quick, and never waits.
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>>;

@@ -48,13 +48,14 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Takes note of a Parse. `all`: of every text, not only of what may be DDL.
-    pub(super) fn parsed(&mut self, body: &[u8], all: bool) {
+    /// Takes note of a Parse: of what may be DDL, and where asked of all named or unnamed ones.
+    pub(super) fn parsed(&mut self, body: &[u8], all_named: bool, all_unnamed: bool) {
         let Some(parse) = Parse::read(body) else { return };
         let sniff = sniff(parse.text);
         if sniff.setting {
             self.note_custom(parse.text);
         }
+        let all = if parse.name.is_empty() { all_unnamed } else { all_named };
         let known = (sniff.ddl || all).then(|| {
             Rc::new(Known {
                 text: parse.text.into(),
@@ -195,7 +196,7 @@ mod tests {
     fn parse(statements: &mut Statements, name: &str, text: &str) {
         let mut frame = Vec::new();
         put_parse(&mut frame, name.as_bytes(), text.as_bytes(), &[]);
-        statements.parsed(&frame[HEADER_LEN..], false);
+        statements.parsed(&frame[HEADER_LEN..], false, false);
     }
 
     fn bind(statements: &mut Statements, portal: &str, name: &str) {

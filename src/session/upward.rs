@@ -131,15 +131,18 @@ impl Session {
             },
             b'E' => self.plan_execute(body),
             b'P' => {
-                let all = self.context.hooks.shadow.is_some();
-                self.statements.parsed(body, all);
+                // Named ones are used for long: a later phase may want to know them.
+                let shadow = self.context.hooks.shadow.is_some();
+                self.statements
+                    .parsed(body, shadow, shadow && self.control.phase.shadows());
                 Plan::Pass(Mark::None)
             }
             b'B' => {
                 let shadow = self.context.hooks.shadow.as_ref();
                 let shadow = shadow.filter(|_| self.control.phase.shadows());
+                let database = &self.pair.name;
                 self.statements.bound(body, shadow.is_some(), |text, values| {
-                    shadow.is_some_and(|shadow| shadow.sampled(text, values))
+                    shadow.is_some_and(|shadow| shadow.sampled(database, text, values))
                 });
                 Plan::Pass(Mark::None)
             }
@@ -169,6 +172,7 @@ impl Session {
             let Some(single) = script.single() else {
                 return Plan::Pass(Mark::None);
             };
+            self.make_way(&single.class);
             let text = single.of(text).into();
             self.attention().outside = Some(Outside::after_query(text));
             return Plan::Pass(Mark::Withheld);
@@ -195,6 +199,7 @@ impl Session {
                 match ddl.kind {
                     DdlKind::Transactional => return Plan::HookBehind,
                     DdlKind::Outside => {
+                        self.make_way(&statement.class);
                         let text = statement.of(&known.text).into();
                         self.attention().outside = Some(Outside::after_execute(text));
                         return Plan::Pass(Mark::Withheld);
@@ -204,6 +209,16 @@ impl Session {
             }
         }
         Plan::Pass(self.observe_execute(&portal))
+    }
+
+    /// A database that the proxy itself is connected to could not be dropped.
+    fn make_way(&self, class: &Class) {
+        if let Class::Ddl(ddl) = class
+            && ddl.tag == "DROP DATABASE"
+            && let (Some(name), Some(connections)) = (&ddl.name, &self.context.hooks.connections)
+        {
+            connections.leave(&name.name);
+        }
     }
 
     /// Puts the hook behind an Execute that has just passed.

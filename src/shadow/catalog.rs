@@ -16,6 +16,7 @@ use crate::upstream::control::{connect, error_chain};
 
 /// How often the catalogs are read again without being asked to: DDL may come by other ways.
 const REFRESH: Duration = Duration::from_secs(60);
+const REFRESH_MIN: Duration = Duration::from_secs(1);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -99,6 +100,8 @@ pub(super) async fn keep_current(
                 }
             }
         }
+        // A name that stays unknown must not keep the servers busy.
+        tokio::time::sleep(REFRESH_MIN).await;
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = changed.notified() => {}

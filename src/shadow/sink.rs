@@ -107,7 +107,13 @@ impl ShadowSink {
         }
         match shadowable(facts, &self.0.catalog.load().functions) {
             Ok(()) => true,
-            Err(reason) => self.turn_down(Outcome::NotComparable(reason)),
+            Err(reason) => {
+                if matches!(reason, NotComparable::UnknownFunction | NotComparable::UnknownRelation) {
+                    // Perhaps it is new.
+                    self.schema_changed();
+                }
+                self.turn_down(Outcome::NotComparable(reason))
+            }
         }
     }
 

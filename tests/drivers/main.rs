@@ -24,20 +24,7 @@ use proxy::Proxy;
 /// What a proxy in front of a server changes for a client today, though it should not: driver,
 /// phase, behaviour, and why. The tests insist that these do differ, so that a line goes when its
 /// cause does.
-const KNOWN_DIFFERENCES: &[(&str, &str, &str, &str)] = &[
-    (
-        "psycopg",
-        "initial",
-        "a_name_longer_than_names_can_be",
-        "Postgres cuts names at 63 bytes, the proxy takes them whole",
-    ),
-    (
-        "psycopg",
-        "dual_write",
-        "a_name_longer_than_names_can_be",
-        "Postgres cuts names at 63 bytes, the proxy takes them whole",
-    ),
-];
+const KNOWN_DIFFERENCES: &[(&str, &str, &str, &str)] = &[];
 
 fn check(driver: Driver) {
     let (authority_pem, certificate) = authority_and_certificate();

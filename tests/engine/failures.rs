@@ -74,9 +74,12 @@ async fn two_proxies_one_applier() {
     until(&second, |status| status.state == ApplierState::Waiting).await;
     let client = bed.app(Side::Legacy).await;
     client.batch_execute(WRITES).await.unwrap();
-    // The one that waits can say when the other has caught up.
+    // The one that waits can say when the other has caught up with the rows; the sequences follow
+    // at the other's own pace.
     second.catch_up().await.unwrap();
-    assert_eq!(bed.differences().await, []);
+    let mut differences = bed.differences().await;
+    differences.retain(|difference| !difference.name.ends_with("_seq"));
+    assert_eq!(differences, []);
     assert!(second.cut().await.is_err());
     drop(first);
     until(&second, |status| status.state == ApplierState::Running).await;

@@ -86,7 +86,11 @@ async fn waits_for_writers_in_flight_and_turns() {
     assert_eq!(read_state(&watcher).await.unwrap(), Some(state));
     // The applier of the old direction notices.
     until(&applier, |status| matches!(status.state, ApplierState::Failing { .. })).await;
-    assert_eq!(bed.differences().await, []);
+    // The refused writer may have drawn a number before its row was refused, on the side whose
+    // sequences now follow the other's.
+    let mut differences = bed.differences().await;
+    differences.retain(|difference| !difference.name.ends_with("_seq"));
+    assert_eq!(differences, []);
     journal::set_role(&mut watcher, SideRole::Fenced).await.unwrap();
     let error = bed
         .app(Side::Legacy)

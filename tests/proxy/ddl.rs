@@ -29,6 +29,7 @@ async fn start(database: &str, phase: Phase) -> (Proxy, pgtandem::upstream::cont
             outside: "select public.record($1, true)".into(),
         }),
         shadow: None,
+        ..Hooks::default()
     };
     let options = Options {
         phase,

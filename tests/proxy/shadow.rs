@@ -22,7 +22,7 @@ struct Notes {
 }
 
 impl Shadow for Witness {
-    fn sampled(&self, text: &[u8], _values: &[u8]) -> bool {
+    fn sampled(&self, _database: &str, text: &[u8], _values: &[u8]) -> bool {
         !text.ends_with(b"-- not me")
     }
 
