@@ -193,3 +193,41 @@ async fn the_star_stands_for_every_other_database() {
         .await;
     assert_eq!(left, "0");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_role_may_not_is_said_as_sql_for_a_dba() {
+    let mut rig = Rig::new();
+    rig.legacy
+        .sql("shop", &format!("REVOKE CREATE ON DATABASE shop FROM {OWN_ROLE}"))
+        .unwrap();
+    rig.new
+        .sql(
+            "shop",
+            &format!("REVOKE SET ON PARAMETER session_replication_role FROM {OWN_ROLE}"),
+        )
+        .unwrap();
+    rig.write_config(Phase::DualWrite);
+    rig.spawn_proxy();
+    assert_eq!(rig.exit_code().await, Some(2), "{}", rig.log());
+    assert!(rig.log().contains("GRANT CREATE ON DATABASE"), "{}", rig.log());
+    rig.legacy
+        .sql("shop", &format!("GRANT CREATE ON DATABASE shop TO {OWN_ROLE}"))
+        .unwrap();
+    rig.serve(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    let grant = "GRANT SET ON PARAMETER session_replication_role";
+    rig.until(|status| {
+        let mirroring = status.databases[0].mirroring.as_ref();
+        let error = mirroring.and_then(|mirroring| mirroring.error.clone());
+        error.is_some_and(|error| error.contains(grant))
+    })
+    .await;
+    check(&rig, &["status"], 1, grant);
+    rig.new.sql("shop", &format!("{grant} TO {OWN_ROLE}")).unwrap();
+    rig.wait_caught_up().await;
+    rig.assert_equal().await;
+}

@@ -44,9 +44,8 @@ struct Found {
 }
 
 impl Session {
-    /// Looks whether a catalog changed, and if so brings capture and tables in step. True when
-    /// it did.
-    pub(super) async fn keep_in_step(&mut self, watch: &mut CatalogWatch) -> Result<bool, ApplyError> {
+    /// Looks whether a catalog changed, and if so brings capture and tables in step.
+    pub(super) async fn keep_in_step(&mut self, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
         let (here, there) = tokio::try_join!(
             self.aside.query_one(FINGERPRINT, &[]),
             self.secondary.query_one(FINGERPRINT, &[])
@@ -54,14 +53,14 @@ impl Session {
         .map_err(doing("look for changes of the catalogs"))?;
         let now: (String, String) = (here.get(0), there.get(0));
         if watch.fingerprint.as_ref() == Some(&now) {
-            return Ok(false);
+            return Ok(());
         }
         let done = self.bring_in_step(watch).await?;
         // What was done here changed the catalogs as well: the next look settles it. So does it
         // what could not be finished now.
         watch.fingerprint = done.then_some(now);
         self.sequences.forget();
-        Ok(true)
+        Ok(())
     }
 
     /// False when something has to be looked at again.

@@ -174,3 +174,24 @@ impl ApplierStatus {
         lag
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_as_json() {
+        let mut status = ApplierStatus::new(Side::Legacy, Epoch::FIRST);
+        status.state = ApplierState::Failing { error: "no".into() };
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(
+            (json["state"].as_str(), json["error"].as_str()),
+            (Some("failing"), Some("no"))
+        );
+        assert_eq!(
+            (json["primary"].as_str(), json["epoch"].as_u64()),
+            (Some("legacy"), Some(1))
+        );
+        assert_eq!(status.tables_to_seed(), 0);
+    }
+}

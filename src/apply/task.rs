@@ -125,8 +125,8 @@ impl Applier {
 
     /// Waits until a round that began after this call has been applied (or found empty), and
     /// the sequences have been copied after that. No deadline: while the secondary is away, it
-    /// waits. Where another proxy applies, the answer is for the rows; that proxy copies the
-    /// sequences at its own pace, every half second.
+    /// waits. While another proxy holds the lease, the answer comes from the watermark that one
+    /// leaves; the sequences are then at most half a second older.
     pub async fn catch_up(&self) -> Result<Cut, Stopped> {
         self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
         self.round_after_now().await
@@ -248,10 +248,6 @@ impl Task {
             }
             let (outcome, exported) = result?;
             session.copy_sequences(sequences_wanted).await?;
-            if began >= next_watch {
-                self.look_around(&mut session, &mut watch).await?;
-                next_watch = Instant::now() + WATCH_INTERVAL.max(began.elapsed() * 20);
-            }
             let cut = Cut {
                 round: session.round,
                 snapshot: session.since.to_string(),
@@ -275,6 +271,12 @@ impl Task {
                 }
                 session.end_read().await?;
             }
+            // After whoever waits was answered: a look may take as long as a lock it asks for.
+            if began >= next_watch {
+                let looking = Instant::now();
+                self.look_around(&mut session, &mut watch).await?;
+                next_watch = Instant::now() + WATCH_INTERVAL.max(looking.elapsed() * 20);
+            }
             pause = if outcome.changes > 0 {
                 self.config.poll_min
             } else {
@@ -293,12 +295,7 @@ impl Task {
 
     /// What need not be looked at in every round.
     async fn look_around(&self, session: &mut Session, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
-        if session.keep_in_step(watch).await? {
-            self.status.send_modify(|status| {
-                status.not_mirrored.clone_from(&watch.not_mirrored);
-                status.sql_for_dba.clone_from(&watch.sql_for_dba);
-            });
-        }
+        session.keep_in_step(watch).await?;
         let mut size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
         if size.waits_for_watermark && session.durable != session.since {
             session.store_watermark().await?;
@@ -325,6 +322,9 @@ impl Task {
         self.status.send_modify(|status| {
             status.journal = journal;
             status.strays = strays as u64;
+            status.tables = session.tables.status();
+            status.not_mirrored.clone_from(&watch.not_mirrored);
+            status.sql_for_dba.clone_from(&watch.sql_for_dba);
         });
         Ok(())
     }

@@ -12,6 +12,7 @@ use super::registry::{BackendKey, Registered, State};
 use super::relay::{Direction, Session};
 use super::reported::Reported;
 use super::say_goodbye;
+use crate::control::Control;
 use crate::routing::Pair;
 use crate::upstream::{Backend, Login, LoginError, Stream, within};
 use crate::wire::error::{SqlError, sqlstate};
@@ -38,6 +39,17 @@ pub(super) async fn open(
     }
     registered.set_cancel_key(backend.pid, &backend.key);
     Some(Box::new(assemble(context, registered, pair, login, client, backend)))
+}
+
+/// Capture passes over what the proxy's own role writes, since that is how rounds are applied. So
+/// while writes are mirrored no client may be that role: its writes would be lost in silence.
+pub(super) fn refuse_own_role(pair: &Pair, control: Control, user: &str) -> Option<SqlError> {
+    (control.phase.mirrors() && pair.primary(control).user == user).then(|| {
+        SqlError::fatal(
+            sqlstate::INVALID_AUTHORIZATION,
+            format!("role \"{user}\" is pgtandem's own here: what it writes is not mirrored; connect as another role"),
+        )
+    })
 }
 
 type Admitted = (Registered, Arc<Pair>, Backend);
@@ -67,7 +79,11 @@ async fn admit(context: &Context, login: &Login, database: &str, peer: SocketAdd
         return Err(refuse(peer, &error));
     }
     // The primary cannot change from here on: this session counts as busy until it is open.
-    let target = pair.primary(context.control_now());
+    let control = context.control_now();
+    if let Some(error) = refuse_own_role(&pair, control, &login.user) {
+        return Err(refuse(peer, &error));
+    }
+    let target = pair.primary(control);
     let backend = within(settings.limits.connect_timeout, target, login)
         .await
         .map_err(|error| {

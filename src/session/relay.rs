@@ -22,6 +22,7 @@ use super::attention::{Attention, Shadowing};
 use super::carry::Standby;
 use super::context::Context;
 use super::known::Statements;
+use super::open::refuse_own_role;
 use super::orders::Opening;
 use super::outbox::{Gather, Outbox};
 use super::registry::{Asked, PreparedOne, Registered, State, order};
@@ -76,6 +77,8 @@ pub(super) enum End {
     Violation(FrameError),
     /// FATAL 57P01 with this text.
     Ordered(String),
+    /// This error.
+    Refused(SqlError),
 }
 
 /// Why the relay pauses.
@@ -292,6 +295,9 @@ impl Session {
         }
         if self.updates.has_changed().unwrap_or(false) {
             self.control = *self.updates.borrow_and_update();
+            if let Some(error) = refuse_own_role(&self.pair, self.control, &self.login.user) {
+                return Err(End::Refused(error));
+            }
         }
         if self.control.primary != self.side {
             // Not carried over. Its statements must not reach the side that is not the primary.
@@ -359,6 +365,7 @@ impl Session {
                 ))
             }
             End::Violation(error) => Some(SqlError::fatal(sqlstate::PROTOCOL_VIOLATION, error.to_string())),
+            End::Refused(error) => Some(error),
             End::Ordered(reason) => Some(SqlError::fatal(sqlstate::ADMIN_SHUTDOWN, reason)),
         };
         let mut last_words = self.down.outbox.unsent().to_vec();

@@ -336,12 +336,23 @@ impl Tandem {
         }
     }
 
-    /// Stores on the old side from where the new primary's changes are to be applied; nobody
-    /// writes on either side now.
+    /// Makes sure that every table of the new primary is captured, and stores on the old side from
+    /// where its changes are to be applied; nobody writes on either side now.
     async fn arm_reverse(&self, to: Control) -> Result<(), String> {
         let primary = connect(self.targets().target(to.primary), "switchover")
             .await
             .map_err(|error| error.to_string())?;
+        let report = journal::capture_tables(&primary)
+            .await
+            .map_err(|error| error.to_string())?;
+        let failed = report.failed.iter().map(|(table, _)| table);
+        let missing: Vec<&String> = report.busy.iter().chain(failed).collect();
+        if !missing.is_empty() {
+            return Err(format!(
+                "on {} these tables could not be captured: {missing:?}",
+                to.primary
+            ));
+        }
         let mut secondary = connect(self.targets().target(to.secondary()), "switchover")
             .await
             .map_err(|error| error.to_string())?;
