@@ -1,8 +1,10 @@
+# shellcheck shell=bash
 # What the install scripts share; sourced, not run.
 #
 # Every script here says what it does, does nothing where all is there already, never asks for
 # input, and works as root and as an ordinary user.
 
+# shellcheck disable=SC2034 # read by those who source this
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }

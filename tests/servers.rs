@@ -1,7 +1,7 @@
 //! The throwaway servers themselves: they do what their options say, and are gone afterwards
 //! however their process ends.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -18,6 +18,15 @@ fn is_running(pid: u32) -> bool {
     // A zombie has ended; only its parent has not looked yet.
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or_default().starts_with('Z'))
+}
+
+/// By the shell's own `kill`: the program of that name is not on every machine.
+fn signal(name: &str, pid: u32) {
+    let done = Command::new("sh")
+        .args(["-c", &format!("kill -{name} {pid}")])
+        .status()
+        .unwrap();
+    assert!(done.success());
 }
 
 /// Waits for what must come soon; gives up only where nobody would wait any longer.
@@ -54,11 +63,7 @@ fn a_server_runs_stops_starts_again_and_is_removed() {
         assert_eq!(server.port, port);
 
         // As in a crash: no word to anyone.
-        let killed = Command::new("kill")
-            .args(["-KILL", &server.pid().unwrap().to_string()])
-            .status()
-            .unwrap();
-        assert!(killed.success());
+        signal("KILL", server.pid().unwrap());
         server.start_again().unwrap();
         assert_eq!(server.sql("shop", "SELECT 1").unwrap(), "1");
 
@@ -127,18 +132,17 @@ fn child_that_holds_a_server() {
     let mut out = io::stdout();
     writeln!(out, "\nheld {} {}", server.pid().unwrap(), server.directory().display()).unwrap();
     out.flush().unwrap();
-    loop {
-        std::thread::park();
-    }
+    // The parent holds the other end, so that this one ends with it whatever happens.
+    io::stdin().lock().read_to_end(&mut Vec::new()).unwrap();
 }
 
 #[test]
 fn nothing_is_left_of_a_killed_process() {
-    for signal in ["KILL", "INT"] {
+    for name in ["KILL", "INT"] {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child_that_holds_a_server", "--nocapture"])
             .env("PGTANDEM_TEST_HOLD_SERVER", "1")
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -152,10 +156,7 @@ fn nothing_is_left_of_a_killed_process() {
         let directory = Path::new(words.next().unwrap());
         assert!(is_running(pid) && directory.exists());
 
-        Command::new("kill")
-            .args([&format!("-{signal}"), &child.id().to_string()])
-            .status()
-            .unwrap();
+        signal(name, child.id());
         child.wait().unwrap();
         eventually("the server ends", || !is_running(pid));
         eventually("the directory goes", || !directory.exists());
