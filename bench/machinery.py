@@ -132,7 +132,7 @@ class Server:
             check=True, stdout=subprocess.DEVNULL, cwd="/", env=environment(),
         )  # fmt: skip
         settings = {
-            "shared_buffers": "256MB", "max_connections": "1300", "max_wal_size": "4GB", "checkpoint_timeout": "30min",
+            "shared_buffers": "256MB", "max_connections": "2400", "max_wal_size": "4GB", "checkpoint_timeout": "30min",
             "fsync": "on" if fsync else "off", "autovacuum_naptime": "10s", "max_prepared_transactions": "10",
         }  # fmt: skip
         options = [part for item in settings.items() for part in ("-c", "=".join(item))]
