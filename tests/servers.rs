@@ -25,7 +25,7 @@ fn signal(name: &str, pid: u32) {
     let done = Command::new("sh")
         .args(["-c", &format!("kill -{name} {pid}")])
         .status()
-        .unwrap();
+        .expect("run sh");
     assert!(done.success());
 }
 
