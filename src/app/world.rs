@@ -1,13 +1,13 @@
 //! What the process is about: its configuration, its databases, where the migration stands.
 //! The one place that writes [`Control`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::bail;
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::shadows::Shadows;
@@ -15,7 +15,7 @@ use crate::admin::api::{Flip, ReloadAnswer};
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
-use crate::session::hooks::{DdlHooks, Hooks, OwnConnections};
+use crate::session::hooks::{DdlHooks, Hooks, Mirrored, OwnConnections};
 use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
 use crate::{journal, session};
 
@@ -29,6 +29,10 @@ pub(super) struct World {
     pub(super) control: watch::Sender<Control>,
     /// One for each database; `"*"` stands for as many as its servers have.
     tandems: ArcSwap<Vec<Arc<Tandem>>>,
+    /// Their names, for sessions that begin.
+    names: watch::Sender<Arc<HashSet<String>>>,
+    /// A session wants a database that is not among them.
+    look: Arc<Notify>,
     /// Held by whoever changes the phase: one change at a time.
     pub(super) transition: tokio::sync::Mutex<()>,
     /// Databases that a client is about to drop, and until when they are left alone.
@@ -90,7 +94,13 @@ impl World {
             until: Mutex::default(),
             names,
         });
+        let (tandem_names, mirrored_names) = watch::channel(Arc::default());
+        let look = Arc::new(Notify::new());
         let hooks = Hooks {
+            mirrored: Some(Mirrored {
+                names: mirrored_names,
+                look: look.clone(),
+            }),
             connections: Some(leaving.clone()),
             ddl: Some(DdlHooks {
                 in_transaction: journal::DDL_HOOK.into(),
@@ -107,6 +117,8 @@ impl World {
             shadows,
             control: sender,
             tandems: ArcSwap::default(),
+            names: tandem_names,
+            look,
             transition: tokio::sync::Mutex::default(),
             facts: Mutex::new(Facts {
                 problem: Some("starting: it is not yet known which side is primary".into()),
@@ -124,6 +136,13 @@ impl World {
 
     pub(super) fn tandems(&self) -> Arc<Vec<Arc<Tandem>>> {
         self.tandems.load_full()
+    }
+
+    /// Those that are new are captured already, where the phase mirrors.
+    fn set_tandems(&self, tandems: Vec<Arc<Tandem>>) {
+        let names = tandems.iter().map(|tandem| tandem.name().to_owned()).collect();
+        self.tandems.store(Arc::new(tandems));
+        self.names.send_replace(Arc::new(names));
     }
 
     pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
@@ -209,7 +228,7 @@ impl World {
                 }
             }
         }
-        self.tandems.store(Arc::new(tandems));
+        self.set_tandems(tandems);
         common
             .map(|(control, _)| control)
             .ok_or_else(|| CannotBegin::NotYet("there is no database yet".into()))
@@ -253,7 +272,10 @@ impl World {
     async fn discover_databases(self: Arc<Self>) {
         const EVERY: Duration = Duration::from_secs(2);
         loop {
-            tokio::time::sleep(EVERY).await;
+            tokio::select! {
+                () = tokio::time::sleep(EVERY) => {}
+                () = self.look.notified() => {}
+            }
             if !self.config.load().databases.contains_key(EVERY_OTHER_DATABASE) {
                 continue;
             }
@@ -271,7 +293,7 @@ impl World {
                 self.tandems().iter().cloned().partition(|tandem| {
                     tandem.targets().legacy.dbname() == name || tandem.targets().new.dbname() == name
                 });
-            self.tandems.store(Arc::new(staying));
+            self.set_tandems(staying);
             self.shadows.attend(&self.tandems(), &self.config.load());
             for tandem in gone {
                 tracing::info!(
@@ -306,7 +328,7 @@ impl World {
             gone.stop_applier().await;
             tracing::info!(database = gone.name(), "a dropped database is no longer mirrored");
         }
-        self.tandems.store(Arc::new(tandems));
+        self.set_tandems(tandems);
         self.shadows.attend(&self.tandems(), &self.config.load());
         Ok(())
     }

@@ -1,10 +1,12 @@
 //! What other parts ask of a session: to follow DDL in mirroring phases, and to show reads to the
 //! shadow. Whoever wires the proxy fills these in; with none of them the proxy only relays.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::{Notify, watch};
 
 use crate::control::Control;
 use crate::sql::{Script, StatementCache};
@@ -18,6 +20,31 @@ pub struct Hooks {
     pub ddl: Option<DdlHooks>,
     pub shadow: Option<Arc<dyn Shadow>>,
     pub connections: Option<Arc<dyn OwnConnections>>,
+    pub mirrored: Option<Mirrored>,
+}
+
+/// The databases whose writes are captured in mirroring phases. Under `"*"` one may have been
+/// created a moment ago: its first session waits until it is among them, so that no write of its
+/// goes uncaptured.
+#[derive(Debug, Clone)]
+pub struct Mirrored {
+    /// Names as clients say them.
+    pub names: watch::Receiver<Arc<HashSet<String>>>,
+    /// Asks for a look at which databases there are.
+    pub look: Arc<Notify>,
+}
+
+impl Mirrored {
+    /// Returns when the database is among them, or false after `patience`.
+    pub(super) async fn wait_for(&self, database: &str, patience: Duration) -> bool {
+        let mut names = self.names.clone();
+        if names.borrow().contains(database) {
+            return true;
+        }
+        self.look.notify_one();
+        let seen = names.wait_for(|names| names.contains(database));
+        matches!(tokio::time::timeout(patience, seen).await, Ok(Ok(_)))
+    }
 }
 
 /// The proxy's own connections to a database, which a client's DROP DATABASE would find in its

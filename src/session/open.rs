@@ -41,6 +41,11 @@ pub(super) async fn open(
     Some(Box::new(assemble(context, registered, pair, login, client, backend)))
 }
 
+/// Postgres' own templates are never mirrored.
+fn is_template(database: &str) -> bool {
+    matches!(database, "template0" | "template1")
+}
+
 /// Capture passes over what the proxy's own role writes, since that is how rounds are applied. So
 /// while writes are mirrored no client may be that role: its writes would be lost in silence.
 pub(super) fn refuse_own_role(pair: &Pair, control: Control, user: &str) -> Option<SqlError> {
@@ -96,6 +101,17 @@ async fn admit(context: &Context, login: &Login, database: &str, peer: SocketAdd
             error.to_frame()
         })?;
     context.learn_version(target, backend.major());
+    if control.phase.mirrors()
+        && let Some(mirrored) = &context.hooks.mirrored
+        && !is_template(database)
+        && !mirrored.wait_for(database, settings.limits.connect_timeout).await
+    {
+        let error = SqlError::fatal(
+            sqlstate::CANNOT_CONNECT_NOW,
+            format!("writes of database \"{database}\" are not captured yet; try again, or see \"pgtandem status\""),
+        );
+        return Err(refuse(peer, &error));
+    }
     registered.shared.set_backend(BackendKey {
         target: target.clone(),
         pid: backend.pid,
