@@ -43,6 +43,19 @@ pub struct DatabaseStatus {
     /// Absent where the phase mirrors nothing.
     pub mirroring: Option<Mirroring>,
     pub shadow_reads: ShadowReads,
+    /// Absent where commits are acknowledged by the primary (`writes.acknowledge`).
+    pub acknowledge: Option<AcknowledgeStatus>,
+}
+
+/// `writes.acknowledge: both`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AcknowledgeStatus {
+    /// Since when commits are answered by the primary alone, because the secondary was late.
+    pub degraded_seconds: Option<f64>,
+    /// Commits that were.
+    pub answered_early: u64,
+    /// Commits whose client got an error instead (`writes.when_late: error`).
+    pub refused: u64,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

@@ -51,6 +51,11 @@ fn of_database(status: &DatabaseStatus) {
         .as_ref()
         .is_some_and(|mirroring| mirroring.state == "running");
     gauge!("pgtandem_mirroring_running", "database" => name()).set(one_if(running));
+    if let Some(both) = &status.acknowledge {
+        gauge!("pgtandem_acknowledge_degraded", "database" => name()).set(one_if(both.degraded_seconds.is_some()));
+        gauge!("pgtandem_acknowledge_early", "database" => name()).set(both.answered_early as f64);
+        gauge!("pgtandem_acknowledge_refused", "database" => name()).set(both.refused as f64);
+    }
     if let Some(mirroring) = &status.mirroring {
         of_mirroring(&status.name, mirroring);
     }
@@ -91,6 +96,18 @@ fn describe() {
         ("pgtandem_sessions", "client sessions"),
         ("pgtandem_server_up", "1 while the server answers"),
         ("pgtandem_mirroring_running", "1 while rounds are applied"),
+        (
+            "pgtandem_acknowledge_degraded",
+            "1 while commits are acknowledged by the primary alone because the secondary is late",
+        ),
+        (
+            "pgtandem_acknowledge_early",
+            "commits that were acknowledged by the primary alone for that",
+        ),
+        (
+            "pgtandem_acknowledge_refused",
+            "commits whose client got an error for that",
+        ),
         ("pgtandem_round", "the last applied round"),
         ("pgtandem_lag_seconds", "since the secondary last equalled the primary"),
         ("pgtandem_lag_bytes", "of the primary's log beyond the watermark"),

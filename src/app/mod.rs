@@ -10,6 +10,7 @@
 //! | the admin server | control runtime | with the process |
 //! | signals (SIGHUP, SIGTERM, SIGINT) | control runtime | with the process |
 
+mod acknowledge;
 mod gauges;
 mod operations;
 mod phases;

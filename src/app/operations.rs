@@ -149,6 +149,7 @@ impl World {
         for tandem in self.tandems().iter() {
             let mut status = tandem.status();
             status.shadow_reads = self.shadows.of_database(tandem.name());
+            status.acknowledge = self.both_sides.status(tandem.name());
             databases.push(status);
         }
         databases

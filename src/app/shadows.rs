@@ -17,7 +17,7 @@ use crate::shadow::{
     Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
     ShadowSink, ShadowTasks, ValueWriter, spawn,
 };
-use crate::sql::{LexSettings, NotComparable, glance};
+use crate::sql::{LexSettings, NotComparable, Script, glance};
 use crate::switchover::Tandem;
 use crate::upstream::control::connect;
 
@@ -51,6 +51,11 @@ impl Shadows {
         Arc::new(Shown {
             databases: self.databases.clone(),
         })
+    }
+
+    /// What is known of each database's functions and views.
+    pub(super) fn catalogs(&self) -> Catalogs {
+        Catalogs(self.databases.clone())
     }
 
     /// Begins with databases that are new, and leaves those that are gone.
@@ -89,7 +94,7 @@ impl Shadows {
         let secondary = connect(tandem.targets().target(control.secondary()), "explain")
             .await
             .ok()?;
-        Catalog::load(control.primary, &primary, &secondary).await.ok()
+        Catalog::load(control.primary, &primary, Some(&secondary)).await.ok()
     }
 
     pub(super) fn of_database(&self, name: &str) -> ShadowReads {
@@ -115,6 +120,18 @@ fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collecti
         .into_iter()
         .map(|(reason, count)| (reason.to_owned(), count))
         .collect()
+}
+
+/// Each primary's catalog, kept current for the shadow reads.
+pub(super) struct Catalogs(Arc<DashMap<String, Intake>>);
+
+impl Catalogs {
+    /// Whether a text may change rows of a database.
+    pub(super) fn may_write(&self, database: &str, script: &Script) -> bool {
+        self.0
+            .get(database)
+            .is_none_or(|database| database.sink.may_write(script))
+    }
 }
 
 /// The sessions' view: a read goes to its database's intake.

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
+use super::acknowledge::BothSides;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
 use crate::config::{Config, EVERY_OTHER_DATABASE};
@@ -26,6 +27,7 @@ pub(super) struct World {
     pub(super) config: ArcSwap<Config>,
     pub(super) sessions: Arc<session::Context>,
     pub(super) shadows: Shadows,
+    pub(super) both_sides: Arc<BothSides>,
     pub(super) control: watch::Sender<Control>,
     /// One for each database; `"*"` stands for as many as its servers have.
     tandems: ArcSwap<Vec<Arc<Tandem>>>,
@@ -88,6 +90,7 @@ impl World {
         };
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone());
+        let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
         let leaving = Arc::new(Leaving {
@@ -107,6 +110,7 @@ impl World {
                 outside: journal::DDL_HOOK_OUTSIDE.into(),
             }),
             shadow: Some(shadows.hook()),
+            acknowledge: Some(both_sides.clone()),
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
@@ -115,6 +119,7 @@ impl World {
             config: ArcSwap::from_pointee(config),
             sessions,
             shadows,
+            both_sides,
             control: sender,
             tandems: ArcSwap::default(),
             names: tandem_names,
@@ -143,6 +148,13 @@ impl World {
         let names = tandems.iter().map(|tandem| tandem.name().to_owned()).collect();
         self.tandems.store(Arc::new(tandems));
         self.names.send_replace(Arc::new(names));
+    }
+
+    /// Shadow reads and waiting commits are those of the databases there are.
+    fn attend(&self) {
+        let tandems = self.tandems();
+        self.shadows.attend(&tandems, &self.config.load());
+        self.both_sides.attend(&tandems);
     }
 
     pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
@@ -178,7 +190,7 @@ impl World {
                 tandem.start_mirroring(control).await.map_err(anyhow::Error::msg)?;
             }
         }
-        self.shadows.attend(&self.tandems(), &self.config.load());
+        self.attend();
         match self.make_so(wish, None).await {
             Ok(changed) => {
                 self.facts().problem = None;
@@ -294,7 +306,7 @@ impl World {
                     tandem.targets().legacy.dbname() == name || tandem.targets().new.dbname() == name
                 });
             self.set_tandems(staying);
-            self.shadows.attend(&self.tandems(), &self.config.load());
+            self.attend();
             for tandem in gone {
                 tracing::info!(
                     database = tandem.name(),
@@ -329,7 +341,7 @@ impl World {
             tracing::info!(database = gone.name(), "a dropped database is no longer mirrored");
         }
         self.set_tandems(tandems);
-        self.shadows.attend(&self.tandems(), &self.config.load());
+        self.attend();
         Ok(())
     }
 
@@ -347,6 +359,7 @@ impl World {
         let wish = new.phase;
         self.sessions.reload(settings);
         self.shadows.reload(&new);
+        self.both_sides.reload(new.writes);
         self.config.store(Arc::new(new));
         let outcome = self.make_so(wish, None).await;
         self.facts().problem = outcome.as_ref().err().cloned();
@@ -382,6 +395,7 @@ impl World {
         for (name, differs) in [
             ("auth", old.auth != new.auth),
             ("limits", old.limits != new.limits),
+            ("writes", old.writes != new.writes),
             ("reads", old.reads != new.reads),
             ("mismatch_log", old.mismatch_log != new.mismatch_log),
             ("switchover", old.switchover != new.switchover),

@@ -35,6 +35,11 @@ fn problems(status: &Status) -> Vec<String> {
                 database.shadow_reads.log_lost
             ));
         }
+        if let Some(seconds) = database.acknowledge.as_ref().and_then(|both| both.degraded_seconds) {
+            problems.push(format!(
+                "{name}: commits are acknowledged by the primary alone, for {seconds:.1} s: the secondary does not follow within writes.both_timeout"
+            ));
+        }
         let Some(mirroring) = &database.mirroring else {
             continue;
         };
@@ -121,6 +126,12 @@ fn print_database(database: &DatabaseStatus) {
     match &database.mirroring {
         Some(mirroring) => print_mirroring(mirroring),
         None => say("  mirroring  off in this phase"),
+    }
+    if let Some(both) = &database.acknowledge {
+        say(&format!(
+            "  commits    wait for both sides; {} did not because the secondary was late, {} got an error for it",
+            both.answered_early, both.refused
+        ));
     }
     print_shadow_reads(&database.shadow_reads);
 }

@@ -108,18 +108,31 @@ pub struct Limits {
     pub handshake_timeout: Duration,
     /// From connect to the end of the server's authentication.
     pub connect_timeout: Duration,
-    /// Threads that relay sessions; 0 means one for each core.
+    /// Threads that relay sessions; 0 means half the cores.
     pub worker_threads: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Writes {
     pub acknowledge: Acknowledge,
+    /// How long a commit waits for the secondary, where both sides acknowledge it.
+    pub both_timeout: Duration,
+    pub when_late: WhenLate,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acknowledge {
     Primary,
+    Both,
+}
+
+/// What becomes of a commit that has waited for [`Writes::both_timeout`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenLate {
+    /// It is acknowledged by the primary, and so are others until the secondary has caught up.
+    Degrade,
+    /// The client gets an error that says that the primary has committed.
+    Error,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

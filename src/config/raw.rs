@@ -12,7 +12,7 @@ use serde::{Deserialize, de};
 
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits, LoggedValues,
-    MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, WhenFull, Writes,
+    MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -148,9 +148,12 @@ impl RawConfig {
             writes: Writes {
                 acknowledge: match self.writes.acknowledge {
                     RawAcknowledge::Primary => Acknowledge::Primary,
-                    RawAcknowledge::Both => {
-                        return Err("writes: acknowledge: both is not in this version yet; use primary".into());
-                    }
+                    RawAcknowledge::Both => Acknowledge::Both,
+                },
+                both_timeout: self.writes.both_timeout.0,
+                when_late: match self.writes.when_late {
+                    RawWhenLate::Degrade => WhenLate::Degrade,
+                    RawWhenLate::Error => WhenLate::Error,
                 },
             },
             journal: Journal {
@@ -313,10 +316,29 @@ impl From<RawLimits> for Limits {
     }
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct RawWrites {
     acknowledge: RawAcknowledge,
+    both_timeout: Seconds,
+    when_late: RawWhenLate,
+}
+
+impl Default for RawWrites {
+    fn default() -> Self {
+        Self {
+            acknowledge: RawAcknowledge::Primary,
+            both_timeout: Seconds(Duration::from_secs(5)),
+            when_late: RawWhenLate::Degrade,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum RawWhenLate {
+    Degrade,
+    Error,
 }
 
 #[derive(Deserialize, Default)]
@@ -610,8 +632,8 @@ databases:
                 "loopback",
             ),
             (
-                format!("{MINIMAL}writes: {{ acknowledge: both }}\n"),
-                "not in this version",
+                format!("{MINIMAL}writes: {{ acknowledge: both, when_late: shrug }}\n"),
+                "shrug",
             ),
             (
                 format!("{MINIMAL}reads: {{ canary_percent: 5 }}\n"),

@@ -1,5 +1,6 @@
 //! What becomes of each frame of the server's, decided as it passes.
 
+use super::acknowledge::Verdict;
 use super::outbox::Gather;
 use super::registry::lock;
 use super::relay::{End, Session};
@@ -22,7 +23,9 @@ impl Session {
                 if let Some(attention) = &mut self.attention {
                     attention.piece(&rest[..taken], self.down.framer.at_boundary());
                 }
-                gather.keep(at..at + taken);
+                if !self.skips_answers() {
+                    gather.keep(at..at + taken);
+                }
                 at += taken;
                 continue;
             }
@@ -34,6 +37,14 @@ impl Session {
             if rest.len() < header.total && self.waits_for(header) {
                 break;
             }
+            let said = if self.acknowledging.is_some() {
+                match self.acknowledge(header, rest, gather)? {
+                    Verdict::Stay => break,
+                    verdict => verdict == Verdict::Pass,
+                }
+            } else {
+                true
+            };
             let body = &rest[HEADER_LEN..header.total.min(rest.len())];
             let keep = if self.attention.is_some() {
                 let whole = rest.len() >= header.total;
@@ -54,7 +65,7 @@ impl Session {
                 _ => {}
             }
             let taken = self.down.framer.pass(header, rest.len());
-            if keep {
+            if keep && said {
                 gather.keep(at..at + taken);
             }
             at += taken;

@@ -2,6 +2,7 @@
 //! shadow. Whoever wires the proxy fills these in; with none of them the proxy only relays.
 
 use std::collections::HashSet;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ pub struct Hooks {
     pub statements: Arc<StatementCache>,
     pub ddl: Option<DdlHooks>,
     pub shadow: Option<Arc<dyn Shadow>>,
+    pub acknowledge: Option<Arc<dyn Acknowledge>>,
     pub connections: Option<Arc<dyn OwnConnections>>,
     pub mirrored: Option<Mirrored>,
 }
@@ -64,6 +66,21 @@ pub struct DdlHooks {
     /// After a statement that cannot run in a transaction has succeeded.
     pub outside: String,
 }
+
+/// What `writes.acknowledge: both` asks of a session.
+pub trait Acknowledge: Send + Sync {
+    /// Whether commits wait for both sides now. Asked for every statement: one load.
+    fn wanted(&self) -> bool;
+
+    /// Whether a text may change rows of a database, so that its commit has to wait.
+    fn may_write(&self, database: &str, script: &Script) -> bool;
+
+    /// Done when a round that began after this call has been applied; an error, for the client's
+    /// eyes, says why the commit must not be called acknowledged.
+    fn applied(&self, database: &str) -> Applied;
+}
+
+pub type Applied = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 /// Where reads are shown to.
 pub trait Shadow: Send + Sync {

@@ -10,6 +10,7 @@
 //! its thread. Each arrow is a type: only an `Authenticated` client can be opened. The switchover
 //! and the admin pages see sessions through the [`Registry`] alone.
 
+mod acknowledge;
 mod attention;
 mod auth;
 mod carry;

@@ -174,6 +174,7 @@ fn assemble(
         lex: reported.lex(),
         reported,
         attention: None,
+        acknowledging: None,
         shadowing: Shadowing::default(),
         client_done: false,
         terminated: false,

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
+use super::acknowledge::Acknowledging;
 use super::attention::{Attention, Shadowing};
 use super::carry::Standby;
 use super::context::Context;
@@ -111,6 +112,8 @@ pub(super) struct Session {
     pub lex: LexSettings,
     /// Set while replies must be looked at one by one.
     pub attention: Option<Box<Attention>>,
+    /// Set while a commit's answer will have to wait for a round.
+    pub acknowledging: Option<Box<Acknowledging>>,
     pub shadowing: Shadowing,
     pub client_done: bool,
     pub terminated: bool,
@@ -174,6 +177,9 @@ impl Session {
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(_)) => return Err(End::ClientGone),
             Poll::Pending => return Ok(false),
+        }
+        if self.poll_applied(cx).is_pending() {
+            return Ok(false);
         }
         let read = if std::mem::take(&mut self.down.blocked) {
             0

@@ -51,6 +51,9 @@ impl Session {
                 self.up.blocked = true;
                 break;
             }
+            if header.kind == b'F' || !understand && matches!(header.kind, b'Q' | b'E') {
+                self.note_write(None);
+            }
             let plan = if understand {
                 self.understand(header.kind, &rest[HEADER_LEN..header.total])
             } else {
@@ -92,7 +95,10 @@ impl Session {
             // For DDL and settings, and because a Query drops the unnamed statement.
             b'Q' | b'P' => header.total <= UNDERSTOOD_MAX,
             b'B' | b'E' => {
-                header.total <= UNDERSTOOD_MAX && (self.statements.may_be_ddl() || self.control.phase.shadows())
+                header.total <= UNDERSTOOD_MAX
+                    && (self.statements.may_be_ddl()
+                        || self.control.phase.shadows()
+                        || self.acknowledges_both().is_some())
             }
             b'C' => self.statements.any(),
             // Something is put behind them.
@@ -126,22 +132,29 @@ impl Session {
     fn understand(&mut self, kind: u8, body: &[u8]) -> Plan {
         match kind {
             b'Q' => match frontend::query_text(body) {
-                Some(text) => self.plan_query(text),
+                Some(text) => {
+                    self.note_write(Some(text));
+                    self.plan_query(text)
+                }
                 None => Plan::Pass(Mark::None),
             },
-            b'E' => self.plan_execute(body),
+            b'E' => {
+                self.note_execute(body);
+                self.plan_execute(body)
+            }
             b'P' => {
                 // Named ones are used for long: a later phase may want to know them.
-                let shadow = self.context.hooks.shadow.is_some();
+                let (shadow, both) = (self.context.hooks.shadow.is_some(), self.acknowledges_both().is_some());
                 self.statements
-                    .parsed(body, shadow, shadow && self.control.phase.shadows());
+                    .parsed(body, shadow || both, shadow && self.control.phase.shadows() || both);
                 Plan::Pass(Mark::None)
             }
             b'B' => {
                 let shadow = self.context.hooks.shadow.as_ref();
                 let shadow = shadow.filter(|_| self.control.phase.shadows());
                 let database = &self.pair.name;
-                self.statements.bound(body, shadow.is_some(), |text, values| {
+                let all = shadow.is_some() || self.acknowledges_both().is_some();
+                self.statements.bound(body, all, |text, values| {
                     shadow.is_some_and(|shadow| shadow.sampled(database, text, values))
                 });
                 Plan::Pass(Mark::None)
@@ -183,6 +196,15 @@ impl Session {
             return Plan::Steps;
         }
         Plan::Pass(self.observe_query(text, sniff))
+    }
+
+    /// For `writes.acknowledge: both`.
+    fn note_execute(&mut self, body: &[u8]) {
+        if self.acknowledges_both().is_some() {
+            let portal = frontend::execute_portal(body).and_then(|name| self.statements.portal(name));
+            let known = portal.map(|portal| portal.statement.clone());
+            self.note_write(known.as_ref().map(|known| &*known.text));
+        }
     }
 
     fn plan_execute(&mut self, body: &[u8]) -> Plan {

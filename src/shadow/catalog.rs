@@ -34,8 +34,8 @@ const TYPES_QUERY: &str = "select t.oid, n.nspname::text, t.typname::text from p
      join pg_catalog.pg_namespace n on n.oid = t.typnamespace where t.oid >= 16384";
 
 impl Catalog {
-    /// Reads both catalogs.
-    pub async fn load(side: Side, primary: &Client, secondary: &Client) -> Result<Self, tokio_postgres::Error> {
+    /// Reads both catalogs; without the secondary's, no custom type has a counterpart there.
+    pub async fn load(side: Side, primary: &Client, secondary: Option<&Client>) -> Result<Self, tokio_postgres::Error> {
         let mut functions = FunctionVolatility::default();
         for row in primary.query(FUNCTIONS_QUERY, &[]).await? {
             functions.add_function(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
@@ -43,11 +43,18 @@ impl Catalog {
         for row in primary.query(RELATIONS_QUERY, &[]).await? {
             functions.add_relation(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         }
+        let mut types = HashMap::new();
+        let Some(secondary) = secondary else {
+            return Ok(Self {
+                primary: Some(side),
+                functions,
+                types,
+            });
+        };
         let mut by_name: HashMap<(String, String), u32> = HashMap::new();
         for row in secondary.query(TYPES_QUERY, &[]).await? {
             by_name.insert((row.try_get(1)?, row.try_get(2)?), row.try_get(0)?);
         }
-        let mut types = HashMap::new();
         for row in primary.query(TYPES_QUERY, &[]).await? {
             if let Some(&there) = by_name.get(&(row.try_get(1)?, row.try_get(2)?)) {
                 types.insert(row.try_get(0)?, there);
@@ -76,7 +83,8 @@ impl Catalog {
     }
 }
 
-/// Reads the catalogs in phases that shadow reads: at once, when the primary changes, when
+/// Reads the catalogs in phases that mirror (which commits need not wait for both sides is told by
+/// them, too): at once, when the primary changes, when
 /// `changed` says so, and now and then. Runs until dropped.
 pub(super) async fn keep_current(
     targets: DatabaseConfig,
@@ -87,36 +95,47 @@ pub(super) async fn keep_current(
     loop {
         let now = *control.borrow_and_update();
         let mut pause = REFRESH;
-        if now.phase.shadows() {
-            match read_both(&targets, now).await {
-                Ok(read) => catalog.store(Arc::new(read)),
-                Err(error) => {
-                    tracing::warn!(
-                        database = targets.legacy.dbname(),
-                        error,
-                        "cannot read the catalogs for shadow reads"
-                    );
-                    pause = RETRY;
-                }
+        if now.phase.mirrors() {
+            let (read, complete) = read_both(&targets, now).await;
+            if let Some(read) = read {
+                catalog.store(Arc::new(read));
+            }
+            if let Err(error) = complete {
+                tracing::warn!(database = targets.legacy.dbname(), error, "cannot read the catalogs");
+                pause = RETRY;
             }
         }
-        // A name that stays unknown must not keep the servers busy.
-        tokio::time::sleep(REFRESH_MIN).await;
+        let asked = async {
+            // A name that stays unknown must not keep the servers busy.
+            tokio::time::sleep(REFRESH_MIN).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = changed.notified() => {}
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = changed.notified() => {}
+            () = asked => {}
             ended = control.changed() => if ended.is_err() { return },
         }
     }
 }
 
-async fn read_both(targets: &DatabaseConfig, now: Control) -> Result<Catalog, String> {
+/// What could be read, and what could not. The primary's part is of use by itself: by it commits
+/// are told from reads while the secondary is away.
+async fn read_both(targets: &DatabaseConfig, now: Control) -> (Option<Catalog>, Result<(), String>) {
     let connection = |side| connect(targets.target(side), "shadow");
-    let primary = connection(now.primary).await.map_err(|error| error.to_string())?;
-    let secondary = connection(now.secondary()).await.map_err(|error| error.to_string())?;
-    Catalog::load(now.primary, &primary, &secondary)
-        .await
-        .map_err(|error| error_chain(&error))
+    let primary = match connection(now.primary).await {
+        Ok(primary) => primary,
+        Err(error) => return (None, Err(error.to_string())),
+    };
+    let (secondary, complete) = match connection(now.secondary()).await {
+        Ok(secondary) => (Some(secondary), Ok(())),
+        Err(error) => (None, Err(error.to_string())),
+    };
+    match Catalog::load(now.primary, &primary, secondary.as_deref()).await {
+        Ok(catalog) => (Some(catalog), complete),
+        Err(error) => (None, Err(error_chain(&error))),
+    }
 }
 
 #[cfg(test)]

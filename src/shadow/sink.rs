@@ -11,7 +11,7 @@ use super::catalog::Catalog;
 use super::read::{ShadowRead, sample_key};
 use super::stats::{Counters, Dropped, Outcome, ShadowStats, Skipped};
 use crate::control::Control;
-use crate::sql::{Glance, NotComparable, Script, shadowable, single_read};
+use crate::sql::{Glance, NotComparable, Script, Writes, may_write, shadowable, single_read};
 
 /// Reads waiting to be shadowed: some seconds of them. More would only be older.
 pub(super) const QUEUE_READS: usize = 1024;
@@ -115,6 +115,15 @@ impl ShadowSink {
                 self.turn_down(Outcome::NotComparable(reason))
             }
         }
+    }
+
+    /// Whether a text may change rows, as far as the primary's catalog tells.
+    pub fn may_write(&self, script: &Script) -> bool {
+        let writes = may_write(script, &self.0.catalog.load().functions);
+        if writes == Writes::Unknown {
+            self.schema_changed();
+        }
+        writes != Writes::Nothing
     }
 
     fn turn_down(&self, outcome: Outcome) -> bool {

@@ -276,7 +276,7 @@ fn check_function(
 }
 
 /// Looks like a function call but is grammar; in no catalog, and pure.
-const GRAMMAR_FUNCTIONS: &[&str] = &[
+pub(super) const GRAMMAR_FUNCTIONS: &[&str] = &[
     "coalesce",
     "nullif",
     "greatest",

@@ -23,6 +23,7 @@ mod settings;
 mod split;
 #[cfg(test)]
 mod tests;
+mod writes;
 
 pub use cache::StatementCache;
 pub use class::{
@@ -40,6 +41,7 @@ pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};
 pub use limit::{Widened, widen_limit};
 pub use settings::{SettingChange, custom_setting_names, setting_changes};
+pub use writes::{Writes, may_write};
 
 /// Splits and classifies a text under default settings. Any bytes will do.
 pub fn analyze(text: &[u8]) -> Script {

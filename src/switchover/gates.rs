@@ -100,6 +100,7 @@ mod tests {
                 stray_writes: 0,
             }),
             shadow_reads: ShadowReads::default(),
+            acknowledge: None,
         }
     }
 

@@ -380,6 +380,7 @@ impl Tandem {
             new,
             mirroring: self.applier().map(|applier| mirroring(&applier.status().borrow())),
             shadow_reads: ShadowReads::default(),
+            acknowledge: None,
         }
     }
 }

@@ -59,6 +59,8 @@ pub struct Awaited {
     pub request: Request,
     pub owner: Owner,
     pub mark: Mark,
+    /// Said of it by [`Tracker::next_may_write`].
+    pub may_write: bool,
 }
 
 /// What a server's frame answers.
@@ -86,6 +88,7 @@ pub struct Tracker {
     skipping: bool,
     /// The server reads COPY data and ignores Sync and Flush.
     copy_in: bool,
+    next_may_write: bool,
 }
 
 impl Tracker {
@@ -128,6 +131,36 @@ impl Tracker {
 
     pub fn full(&self) -> bool {
         self.awaited.len() >= PIPELINE_MAX
+    }
+
+    /// The next frame that is noted may write.
+    pub const fn next_may_write(&mut self) {
+        self.next_may_write = true;
+    }
+
+    /// Whether anything that may write was asked behind the next ReadyForQuery.
+    pub fn writes_beyond_ready(&self) -> bool {
+        self.awaited
+            .iter()
+            .skip_while(|awaited| !matches!(awaited.request, Request::Sync | Request::Query | Request::Function))
+            .skip(1)
+            .any(|awaited| awaited.may_write)
+    }
+
+    /// Whether the server will say ReadyForQuery right behind the reply that is awaited, without
+    /// hearing more from the client.
+    pub fn ready_follows(&self) -> bool {
+        let mut awaited = self
+            .awaited
+            .iter()
+            .filter(|awaited| awaited.request != Request::CopyEnd)
+            .map(|awaited| awaited.request);
+        match awaited.next() {
+            // Or another statement of the Query.
+            Some(Request::Query) => true,
+            Some(Request::Execute) => awaited.next() == Some(Request::Sync),
+            _ => false,
+        }
     }
 
     /// The request that the next reply answers.
@@ -176,7 +209,13 @@ impl Tracker {
             Request::Sync | Request::Query | Request::Function => self.unsynced = false,
             _ => self.unsynced = true,
         }
-        self.awaited.push_back(Awaited { request, owner, mark });
+        let may_write = std::mem::take(&mut self.next_may_write);
+        self.awaited.push_back(Awaited {
+            request,
+            owner,
+            mark,
+            may_write,
+        });
     }
 
     /// Takes note of a server's frame; `body` is looked at for ReadyForQuery only.
