@@ -12,7 +12,15 @@ from machinery import CLIENT, cpu_seconds, environment, eventually, memory_kb
 
 # Which built-in script, and how many transactions go into the latency log: writing the log must
 # not become the load.
-WORKLOADS = {"select-only": (["-S"], 0.1), "tpcb": ([], 1.0)}
+WORKLOADS = {
+    "select-only": (["-S"], 0.1),
+    "tpcb": ([], 1.0),
+    "simple-update": (["-N"], 1.0),
+    # One statement that writes, committed by itself.
+    "autocommit": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "autocommit.sql")], 1.0),
+    "hammered-row": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "hammered-row.sql")], 1.0),
+    "volatile": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "volatile.sql")], 1.0),
+}
 
 
 @dataclass
@@ -101,12 +109,12 @@ def median_of(runs):
     )
 
 
-def both_servers_at_once(pgbench, ports, dbname, clients, seconds):
+def both_servers_at_once(pgbench, ports, dbname, workload, mode, clients, seconds):
     """The same load by two pgbench processes, one on each server: the naive price of doing all
     work twice. The mean of the two throughputs."""
     processes = [
         subprocess.Popen(
-            pgbench_command(pgbench, port, dbname, "tpcb", "simple", clients, seconds),
+            pgbench_command(pgbench, port, dbname, workload, mode, clients, seconds),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         )
         for port in ports
@@ -121,11 +129,11 @@ def both_servers_at_once(pgbench, ports, dbname, clients, seconds):
 TABLES = ("pgbench_accounts", "pgbench_tellers", "pgbench_branches", "pgbench_history")
 
 
-def rows_different(one, other, dbname):
-    """How many rows of pgbench's tables are not on both servers alike."""
+def rows_different(one, other, dbname, tables=TABLES):
+    """How many rows are not on both servers alike."""
     different = 0
     digest = "SELECT count(*), coalesce(sum(('x' || substr(md5(t::text), 1, 15))::bit(60)::bigint), 0) FROM {} t"
-    for table in TABLES:
+    for table in tables:
         query = digest.format(table)
         if one.sql(query, dbname) != other.sql(query, dbname):
             rows = [server.sql(f"SELECT t::text FROM {table} t", dbname).split("\n") for server in (one, other)]

@@ -116,7 +116,7 @@ def environment(**extra):
 class Server:
     """A Postgres server with the roles of the loads and of the proxy."""
 
-    def __init__(self, workshop, binaries, name, fsync):
+    def __init__(self, workshop, binaries, name, fsync, **more):
         self.binaries, self.name, self.port = binaries, name, free_port()
         directory = workshop.subdirectory(name)
         data = os.path.join(directory, "data")
@@ -133,7 +133,7 @@ class Server:
         )  # fmt: skip
         settings = {
             "shared_buffers": "256MB", "max_connections": "2400", "max_wal_size": "4GB", "checkpoint_timeout": "30min",
-            "fsync": "on" if fsync else "off", "autovacuum_naptime": "10s", "max_prepared_transactions": "10",
+            "fsync": "on" if fsync else "off", "autovacuum_naptime": "10s", "max_prepared_transactions": "10", **more,
         }  # fmt: skip
         options = [part for item in settings.items() for part in ("-c", "=".join(item))]
         self.process = workshop.start(
@@ -192,12 +192,44 @@ class PgBouncer:
         self.version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
 
 
+class Pgpool:
+    """pgpool-II in native replication: every statement that may write runs on both servers."""
+
+    def __init__(self, workshop, program, legacy, new):
+        self.port = free_port()
+        directory = workshop.subdirectory("pgpool")
+        config = os.path.join(directory, "pgpool.conf")
+        backends = "".join(
+            f"backend_hostname{number} = '127.0.0.1'\nbackend_port{number} = {server.port}\nbackend_weight{number} = 1\n"
+            f"backend_flag{number} = 'DISALLOW_TO_FAILOVER'\nbackend_data_directory{number} = '{directory}'\n"
+            for number, server in enumerate((legacy, new))
+        )
+        with open(config, "w") as file:
+            file.write(
+                f"backend_clustering_mode = 'native_replication'\nlisten_addresses = '127.0.0.1'\nport = {self.port}\n"
+                f"socket_dir = '{directory}'\npcp_listen_addresses = ''\npcp_port = {free_port()}\npcp_socket_dir = '{directory}'\n"
+                f"wd_ipc_socket_dir = '{directory}'\npid_file_name = '{directory}/pgpool.pid'\nlogdir = '{directory}'\n{backends}"
+                "num_init_children = 80\nmax_pool = 1\nload_balance_mode = off\nreplicate_select = off\ninsert_lock = on\n"
+                "enable_pool_hba = off\npool_passwd = ''\nallow_clear_text_frontend_auth = on\nsr_check_period = 0\n"
+                "health_check_period = 0\nuse_watchdog = off\nmemory_cache_enabled = off\n"
+            )
+        for name in ("pcp.conf", "pool_hba.conf"):
+            open(os.path.join(directory, name), "w").close()
+        self.process = workshop.start(
+            [program, "-n", "-f", config, "-F", f"{directory}/pcp.conf", "-a", f"{directory}/pool_hba.conf"],
+            os.path.join(directory, "log"), "INT",
+        )  # fmt: skip
+        eventually("the start of pgpool-II", lambda: accepts(self.port))
+        done = subprocess.run([program, "--version"], capture_output=True, text=True)
+        self.version = (done.stdout + done.stderr).split("\n")[0]
+
+
 class Pgtandem:
     """`pgtandem serve` in a phase, for one database of the two servers."""
 
-    def __init__(self, workshop, program, legacy, new, dbname, phase, worker_threads=0):
+    def __init__(self, workshop, program, legacy, new, dbname, phase, worker_threads=0, name=None):
         self.program, self.port, self.admin_port = program, free_port(), free_port()
-        directory = workshop.subdirectory(f"pgtandem-{phase}")
+        directory = workshop.subdirectory(f"pgtandem-{name or phase}")
         self.config = os.path.join(directory, "proxy.yaml")
         with open(self.config, "w") as file:
             file.write(
@@ -205,10 +237,18 @@ class Pgtandem:
                 f"  {dbname}:\n    legacy: {legacy.url(PROXY, dbname)}\n    new: {new.url(PROXY, dbname)}\n"
                 f"auth:\n  users: {{ {CLIENT}: {PASSWORD} }}\nlimits:\n  max_connections: 1300\n  worker_threads: {worker_threads}\n"
             )
-        self.process = workshop.start(
-            [program, "serve", "--config", self.config], os.path.join(directory, "log"), "TERM", unprivileged=False
-        )
-        eventually(f"readiness of pgtandem in {phase}", self.is_ready)
+        self.workshop, self.directory, self.phase = workshop, directory, phase
+        self.start()
+
+    def start(self):
+        log = os.path.join(self.directory, "log")
+        self.process = self.workshop.start([self.program, "serve", "--config", self.config], log, "TERM", unprivileged=False)
+        eventually(f"readiness of pgtandem in {self.phase}", self.is_ready)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.workshop.processes.remove(self.process)
 
     def is_ready(self):
         if self.process.poll() is not None:
@@ -235,6 +275,24 @@ def cpu_seconds(process):
     with open(f"/proc/{process.pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def server_cpu_seconds(server):
+    """Of a server: the postmaster, its children that live, and those that are gone."""
+    with open(f"/proc/{server.process.pid}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    ticks = sum(int(field) for field in fields[11:15])
+    children = open(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read().split()
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(pid_cpu_seconds(pid) for pid in children)
+
+
+def pid_cpu_seconds(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0
 
 
 def memory_kb(process):

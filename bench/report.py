@@ -17,6 +17,7 @@ class Report:
         self.loads = {}
         self.both = None
         self.memory = {}
+        self.mirroring = {}
         self.targets = []
 
     def print_load(self, key, legs):
@@ -77,6 +78,7 @@ class Report:
                 for (workload, mode, clients), legs in self.loads.items()
             ],
             "tpcb_both": self.both,
+            "mirroring": self.mirroring,
             "memory_per_idle_session_kb": {name: vars(m) for name, m in self.memory.items()},
             "targets": [{name: t[name] for name in ("what", "value", "limit", "at_most", "reached")} for t in self.targets],
         }

@@ -93,3 +93,17 @@ enterable_by_others() {
         dir=$(dirname "$dir")
     done
 }
+
+# install_without_service WHY PACKAGE: a package whose service is neither started nor left enabled.
+install_without_service() {
+    # Debian's way to keep a package's service from starting.
+    local policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        as_root sh -c "printf '#!/bin/sh\nexit 101\n' > $policy && chmod +x $policy" || true
+        trap 'as_root rm -f '"$policy"' || true' EXIT
+    fi
+    apt_install "$1" "$2"
+    if have systemctl; then
+        as_root systemctl disable "$2" >/dev/null 2>&1 || true
+    fi
+}
