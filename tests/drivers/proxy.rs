@@ -21,7 +21,14 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     /// Starts a proxy whose clients are served by `legacy`, and waits until it is ready.
-    pub(crate) fn start(legacy: &Server, new: &Server, database: &str, phase: &str, certificate: &ServerTls) -> Self {
+    pub(crate) fn start(
+        legacy: &Server,
+        new: &Server,
+        database: &str,
+        phase: &str,
+        acknowledge: &str,
+        certificate: &ServerTls,
+    ) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (port, admin_port) = (free_port().expect("a port"), free_port().expect("a port"));
         let mut config =
@@ -33,6 +40,7 @@ impl Proxy {
                 new.url(PROXY, name)
             );
         }
+        config += &format!("writes: {{ acknowledge: {acknowledge} }}\n");
         config += &format!("auth:\n  method: scram\n  users: {{ {CLIENT}: {PASSWORD} }}\n");
         let (certificate_path, key_path) = (directory.path().join("server.crt"), directory.path().join("server.key"));
         fs::write(&certificate_path, &certificate.certificate_pem).expect("write the certificate");
