@@ -6,6 +6,7 @@ mod rig;
 
 use futures_util::{SinkExt, future};
 use pgtandem::control::{Phase, Side};
+use rig::storm::{SCHEMA, Storm};
 use rig::{APP, Rig};
 use tokio_postgres::Client;
 
@@ -205,4 +206,29 @@ async fn a_late_secondary_is_an_error_or_an_alarm() {
     }
     write(&mut client, "simple", 5).await;
     assert!(is_there(&secondary, 5).await);
+}
+
+/// The applier is replaced in the middle, and every commit waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_primary_flips_while_commits_wait_for_both_sides() {
+    let mut rig = Rig::new();
+    rig.extra = "writes: { acknowledge: both, both_timeout: 60s, when_late: error }".into();
+    rig.serve(Phase::DualRead).await;
+    rig.client().await.batch_execute(SCHEMA).await.unwrap();
+    let storm = Storm::begin(&rig.url(), 20_261_121, 8, false).await;
+    for phase in [Phase::Switchover, Phase::DualRead] {
+        storm.rage(300).await;
+        if let Err(error) = rig.set_phase(phase).await {
+            panic!("{error}\n{:#?}\n{}", rig.status().await, rig.log());
+        }
+    }
+    storm.rage(300).await;
+    let ledger = storm.end().await;
+    assert_eq!(ledger.failures, Vec::<String>::new());
+    // Not waited for: what was acknowledged is there.
+    for side in [Side::Legacy, Side::New] {
+        ledger.assert_kept(&rig.direct(side, APP).await).await;
+    }
+    rig.wait_caught_up().await;
+    rig.assert_equal().await;
 }
