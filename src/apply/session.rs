@@ -14,6 +14,7 @@ use super::tables::Tables;
 use super::{ApplierConfig, ApplyError, doing};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Oid, PINNED_SETTINGS, privileges};
+use crate::journal::horizon::Lookout;
 use crate::journal::read::{RoundReader, Unsigned};
 use crate::journal::{self, LOCK_APPLIER, LOCK_CLASS, SideRole};
 use crate::upstream::control::{Control, connect};
@@ -37,6 +38,7 @@ pub(super) struct Session {
     pub secondary: Control,
     pub own_role: String,
     pub reader: RoundReader,
+    pub lookout: Lookout,
     pub tables: Tables,
     /// Everything that this snapshot sees is on the secondary.
     pub since: Snapshot,
@@ -126,6 +128,7 @@ impl Session {
             secondary,
             own_role,
             reader,
+            lookout: Lookout::default(),
         };
         session.load_watermark().await?;
         session.tables = Tables::load(&session.secondary).await?;

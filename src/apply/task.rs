@@ -271,6 +271,12 @@ impl Task {
                 }
                 session.end_read().await?;
             }
+            if outcome.changes > 0 {
+                session
+                    .lookout
+                    .keep_up(&session.aside, &mut session.reader.horizons)
+                    .await?;
+            }
             // After whoever waits was answered: a look may take as long as a lock it asks for.
             if began >= next_watch {
                 let looking = Instant::now();

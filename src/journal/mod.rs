@@ -8,6 +8,7 @@
 mod capture;
 mod completed;
 mod fence;
+pub mod horizon;
 mod install;
 pub mod read;
 pub mod rotation;

@@ -11,6 +11,7 @@ use std::error::Error;
 use tokio_postgres::types::{FromSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 
+use super::horizon::Horizons;
 use crate::catalog::Oid;
 use crate::catalog::snapshot::Snapshot;
 
@@ -155,24 +156,19 @@ pub fn window_sql(since: &Snapshot, until: Option<&Snapshot>) -> String {
 }
 
 /// The prepared form of the same for ordinary rounds: `$1` the earlier snapshot's xmax, `$2`
-/// what was in progress then, `$3` the most rows to read.
+/// what was in progress then, `$3` the most rows to read, `$4` where to begin to look.
 fn window_statement(read_by: ReadBy) -> String {
-    let mut arms = Vec::new();
-    for slot in 0..3 {
-        match read_by {
-            ReadBy::Snapshot => {
-                arms.push(format!(
-                    "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE xid >= $1::text::xid8"
-                ));
-                arms.push(format!(
-                    "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE xid = ANY ($2::text[]::xid8[])"
-                ));
-            }
-            ReadBy::Position => arms.push(format!(
-                "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE pos > $1::text::pg_lsn AND $2::text[] IS NOT NULL"
-            )),
-        }
-    }
+    let condition = match read_by {
+        ReadBy::Snapshot => "xid >= $1::text::xid8 OR xid = ANY ($2::text[]::xid8[])",
+        ReadBy::Position => "pos > $1::text::pg_lsn AND $2::text[] IS NOT NULL",
+    };
+    let arms: Vec<String> = (0..3)
+        .map(|slot| {
+            format!(
+                "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE pos >= $4::text::pg_lsn AND ({condition})"
+            )
+        })
+        .collect();
     format!("SELECT * FROM ({}) w LIMIT $3::bigint", arms.join(" UNION ALL "))
 }
 
@@ -182,6 +178,8 @@ pub struct RoundReader {
     head: Statement,
     shapes: Statement,
     read_by: ReadBy,
+    /// Where to begin to look.
+    pub horizons: Horizons,
 }
 
 /// What one read of the primary gave, all as of one snapshot.
@@ -221,6 +219,7 @@ impl RoundReader {
                 .prepare("SELECT rel, shape, filenode, attributes FROM pgtandem.shape WHERE rel = ANY ($1)")
                 .await?,
             read_by,
+            horizons: Horizons::default(),
         })
     }
 
@@ -228,7 +227,7 @@ impl RoundReader {
     /// is opened before (REPEATABLE READ, READ ONLY) and ended after by the caller, who sends
     /// all of it without waiting in between.
     pub async fn read(
-        &self,
+        &mut self,
         client: &Client,
         since: &Snapshot,
         last_position: u64,
@@ -240,7 +239,8 @@ impl RoundReader {
             ReadBy::Position => lsn(last_position),
         };
         let listed: Vec<String> = since.in_progress().iter().map(u64::to_string).collect();
-        let window_parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&first, &listed, &rows_max];
+        let horizon = lsn(self.horizons.of(since));
+        let window_parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 4] = [&first, &listed, &rows_max, &horizon];
         // Sent back to back in this order, answered in it: one round trip.
         let (begun, head, rows, shapes) = tokio::join!(
             biased;
@@ -251,10 +251,11 @@ impl RoundReader {
         );
         begun?;
         let head = head?;
-        let snapshot: &str = head.try_get(0)?;
+        let snapshot: Snapshot = head.try_get::<_, &str>(0)?.parse()?;
+        let position = head.try_get::<_, Unsigned>(1)?.0;
         Ok(RoundRead {
-            snapshot: snapshot.parse()?,
-            position: head.try_get::<_, Unsigned>(1)?.0,
+            snapshot,
+            position,
             flushed: head.try_get::<_, Unsigned>(2)?.0,
             state: head.try_get(3)?,
             rows: rows?,

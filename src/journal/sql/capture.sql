@@ -197,6 +197,8 @@ AS $$
 DECLARE
     state bigint;
 BEGIN
+    -- A position is taken after its transaction's id: journal::horizon relies on it.
+    PERFORM pg_current_xact_id();
     PERFORM pg_advisory_xact_lock_shared(1885828196, 1);
     state := pg_sequence_last_value('pgtandem.state');
     CASE state & 255

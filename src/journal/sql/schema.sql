@@ -19,8 +19,8 @@ CREATE TABLE IF NOT EXISTS pgtandem.side (
 CREATE SEQUENCE IF NOT EXISTS pgtandem.state MINVALUE 0 START 0;
 
 -- The journal: three tables that take turns, so that an old one can go by TRUNCATE. No key and
--- no sequence (they would change the client's lastval()); the index serves rounds. Rows are
--- only ever inserted, so autovacuum would find nothing to do but its own scan.
+-- no sequence (they would change the client's lastval()); the index serves rounds (journal::horizon
+-- says how). Rows are only ever inserted, so autovacuum would find nothing to do but its own scan.
 CREATE TABLE IF NOT EXISTS pgtandem.change_0 (
     pos pg_lsn NOT NULL DEFAULT pg_catalog.pg_current_wal_insert_lsn(),
     xid xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
@@ -31,9 +31,39 @@ CREATE TABLE IF NOT EXISTS pgtandem.change_0 (
 ) WITH (autovacuum_enabled = off);
 CREATE TABLE IF NOT EXISTS pgtandem.change_1 (LIKE pgtandem.change_0 INCLUDING DEFAULTS) WITH (autovacuum_enabled = off);
 CREATE TABLE IF NOT EXISTS pgtandem.change_2 (LIKE pgtandem.change_0 INCLUDING DEFAULTS) WITH (autovacuum_enabled = off);
-CREATE INDEX IF NOT EXISTS change_0_xid ON pgtandem.change_0 (xid);
-CREATE INDEX IF NOT EXISTS change_1_xid ON pgtandem.change_1 (xid);
-CREATE INDEX IF NOT EXISTS change_2_xid ON pgtandem.change_2 (xid);
+CREATE INDEX IF NOT EXISTS change_0_pos ON pgtandem.change_0 USING brin (pos) WITH (pages_per_range = 8);
+CREATE INDEX IF NOT EXISTS change_1_pos ON pgtandem.change_1 USING brin (pos) WITH (pages_per_range = 8);
+CREATE INDEX IF NOT EXISTS change_2_pos ON pgtandem.change_2 USING brin (pos) WITH (pages_per_range = 8);
+DROP INDEX IF EXISTS pgtandem.change_0_xid, pgtandem.change_1_xid, pgtandem.change_2_xid;
+
+-- For journal::horizon: the end of the log, and an id given out after it was read. Then summarizes
+-- the index of each slot from the given blocks on, up to where writers may still be (a range that
+-- is summarized while they fill it would have to be updated with every row), and returns the blocks
+-- to go on from.
+CREATE OR REPLACE FUNCTION pgtandem.look_out(INOUT next bigint[], OUT log_end pg_lsn, OUT xid xid8)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET lock_timeout = '20ms'
+AS $$
+DECLARE
+    -- Of the index; and what a writer may have in hand.
+    range_blocks constant bigint := 8;
+    kept_blocks constant bigint := 32;
+    blocks bigint;
+BEGIN
+    log_end := pg_current_wal_insert_lsn();
+    xid := pg_current_xact_id();
+    FOR slot IN 0..2 LOOP
+        blocks := pg_relation_size(format('pgtandem.change_%s', slot)::regclass) / current_setting('block_size')::bigint;
+        IF blocks < next[slot + 1] THEN
+            next[slot + 1] := 0;
+        END IF;
+        WHILE next[slot + 1] + range_blocks + kept_blocks <= blocks LOOP
+            PERFORM brin_summarize_range(format('pgtandem.change_%s_pos', slot)::regclass, next[slot + 1]);
+            next[slot + 1] := next[slot + 1] + range_blocks;
+        END LOOP;
+    END LOOP;
+END
+$$;
+REVOKE ALL ON FUNCTION pgtandem.look_out(bigint[]) FROM PUBLIC;
 
 -- A slot that writers have left: every transaction that may have written it is below `closed`.
 CREATE TABLE IF NOT EXISTS pgtandem.rotation (
