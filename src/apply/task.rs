@@ -232,6 +232,12 @@ impl Task {
     /// Waits for the lease, then applies, until something fails or no longer answers.
     async fn serve(&mut self) -> Result<Infallible, ApplyError> {
         let lease = self.take_lease().await?;
+        self.status.send_modify(|status| {
+            status.applier = Some(this_proxy());
+            if status.state == ApplierState::Waiting {
+                status.state = ApplierState::Connecting { error: None };
+            }
+        });
         let shared = self.shared.clone();
         tokio::select! {
             failed = self.apply_rounds(&lease) => failed,
@@ -403,7 +409,6 @@ impl Task {
     fn publish(&self, session: &Session, began: Instant) {
         self.status.send_modify(|status| {
             status.state = ApplierState::Running;
-            status.applier = Some(this_proxy());
             status.behind = false;
             status.round = session.round;
             let position = lsn(session.position);

@@ -200,6 +200,49 @@ async fn a_holder_that_stands_still_is_deposed() {
     stop_and_check(stage, other).await;
 }
 
+/// A server process notices only at its statement's end that its client is gone; until then it
+/// would keep the watermark's row locked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_killed_in_the_middle_of_a_statement_leaves_nothing_behind() {
+    let mut stage = Stage::set(Phase::DualWrite).await;
+    stage.rig.until(|status| mirroring(status).state == "running").await;
+    let other = Another::beside(&stage.rig, Phase::DualWrite).await;
+    other.until(&stage.rig, is_waiting).await;
+    let locking = stage.rig.direct(Side::New, SUPERUSER).await;
+    locking.batch_execute("BEGIN; LOCK TABLE jobs").await.unwrap();
+    let client = crate::rig::connect(&other.url()).await.unwrap();
+    client.batch_execute("INSERT INTO jobs DEFAULT VALUES").await.unwrap();
+    let stuck = "SELECT COALESCE(min(pid), 0) FROM pg_stat_activity WHERE application_name LIKE 'pgtandem applier%' AND wait_event_type = 'Lock'";
+    let left = until_changed(&stage, stuck, "0").await;
+    stage.rig.kill_proxy();
+    let successor = name(other.pid());
+    other
+        .until(&stage.rig, |status| {
+            let applier = mirroring(status).applier.as_ref();
+            applier.is_some_and(|applier| applier.starts_with(&successor))
+        })
+        .await;
+    let still = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {left}");
+    until_changed(&stage, &still, "1").await;
+    locking.batch_execute("ROLLBACK").await.unwrap();
+    other.wait_caught_up().await;
+    stage.rig.spawn_proxy();
+    stage.rig.until(is_waiting).await;
+    stop_and_check(stage, other).await;
+}
+
+/// Asks the secondary until it answers something else.
+async fn until_changed(stage: &Stage, sql: &str, from: &str) -> String {
+    for _ in 0..1200 {
+        let value = stage.rig.value(Side::New, sql).await;
+        if value != from {
+            return value;
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    panic!("always {from}: {sql}\n{}", stage.rig.log());
+}
+
 /// The lease goes back to the rig's proxy, which then answers for sequences, too.
 async fn stop_and_check(stage: Stage, mut other: Another) {
     other.kill();
