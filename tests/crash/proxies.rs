@@ -208,6 +208,7 @@ async fn a_holder_killed_in_the_middle_of_a_statement_leaves_nothing_behind() {
     stage.rig.until(|status| mirroring(status).state == "running").await;
     let other = Another::beside(&stage.rig, Phase::DualWrite).await;
     other.until(&stage.rig, is_waiting).await;
+    stage.rig.wait_caught_up().await;
     let locking = stage.rig.direct(Side::New, SUPERUSER).await;
     locking.batch_execute("BEGIN; LOCK TABLE jobs").await.unwrap();
     let client = crate::rig::connect(&other.url()).await.unwrap();
