@@ -72,6 +72,9 @@ pub struct Mirroring {
     /// `stopped`.
     pub state: String,
     pub error: Option<String>,
+    /// The proxy that applies, this one or another (`pid 4711 on host`); absent while none is
+    /// known to.
+    pub applier: Option<String>,
     pub round: u64,
     /// The snapshot of the last applied round, as `pg_current_snapshot()` writes it.
     pub watermark: Option<String>,

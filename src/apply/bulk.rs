@@ -19,10 +19,6 @@ use super::{ApplyError, doing};
 use crate::catalog::Oid;
 use crate::journal::read::{Change, Operation, Shape, Unsigned, lsn, window_sql};
 
-/// Bytes of journal in one piece: large, because each piece scans the backlog once for its
-/// share; small enough that a crash repeats little.
-const PIECE_BYTES: u64 = 256 * 1024 * 1024;
-
 /// A part of a piece between two barriers: positions above the first, up to the second.
 type Span = (u64, u64);
 
@@ -151,10 +147,11 @@ impl Session {
             .query(
                 &format!(
                     "SELECT max(top) FROM (
-                        SELECT top, floor((sum(bytes) OVER (ORDER BY top) - bytes) / {PIECE_BYTES}) AS piece
+                        SELECT top, floor((sum(bytes) OVER (ORDER BY top) - bytes) / {piece_bytes}) AS piece
                           FROM (SELECT xid, max(pos) AS top, sum(48 + COALESCE(octet_length(old), 0) + COALESCE(octet_length(new), 0)) AS bytes
                                   FROM {window} w GROUP BY xid) t) p
-                      GROUP BY piece ORDER BY 1"
+                      GROUP BY piece ORDER BY 1",
+                    piece_bytes = self.config.piece_bytes
                 ),
                 &[],
             )

@@ -22,7 +22,10 @@ mod bulk;
 mod ddl;
 pub mod difference;
 mod direction;
+mod follower;
+mod guard;
 pub mod image;
+mod lease;
 pub mod pipeline;
 pub mod plan;
 mod round;
@@ -59,6 +62,9 @@ pub struct ApplierConfig {
     pub poll_min: Duration,
     /// Between rounds when nothing has come for a while.
     pub poll_max: Duration,
+    /// Bytes of journal in one piece of a backlog: large, because each piece scans the backlog
+    /// once for its share; small enough that a crash repeats little.
+    pub piece_bytes: u64,
     pub read_by: ReadBy,
     pub stray_writers: StrayWriters,
     pub journal: Journal,
@@ -79,6 +85,7 @@ impl ApplierConfig {
             epoch,
             poll_min: Self::POLL_MIN,
             poll_max: Self::POLL_MAX,
+            piece_bytes: Self::PIECE_BYTES,
             read_by: ReadBy::Snapshot,
             stray_writers,
             journal,
@@ -87,6 +94,7 @@ impl ApplierConfig {
 
     pub const POLL_MIN: Duration = Duration::from_millis(15);
     pub const POLL_MAX: Duration = Duration::from_millis(100);
+    pub const PIECE_BYTES: u64 = 256 * 1024 * 1024;
 }
 
 /// Why a session of the applier ended.
@@ -108,8 +116,8 @@ pub(crate) enum ApplyError {
     Snapshot(#[from] crate::catalog::snapshot::NotASnapshot),
     #[error(transparent)]
     Ddl(#[from] plan::BadDdlRecord),
-    #[error("another proxy holds the applier's lease")]
-    LeaseHeld,
+    #[error("the {0} does not answer")]
+    Silent(&'static str),
     #[error("{0}")]
     Deposed(String),
     #[error("schema pgtandem is not installed on {0}")]
@@ -130,7 +138,7 @@ impl ApplyError {
     /// Whether a server could not be reached or went away, as opposed to said no.
     fn is_connection(&self) -> bool {
         match self {
-            Self::Connect(_) => true,
+            Self::Connect(_) | Self::Silent(_) => true,
             Self::Postgres { source, .. }
             | Self::Read(RoundReadError::Postgres(source))
             | Self::Journal(JournalError::Postgres { source, .. }) => {

@@ -9,14 +9,16 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::lease::{Lease, end_leftovers};
 use super::sequences::Sequences;
 use super::tables::Tables;
 use super::{ApplierConfig, ApplyError, doing};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Oid, PINNED_SETTINGS, privileges};
+use crate::control::Epoch;
 use crate::journal::horizon::Lookout;
 use crate::journal::read::{RoundReader, Unsigned};
-use crate::journal::{self, LOCK_APPLIER, LOCK_CLASS, SideRole};
+use crate::journal::{self, SideRole};
 use crate::upstream::control::{Control, connect};
 
 /// A long backlog being applied in pieces: the target stays until its end is reached.
@@ -81,20 +83,14 @@ const PRIMARY_SETTINGS: &str = "\
     SET default_transaction_deferrable = off; SET row_security = off; SET client_min_messages = warning;";
 
 impl Session {
-    /// Connects, takes the lease, and reads how far the secondary is.
-    pub(super) async fn connect(config: Arc<ApplierConfig>) -> Result<Self, ApplyError> {
+    /// Connects and reads how far the secondary is. The lease was taken before.
+    pub(super) async fn connect(config: Arc<ApplierConfig>, lease: &Lease) -> Result<Self, ApplyError> {
+        end_leftovers(lease.connection(), config.epoch).await?;
         let mut secondary = connect_secondary(&config).await?;
-        let leased = secondary
-            .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&LOCK_CLASS, &LOCK_APPLIER])
-            .await
-            .map_err(doing("take the applier's lease"))?
-            .get::<_, bool>(0);
-        if !leased {
-            return Err(ApplyError::LeaseHeld);
-        }
         become_replica(&secondary).await?;
-        let primary = connect_primary(&config).await?;
-        let aside = connect_primary(&config).await?;
+        let aside = connect_primary(&config, &purpose(config.epoch)).await?;
+        end_leftovers(&aside, config.epoch).await?;
+        let primary = connect_primary(&config, &purpose(config.epoch)).await?;
         if journal::read_state(&primary).await?.is_none() {
             return Err(ApplyError::NotInstalled(config.primary.describe()));
         }
@@ -232,8 +228,14 @@ pub(super) async fn read_watermark(secondary: &Client) -> Result<Option<Watermar
     }))
 }
 
-pub(super) async fn connect_primary(config: &ApplierConfig) -> Result<Control, ApplyError> {
-    let primary = connect(&config.primary, "applier").await?;
+/// Tells the connections of whoever holds the lease from all others; with the epoch, since after
+/// a flip the other direction's are on the same servers.
+pub(super) fn purpose(epoch: Epoch) -> String {
+    format!("applier of epoch {epoch}")
+}
+
+pub(super) async fn connect_primary(config: &ApplierConfig, purpose: &str) -> Result<Control, ApplyError> {
+    let primary = connect(&config.primary, purpose).await?;
     primary
         .batch_execute(&format!("{PINNED_SETTINGS} {PRIMARY_SETTINGS}"))
         .await
@@ -241,8 +243,8 @@ pub(super) async fn connect_primary(config: &ApplierConfig) -> Result<Control, A
     Ok(primary)
 }
 
-pub(super) async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError> {
-    let secondary = connect(&config.secondary, "applier").await?;
+async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError> {
+    let secondary = connect(&config.secondary, &purpose(config.epoch)).await?;
     secondary
         .batch_execute(&format!("{PINNED_SETTINGS} {SECONDARY_SETTINGS}"))
         .await

@@ -88,6 +88,9 @@ pub struct WatermarkStatus {
     pub in_pieces: bool,
 }
 
+/// Why a table is no longer synced after the journal was full under `stop_mirroring`.
+pub(super) const MIRRORING_STOPPED: &str = "mirroring was stopped: the journal was full";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct JournalStatus {
     pub bytes: u64,
@@ -101,6 +104,8 @@ pub struct JournalStatus {
 pub struct ApplierStatus {
     #[serde(flatten)]
     pub state: ApplierState,
+    /// The proxy that holds the lease, this one or another: `pid 4711 on host`.
+    pub applier: Option<String>,
     pub primary: Side,
     pub epoch: Epoch,
     pub round: u64,
@@ -121,12 +126,16 @@ pub struct ApplierStatus {
     /// When the secondary last equalled the primary, for `lag.seconds`.
     #[serde(skip)]
     pub caught_up_at: Option<Instant>,
+    /// While another proxy applies: something waits in the journal beyond its watermark.
+    #[serde(skip)]
+    pub(super) behind: bool,
 }
 
 impl ApplierStatus {
     pub(super) const fn new(primary: Side, epoch: Epoch) -> Self {
         Self {
             state: ApplierState::Connecting { error: None },
+            applier: None,
             primary,
             epoch,
             round: 0,
@@ -151,12 +160,13 @@ impl ApplierStatus {
             transactions_applied: 0,
             diverged: 0,
             caught_up_at: None,
+            behind: false,
         }
     }
 
     /// Tables that are neither synced nor on their way there by themselves.
     pub fn tables_to_seed(&self) -> usize {
-        self.tables
+        self.tables_now()
             .iter()
             .filter(|table| table.seeding != Seeding::Synced || table.paused.is_some())
             .count()
@@ -165,13 +175,28 @@ impl ApplierStatus {
     /// `lag` with its seconds as of now, also while nothing is published.
     pub fn lag_now(&self) -> Lag {
         let mut lag = self.lag;
-        if let (false, Some(at)) = (
-            lag.transactions == 0 && self.state == ApplierState::Running,
-            self.caught_up_at,
-        ) {
+        let none = match self.state {
+            ApplierState::Running => lag.transactions == 0,
+            ApplierState::Waiting => !self.behind,
+            _ => false,
+        };
+        if let (false, Some(at)) = (none, self.caught_up_at) {
             lag.seconds = at.elapsed().as_secs_f64();
         }
         lag
+    }
+
+    /// The tables as they stand now: once capture is off, nothing is known to be equal any more,
+    /// whatever the secondary (which may be away) has recorded.
+    pub fn tables_now(&self) -> Vec<TableStatus> {
+        let mut tables = self.tables.clone();
+        if self.journal.stopped {
+            for table in &mut tables {
+                table.seeding = Seeding::Unseeded;
+                table.note.get_or_insert_with(|| MIRRORING_STOPPED.into());
+            }
+        }
+        tables
     }
 }
 

@@ -4,6 +4,7 @@
 //! and the order to stop. It connects again after every error; what it was doing is then found
 //! on the secondary.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,12 +14,15 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::follower::{Follower, Sight, count_strays};
+use super::lease::{self, Lease, this_proxy};
 use super::seeding::CatalogWatch;
-use super::session::{Session, connect_primary, connect_secondary, read_watermark};
-use super::status::{ApplierState, ApplierStatus, JournalStatus, Lag, WatermarkStatus};
-use super::{ApplierConfig, ApplyError, doing};
-use crate::journal::read::{Unsigned, lsn, window_sql};
-use crate::journal::{self, SideRole, rotation};
+use super::session::Session;
+use super::status::{ApplierState, ApplierStatus, Lag, MIRRORING_STOPPED, WatermarkStatus};
+use super::{ApplierConfig, ApplyError, doing, guard};
+use crate::catalog::quote::literal;
+use crate::journal::read::lsn;
+use crate::journal::{self, rotation};
 
 /// How long a cut may be held: the secondary stands still meanwhile.
 const HOLD_MAX: Duration = Duration::from_secs(5);
@@ -26,13 +30,14 @@ const HOLD_MAX: Duration = Duration::from_secs(5);
 /// Requests to hold a cut that wait their turn; one more waits in its sender.
 const CUT_REQUESTS_MAX: usize = 4;
 
-/// Catalogs, journal size and strays are looked at this often.
+/// Catalogs, rotation and strays are looked at this often, as is another applier's progress.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A server that is down is tried more often than one that says no.
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
+/// How often a waiting proxy asks for the lease.
 const LEASE_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The end of a round: there the secondary equals the primary as of the round's snapshot.
@@ -67,9 +72,9 @@ impl HeldCut {
     }
 }
 
-/// What the handle and the task share.
+/// What the handle, the task and the guard share.
 #[derive(Default)]
-struct Shared {
+pub(super) struct Shared {
     /// Tickets given out to those who wait for a cut.
     wanted: AtomicU64,
     /// The same for those who want the sequences as well.
@@ -78,6 +83,8 @@ struct Shared {
     tables_changed: AtomicBool,
     wake: Notify,
     stop: CancellationToken,
+    /// The guard had no answer from the primary: connections to it are not worth waiting for.
+    pub(super) primary_silent: Notify,
 }
 
 /// Up to which ticket rounds have been applied.
@@ -105,7 +112,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
     let task = Task {
         config: Arc::new(config),
         shared: shared.clone(),
-        status: status_sender,
+        status: Arc::new(status_sender),
         done: done_sender,
         cut_requests,
     };
@@ -170,7 +177,7 @@ impl Applier {
 struct Task {
     config: Arc<ApplierConfig>,
     shared: Arc<Shared>,
-    status: watch::Sender<ApplierStatus>,
+    status: Arc<watch::Sender<ApplierStatus>>,
     done: watch::Sender<Done>,
     cut_requests: mpsc::Receiver<oneshot::Sender<HeldCut>>,
 }
@@ -181,9 +188,13 @@ impl Task {
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
+            () = guard::keep(self.config.clone(), self.shared.clone(), self.status.clone()) => {}
             () = self.run_until_stopped() => {}
         }
-        self.status.send_modify(|status| status.state = ApplierState::Stopped);
+        self.status.send_modify(|status| {
+            status.applier = None;
+            status.state = ApplierState::Stopped;
+        });
     }
 
     async fn run_until_stopped(&mut self) {
@@ -191,10 +202,6 @@ impl Task {
         loop {
             let rounds_before = self.status.borrow().round;
             let Err(error) = self.serve().await;
-            if matches!(error, ApplyError::LeaseHeld) {
-                self.wait_for_lease().await;
-                continue;
-            }
             if self.status.borrow().round != rounds_before {
                 backoff = BACKOFF_MIN;
             }
@@ -210,8 +217,10 @@ impl Task {
             if self.status.borrow().state != state {
                 tracing::warn!(error = text, "the applier is interrupted; the journal keeps what comes");
             }
-            self.status.send_modify(|status| status.state = state);
-            self.guard_journal(&error).await;
+            self.status.send_modify(|status| {
+                status.applier = None;
+                status.state = state;
+            });
             tokio::select! {
                 () = sleep(backoff) => {}
                 () = self.shared.wake.notified() => sleep(BACKOFF_MIN).await,
@@ -220,9 +229,84 @@ impl Task {
         }
     }
 
-    /// Rounds, until something fails.
-    async fn serve(&mut self) -> Result<std::convert::Infallible, ApplyError> {
-        let mut session = Session::connect(self.config.clone()).await?;
+    /// Waits for the lease, then applies, until something fails or no longer answers.
+    async fn serve(&mut self) -> Result<Infallible, ApplyError> {
+        let lease = self.take_lease().await?;
+        self.status.send_modify(|status| {
+            status.applier = Some(this_proxy());
+            if status.state == ApplierState::Waiting {
+                status.state = ApplierState::Connecting { error: None };
+            }
+        });
+        let shared = self.shared.clone();
+        tokio::select! {
+            failed = self.apply_rounds(&lease) => failed,
+            lost = lease.keep() => lost,
+            () = shared.primary_silent.notified() => Err(ApplyError::Silent("primary")),
+        }
+    }
+
+    /// Returns when this proxy is the one that applies. While another is, whoever waits here
+    /// for a cut is answered from the watermark that the other one leaves.
+    async fn take_lease(&mut self) -> Result<Lease, ApplyError> {
+        let lease = Lease::connect(&self.config).await?;
+        if answered(lease.try_take()).await? {
+            return Ok(lease);
+        }
+        let follower = Follower::connect(&self.config, &lease).await?;
+        let mut next_report = Instant::now();
+        while !answered(lease.try_take()).await? {
+            while self.cut_requests.try_recv().is_ok() {
+                // Dropping the request answers it: a cut can be held only by the lease's holder.
+            }
+            let ticket = self.shared.wanted.load(Ordering::SeqCst);
+            let wanted = ticket > self.done.borrow().ticket;
+            let mut found = false;
+            if wanted || Instant::now() >= next_report {
+                let sight = answered(follower.look(&self.config)).await?;
+                found = self.answer(ticket, &sight);
+                if Instant::now() >= next_report {
+                    let report = answered(follower.report(&sight)).await?;
+                    self.status.send_modify(|status| {
+                        status.state = ApplierState::Waiting;
+                        status.take_over(&sight, report);
+                    });
+                    next_report = Instant::now() + WATCH_INTERVAL;
+                }
+            }
+            let pause = if wanted && !found {
+                self.config.poll_min
+            } else {
+                LEASE_INTERVAL
+            };
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.shared.wake.notified() => {}
+            }
+        }
+        drop(follower);
+        Ok(lease)
+    }
+
+    /// Tells whoever waits for a cut that another applier has reached one; whether it has.
+    fn answer(&self, ticket: u64, sight: &Sight) -> bool {
+        let Some(watermark) = sight.watermark.as_ref().filter(|_| sight.caught_up) else {
+            return false;
+        };
+        self.done.send_replace(Done {
+            ticket,
+            cut: Some(Cut {
+                round: watermark.round,
+                snapshot: watermark.snapshot.to_string(),
+                position: watermark.position,
+                applied_at: Instant::now(),
+            }),
+        });
+        true
+    }
+
+    async fn apply_rounds(&mut self, lease: &Lease) -> Result<Infallible, ApplyError> {
+        let mut session = Session::connect(self.config.clone(), lease).await?;
         journal::refuse_or_report(&mut session.secondary, self.config.stray_writers).await?;
         let mut watch = CatalogWatch::default();
         let mut next_watch = Instant::now();
@@ -307,27 +391,20 @@ impl Task {
             session.store_watermark().await?;
             size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
         }
-        let journal = keep_within_limit(&mut session.aside, &self.config, size.bytes).await?;
-        if journal.stopped {
+        if size.stopped {
             session
                 .secondary
-                .batch_execute(
-                    "UPDATE pgtandem.seeding SET state = 'unseeded', note = 'mirroring was stopped: the journal was full'
-                      WHERE state <> 'unseeded'",
-                )
+                .batch_execute(&format!(
+                    "UPDATE pgtandem.seeding SET state = 'unseeded', note = {} WHERE state <> 'unseeded'",
+                    literal(MIRRORING_STOPPED)
+                ))
                 .await
                 .map_err(doing("mark all tables for seeding"))?;
             session.tables = super::tables::Tables::load(&session.secondary).await?;
         }
-        let strays = session
-            .secondary
-            .query_one("SELECT COALESCE(sum(writes), 0)::bigint FROM pgtandem.stray", &[])
-            .await
-            .map_err(doing("count stray writers"))?
-            .get::<_, i64>(0);
+        let strays = count_strays(&session.secondary).await?;
         self.status.send_modify(|status| {
-            status.journal = journal;
-            status.strays = strays as u64;
+            status.strays = strays;
             status.tables = session.tables.status();
             status.not_mirrored.clone_from(&watch.not_mirrored);
             status.sql_for_dba.clone_from(&watch.sql_for_dba);
@@ -338,6 +415,7 @@ impl Task {
     fn publish(&self, session: &Session, began: Instant) {
         self.status.send_modify(|status| {
             status.state = ApplierState::Running;
+            status.behind = false;
             status.round = session.round;
             let position = lsn(session.position);
             let watermark = WatermarkStatus {
@@ -356,111 +434,11 @@ impl Task {
             status.transactions_applied = session.progress.transactions;
         });
     }
-
-    /// While rounds fail the journal still grows, and its bound still holds. Lag is measured on
-    /// the primary alone.
-    async fn guard_journal(&self, error: &ApplyError) {
-        if matches!(error, ApplyError::Deposed(_) | ApplyError::NotInstalled(_)) {
-            return;
-        }
-        let guard = async {
-            let mut primary = connect_primary(&self.config).await?;
-            let bytes = rotation::measure(&primary).await?;
-            let journal = keep_within_limit(&mut primary, &self.config, bytes).await?;
-            let row = primary
-                .query_one(
-                    "SELECT pg_snapshot_xmax(pg_current_snapshot())::text, pg_current_wal_insert_lsn()",
-                    &[],
-                )
-                .await
-                .map_err(doing("measure the lag"))?;
-            let xmax: u64 = row.get::<_, &str>(0).parse().unwrap_or_default();
-            Ok::<_, ApplyError>((journal, xmax, row.get::<_, Unsigned>(1).0))
-        };
-        let Ok(Ok((journal, xmax, end))) = timeout(RECONNECT_MAX, guard).await else {
-            return;
-        };
-        self.status.send_modify(|status| {
-            status.journal = journal;
-            if let Some(watermark) = &status.watermark
-                && let Ok(since) = watermark.snapshot.parse::<crate::catalog::snapshot::Snapshot>()
-            {
-                status.lag.transactions = xmax.saturating_sub(since.xmax());
-                status.lag.bytes = end.saturating_sub(parse_lsn(&watermark.position));
-            }
-            status.lag.seconds = status.caught_up_at.map_or(0.0, |at| at.elapsed().as_secs_f64());
-        });
-    }
-
-    /// Another proxy applies. Whoever waits here for a cut is answered from the watermark that
-    /// the other one leaves.
-    async fn wait_for_lease(&mut self) {
-        self.status.send_modify(|status| status.state = ApplierState::Waiting);
-        while self.cut_requests.try_recv().is_ok() {
-            // Dropping the request answers it: a cut can be held only by the lease's holder.
-        }
-        let waiters = self.shared.wanted.load(Ordering::SeqCst) > self.done.borrow().ticket;
-        if waiters {
-            let poll = self.answer_from_watermark();
-            // Errors here are those of the connections; the next attempt reports them.
-            timeout(LEASE_INTERVAL * 4, poll).await.ok();
-        } else {
-            tokio::select! {
-                () = sleep(LEASE_INTERVAL) => {}
-                () = self.shared.wake.notified() => {}
-            }
-        }
-    }
-
-    async fn answer_from_watermark(&self) -> Result<(), ApplyError> {
-        let (primary, secondary) = tokio::try_join!(connect_primary(&self.config), connect_secondary(&self.config))?;
-        loop {
-            let ticket = self.shared.wanted.load(Ordering::SeqCst);
-            if let Some(watermark) = read_watermark(&secondary).await?
-                && watermark.epoch == self.config.epoch.0
-                && watermark.target.is_none()
-            {
-                let window = window_sql(&watermark.snapshot, None);
-                let waiting = primary
-                    .query_one(&format!("SELECT EXISTS (SELECT FROM {window} w)"), &[])
-                    .await
-                    .map_err(doing("look into the journal"))?
-                    .get::<_, bool>(0);
-                if !waiting {
-                    self.done.send_replace(Done {
-                        ticket,
-                        cut: Some(Cut {
-                            round: watermark.round,
-                            snapshot: watermark.snapshot.to_string(),
-                            position: watermark.position,
-                            applied_at: Instant::now(),
-                        }),
-                    });
-                    return Ok(());
-                }
-            }
-            sleep(self.config.poll_min).await;
-        }
-    }
 }
 
-async fn keep_within_limit(
-    primary: &mut tokio_postgres::Client,
-    config: &ApplierConfig,
-    bytes: u64,
-) -> Result<JournalStatus, ApplyError> {
-    let state = rotation::enforce_limit(primary, &config.journal, bytes).await?;
-    Ok(JournalStatus {
-        bytes,
-        full: state.full,
-        stopped: state.side.role == SideRole::Off,
-    })
-}
-
-fn parse_lsn(text: &str) -> u64 {
-    let Some((high, low)) = text.split_once('/') else {
-        return 0;
-    };
-    let parse = |part| u64::from_str_radix(part, 16).unwrap_or_default();
-    parse(high) << 32 | parse(low)
+/// What is asked of a server that answers at once or not at all.
+async fn answered<T>(question: impl Future<Output = Result<T, ApplyError>>) -> Result<T, ApplyError> {
+    timeout(lease::SILENCE_MAX, question)
+        .await
+        .map_err(|_elapsed| ApplyError::Silent("server"))?
 }

@@ -147,9 +147,12 @@ fn print_server(side: &str, server: &ServerStatus) {
 
 fn print_mirroring(mirroring: &Mirroring) {
     say(&format!(
-        "  mirroring  {}, round {}, {} changes applied",
+        "  mirroring  {}, round {}, {} changes applied by this proxy",
         mirroring.state, mirroring.round, mirroring.changes_applied
     ));
+    if let Some(applier) = &mirroring.applier {
+        say(&format!("  applier    {applier}"));
+    }
     say(&format!(
         "  lag        {} transactions, {}, {:.1} s; journal {}",
         mirroring.lag.transactions,

@@ -10,14 +10,14 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::read::Unsigned;
-use super::state::{read_slot_state, try_change};
+use super::state::{read_slot_state, try_change, try_lock};
 use super::{JournalError, SideRole, SlotState, doing};
 use crate::catalog::snapshot::Snapshot;
 use crate::config::{self, WhenFull};
 
 /// Writers move on when their table has grown to this: large enough that a TRUNCATE is rare,
 /// small enough that the journal stays near the lag's size.
-const ROTATE_BYTES: i64 = 16 * 1024 * 1024;
+const ROTATE_BYTES: u64 = 16 * 1024 * 1024;
 
 /// What a look at the journal found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,6 +25,8 @@ pub struct JournalSize {
     pub bytes: u64,
     /// A closed slot waits for a durable snapshot that covers it.
     pub waits_for_watermark: bool,
+    /// Capture is off: the bound was reached under `stop_mirroring`.
+    pub stopped: bool,
 }
 
 /// The bytes that the journal holds.
@@ -57,23 +59,29 @@ pub async fn rotate(
         .await
         .map_err(doing("measure the journal"))?;
     let state = read_slot_state(client).await?.ok_or(JournalError::NotInstalled)?;
-    let mut size = JournalSize::default();
-    let mut heaps = [0_i64; 3];
+    let mut size = JournalSize {
+        stopped: state.side.role == SideRole::Off,
+        ..JournalSize::default()
+    };
+    // With what is kept beside the table itself: wide images are.
+    let mut held = [0_u64; 3];
     for row in &slots {
         let slot: i16 = row.get(0);
-        let heap: i64 = row.get(1);
-        heaps[slot as usize % 3] = heap;
         // An empty table still counts a page of each index; that is not journal.
-        let bytes = if heap == 0 { 0 } else { row.get::<_, i64>(2) as u64 };
+        let bytes = match row.get::<_, i64>(1) {
+            0 => 0,
+            _ => row.get::<_, i64>(2) as u64,
+        };
+        held[slot as usize % 3] = bytes;
         size.bytes += bytes;
-        if slot == i16::from(state.slot) || heap == 0 {
+        if slot == i16::from(state.slot) || bytes == 0 {
             continue;
         }
         match row.get::<_, Option<Unsigned>>(3) {
             Some(closed) if durable.xmin() >= closed.0 => {
-                if empty(client, slot).await? {
+                if empty(client, slot, durable).await? {
                     size.bytes -= bytes;
-                    heaps[slot as usize % 3] = 0;
+                    held[slot as usize % 3] = 0;
                 }
             }
             Some(_) => size.waits_for_watermark = true,
@@ -87,43 +95,59 @@ pub async fn rotate(
     let threshold = if state.full {
         1
     } else {
-        ROTATE_BYTES.min((limit.max_bytes / 4) as i64).max(1)
+        ROTATE_BYTES.min(limit.max_bytes / 4).max(1)
     };
-    if heaps[state.slot as usize] >= threshold && heaps[next as usize] == 0 {
+    if held[state.slot as usize] >= threshold && held[next as usize] == 0 {
         move_on(client, state.slot, next).await?;
     }
     Ok(size)
 }
 
 /// TRUNCATE, but only if nobody is in the way: a dump may be reading the table, and behind a
-/// waiting TRUNCATE others would queue.
-async fn empty(client: &Client, slot: i16) -> Result<bool, JournalError> {
-    let result = client
+/// waiting TRUNCATE others would queue. What was found before is asked again under the state's
+/// lock: whoever believes to be the applier may have been deposed, and his successor moved on.
+async fn empty(client: &mut Client, slot: i16, durable: &Snapshot) -> Result<bool, JournalError> {
+    let Some(transaction) = try_lock(client).await? else {
+        return Ok(false);
+    };
+    let state = read_slot_state(&transaction).await?.ok_or(JournalError::NotInstalled)?;
+    let closed = transaction
+        .query_opt("SELECT closed FROM pgtandem.rotation WHERE slot = $1", &[&slot])
+        .await
+        .map_err(doing("empty a journal table"))?
+        .and_then(|row| row.get::<_, Option<Unsigned>>(0));
+    if slot == i16::from(state.slot) || closed.is_none_or(|closed| durable.xmin() < closed.0) {
+        return Ok(false);
+    }
+    let emptied = transaction
         .batch_execute(&format!(
-            "BEGIN; LOCK TABLE pgtandem.change_{slot} IN ACCESS EXCLUSIVE MODE NOWAIT; TRUNCATE pgtandem.change_{slot};
-             DELETE FROM pgtandem.rotation WHERE slot = {slot}; UPDATE pgtandem.side SET truncations = truncations + 1; COMMIT"
+            "LOCK TABLE pgtandem.change_{slot} IN ACCESS EXCLUSIVE MODE NOWAIT; TRUNCATE pgtandem.change_{slot};
+             DELETE FROM pgtandem.rotation WHERE slot = {slot}; UPDATE pgtandem.side SET truncations = truncations + 1"
         ))
         .await;
-    match result {
-        Ok(()) => Ok(true),
-        Err(error) => {
-            client
-                .batch_execute("ROLLBACK")
-                .await
-                .map_err(doing("empty a journal table"))?;
-            if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
-                Ok(false)
-            } else {
-                Err(doing("empty a journal table")(error))
-            }
+    match emptied {
+        Ok(()) => {
+            transaction.commit().await.map_err(doing("empty a journal table"))?;
+            Ok(true)
         }
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+            transaction
+                .rollback()
+                .await
+                .map_err(doing("leave a journal table as it is"))?;
+            Ok(false)
+        }
+        Err(error) => Err(doing("empty a journal table")(error)),
     }
 }
 
+/// Notes an id above that of everybody who may have written the table; only once it is out of
+/// use, for an id noted earlier would let it go too soon.
 async fn close(client: &Client, slot: i16) -> Result<(), JournalError> {
     client
         .batch_execute(&format!(
-            "INSERT INTO pgtandem.rotation (slot, closed) VALUES ({slot}, pg_current_xact_id())
+            "INSERT INTO pgtandem.rotation (slot, closed)
+             SELECT {slot}, pg_current_xact_id() WHERE pg_sequence_last_value('pgtandem.state') & 3 <> {slot}
              ON CONFLICT (slot) DO UPDATE SET closed = EXCLUDED.closed"
         ))
         .await

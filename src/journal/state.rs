@@ -129,6 +129,17 @@ pub(crate) async fn change(client: &mut Client, alter: impl FnOnce(&mut SlotStat
 /// The same, but false and nothing changed when somebody else is at it: a flip holds the lock
 /// and waits for the applier's round, which must therefore not wait for the lock.
 pub(crate) async fn try_change(client: &mut Client, alter: impl FnOnce(&mut SlotState)) -> Result<bool, JournalError> {
+    match try_lock(client).await? {
+        Some(transaction) => {
+            alter_and_commit(transaction, alter).await?;
+            Ok(true)
+        }
+        None => Ok(false),
+    }
+}
+
+/// A transaction that holds [`LOCK_STATE`], or `None` when somebody else does.
+pub(crate) async fn try_lock(client: &mut Client) -> Result<Option<Transaction<'_>>, JournalError> {
     let transaction = begin(client).await?;
     let locked = transaction
         .query_one("SELECT pg_try_advisory_xact_lock($1, $2)", &[&LOCK_CLASS, &LOCK_STATE])
@@ -137,10 +148,9 @@ pub(crate) async fn try_change(client: &mut Client, alter: impl FnOnce(&mut Slot
         .get::<_, bool>(0);
     if !locked {
         transaction.rollback().await.map_err(doing("leave the side's state"))?;
-        return Ok(false);
+        return Ok(None);
     }
-    alter_and_commit(transaction, alter).await?;
-    Ok(true)
+    Ok(Some(transaction))
 }
 
 async fn begin(client: &mut Client) -> Result<Transaction<'_>, JournalError> {

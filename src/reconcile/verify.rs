@@ -5,7 +5,7 @@
 
 use tokio_postgres::Client;
 
-use crate::apply::{Applier, Seeding, Stopped, TableStatus};
+use crate::apply::{Applier, ApplierState, Seeding, Stopped, TableStatus};
 use crate::catalog::{PINNED_SETTINGS, quote};
 use crate::config::Target;
 use crate::upstream::control::{ConnectError, Control, connect, error_chain};
@@ -29,6 +29,7 @@ pub async fn verify_unseeded(
     primary: &Target,
     secondary: &Target,
 ) -> Result<Vec<String>, VerifyError> {
+    until_it_applies(applier).await?;
     // A first round has read the tables.
     applier.round_after_now().await?;
     let unseeded: Vec<TableStatus> = applier
@@ -54,6 +55,19 @@ pub async fn verify_unseeded(
         }
     }
     Ok(equal)
+}
+
+/// Only the proxy that applies can hold a cut; another one compares when it comes to apply.
+async fn until_it_applies(applier: &Applier) -> Result<(), Stopped> {
+    let mut status = applier.status();
+    let decided = status
+        .wait_for(|status| matches!(status.state, ApplierState::Running | ApplierState::Stopped))
+        .await
+        .map_err(|_| Stopped)?;
+    match decided.state {
+        ApplierState::Running => Ok(()),
+        _ => Err(Stopped),
+    }
 }
 
 async fn is_equal_at_a_cut(

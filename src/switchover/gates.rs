@@ -85,6 +85,7 @@ mod tests {
             mirroring: Some(Mirroring {
                 state: "running".into(),
                 error: None,
+                applier: None,
                 round: 7,
                 watermark: None,
                 changes_applied: 0,

@@ -22,6 +22,8 @@ use crate::upstream::control::{connect, error_chain};
 
 /// How often each server is asked whether it is there.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
+/// A server that takes longer to answer that is as good as away.
+const WATCH_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// A last round may take this long even where draining has used up the deadline.
 const LAST_ROUND_MIN: Duration = Duration::from_secs(2);
 /// How long a fence on the side that nobody writes on may take.
@@ -417,6 +419,7 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
     Mirroring {
         state: state.into(),
         error,
+        applier: status.applier.clone(),
         round: status.round,
         watermark: status.watermark.as_ref().map(|watermark| watermark.snapshot.clone()),
         position: status.watermark.as_ref().map(|watermark| watermark.position.clone()),
@@ -433,13 +436,13 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
             stopped: status.journal.stopped,
         },
         tables: status
-            .tables
-            .iter()
+            .tables_now()
+            .into_iter()
             .map(|table| TableStatus {
                 name: format!("{}.{}", table.schema, table.name),
                 seeding: table.seeding.as_str().into(),
-                paused: table.paused.clone(),
-                note: table.note.clone(),
+                paused: table.paused,
+                note: table.note,
                 diverged: table.diverged,
             })
             .collect(),
@@ -477,9 +480,10 @@ async fn look_at(target: &Target) -> ServerStatus {
         row.map(|row| row.get::<_, String>(0))
             .map_err(|error| error_chain(&error))
     };
-    let (version, error) = match found.await {
-        Ok(version) => (Some(version), None),
-        Err(error) => (None, Some(error)),
+    let (version, error) = match tokio::time::timeout(WATCH_ANSWER_MAX, found).await {
+        Ok(Ok(version)) => (Some(version), None),
+        Ok(Err(error)) => (None, Some(error)),
+        Err(_elapsed) => (None, Some(format!("no answer within {WATCH_ANSWER_MAX:?}"))),
     };
     ServerStatus {
         address: format!("{}:{}/{}", target.host, target.port, target.dbname()),

@@ -16,7 +16,12 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::config::{SslMode, Target};
 use crate::upstream::tls;
 
+/// For all of it, the login included: a stopped server accepts and says nothing.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A peer that is gone without a goodbye is noticed after about this long: by probes where
+/// nothing is under way, by missing acknowledgements where something is.
+const PEER_SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// A connection of the proxy's own role. Its driver task ends with it.
 pub struct Control {
@@ -65,7 +70,10 @@ pub async fn connect(target: &Target, purpose: &str) -> Result<Control, ConnectE
         .dbname(target.dbname())
         .application_name(format!("pgtandem {purpose}"))
         .connect_timeout(CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(30))
+        .keepalives_idle(PEER_SILENCE_MAX / 3)
+        .keepalives_interval(PEER_SILENCE_MAX / 6)
+        .keepalives_retries(4)
+        .tcp_user_timeout(PEER_SILENCE_MAX)
         .ssl_mode(match target.ssl_mode {
             SslMode::Disable => PgSslMode::Disable,
             SslMode::Prefer => PgSslMode::Prefer,
@@ -74,7 +82,9 @@ pub async fn connect(target: &Target, purpose: &str) -> Result<Control, ConnectE
     if let Some(password) = &target.password {
         config.password(password.expose());
     }
-    let connected = config.connect(MakeTls(connector)).await;
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(MakeTls(connector)))
+        .await
+        .map_err(|_elapsed| failed(format!("no answer within {CONNECT_TIMEOUT:?}"), None))?;
     let (client, connection) = connected.map_err(|error| {
         let sqlstate = error.code().map(|code| code.code().to_owned());
         failed(error_chain(&error), sqlstate)

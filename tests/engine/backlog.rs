@@ -4,8 +4,10 @@
 use pgtandem::apply;
 use pgtandem::control::Side;
 use pgtandem::journal::{DDL_HOOK, rotation};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
-use crate::bed::{Bed, caught_up};
+use crate::bed::{Bed, Pair, caught_up};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, u int UNIQUE, v text); CREATE TABLE k (v int); CREATE TABLE g (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, b int, c int GENERATED ALWAYS AS (b + 1) STORED)";
 
@@ -123,6 +125,98 @@ async fn killed_in_the_middle_of_a_backlog() {
         applier = apply::spawn(bed.config());
     }
     bed.assert_same(&applier).await;
+}
+
+#[tokio::test]
+async fn killed_between_the_pieces_of_a_backlog() {
+    let bed = Bed::new("pieces_killed", SCHEMA).await;
+    bed.install().await;
+    let client = bed.app(Side::Legacy).await;
+    for turn in 0..60 {
+        client
+            .batch_execute(&format!(
+                "BEGIN; INSERT INTO t SELECT x, x, md5(x::text) FROM generate_series({turn} * 300 + 1, {turn} * 300 + 300) x;
+                 UPDATE t SET u = -u, v = v || {turn} WHERE id % 60 = {turn}; DELETE FROM t WHERE id % 97 = {turn};
+                 INSERT INTO k SELECT x % 7 FROM generate_series(1, 50) x; DELETE FROM k WHERE v = {turn} % 7;
+                 INSERT INTO g (b) VALUES ({turn}); COMMIT"
+            ))
+            .await
+            .unwrap();
+    }
+    let mut config = bed.config();
+    config.piece_bytes = 100_000;
+    let mut random = StdRng::seed_from_u64(11);
+    let secondary = bed.admin(Side::New).await;
+    let mut pieces = std::collections::BTreeSet::new();
+    for _ in 0..12 {
+        let applier = apply::spawn(config.clone());
+        // Not before it has begun: its first round connects and looks at both catalogs.
+        let status = applier.status();
+        for _ in 0..random.random_range(1..400) {
+            if status.borrow().watermark.is_some() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        drop(applier);
+        let piece = secondary.query_opt(
+            "SELECT piece::text FROM pgtandem.watermark WHERE target IS NOT NULL",
+            &[],
+        );
+        pieces.extend(piece.await.unwrap().map(|row| row.get::<_, String>(0)));
+    }
+    assert!(pieces.len() > 1, "never killed in the middle: {pieces:?}");
+    let applier = apply::spawn(config);
+    bed.assert_same(&applier).await;
+}
+
+#[tokio::test]
+async fn thousands_of_rounds_leave_the_journal_small_and_nothing_to_vacuum() {
+    // On servers of its own: an old transaction in any database of a server holds up rotation.
+    let bed = Bed::on(Pair::start(), "rounds", SCHEMA).await;
+    bed.install().await;
+    let mut config = bed.config();
+    config.poll_min = std::time::Duration::ZERO;
+    config.journal.max_bytes = 16 << 20;
+    let applier = apply::spawn(config);
+    caught_up(&applier).await;
+    let client = bed.app(Side::Legacy).await;
+    let first = caught_up(&applier).await.round;
+    client
+        .batch_execute("INSERT INTO t SELECT x, x, '' FROM generate_series(1, 10) x")
+        .await
+        .unwrap();
+    // A transaction that changes nothing in the end would make no round.
+    while applier.status().borrow().round < first + 2000 {
+        client
+            .batch_execute("UPDATE t SET v = md5(random()::text)")
+            .await
+            .unwrap();
+    }
+    bed.assert_same(&applier).await;
+    let primary = bed.admin(Side::Legacy).await;
+    let bytes = rotation::measure(&primary).await.unwrap();
+    assert!(bytes < 16 << 20, "{bytes}");
+    let emptied: i64 = primary
+        .query_one("SELECT truncations FROM pgtandem.side", &[])
+        .await
+        .unwrap()
+        .get(0);
+    assert!(emptied > 1, "{emptied}");
+    assert!(!applier.status().borrow().journal.full);
+    for side in [Side::Legacy, Side::New] {
+        let admin = bed.admin(side).await;
+        let sql = "SELECT c.relname::text, pg_total_relation_size(c.oid), pg_stat_get_dead_tuples(c.oid)
+                     FROM pg_class c WHERE c.relnamespace = 'pgtandem'::regnamespace AND c.relkind = 'r'
+                      AND c.relname NOT LIKE 'change%'";
+        for row in admin.query(sql, &[]).await.unwrap() {
+            let (name, bytes, dead): (String, i64, i64) = (row.get(0), row.get(1), row.get(2));
+            assert!(
+                bytes <= 256 * 1024 && dead < 500,
+                "{side}: {name}: {bytes} bytes, {dead} dead rows"
+            );
+        }
+    }
 }
 
 #[tokio::test]

@@ -174,6 +174,7 @@ impl Bed {
             epoch,
             poll_min: Duration::from_millis(5),
             poll_max: Duration::from_millis(20),
+            piece_bytes: ApplierConfig::PIECE_BYTES,
             read_by: ReadBy::Snapshot,
             stray_writers: StrayWriters::Refuse,
             journal: Journal {

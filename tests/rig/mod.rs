@@ -32,6 +32,8 @@ pub(crate) struct Rig {
     pub(crate) admin_port: u16,
     /// More lines for proxy.yaml.
     pub(crate) extra: String,
+    /// Where the proxy is told that new is, if not where it is: a relay.
+    pub(crate) new_port: Option<u16>,
     proxy: Option<Child>,
 }
 
@@ -47,6 +49,7 @@ impl Rig {
             port: free_port().unwrap(),
             admin_port: free_port().unwrap(),
             extra: String::new(),
+            new_port: None,
             proxy: None,
         }
     }
@@ -101,6 +104,10 @@ impl Rig {
         self.proxy = Some(proxy);
     }
 
+    pub(crate) fn proxy_pid(&self) -> u32 {
+        self.proxy.as_ref().unwrap().id()
+    }
+
     /// `kill -9` of the proxy.
     pub(crate) fn kill_proxy(&mut self) {
         let mut proxy = self.proxy.take().unwrap();
@@ -140,10 +147,15 @@ auth:
             port = self.port,
             admin = self.admin_port,
             legacy = self.legacy.url(OWN_ROLE, DATABASE),
-            new = self.new.url(OWN_ROLE, DATABASE),
+            new = self.new_url(),
             extra = self.extra,
         );
         fs::write(self.config_path(), text).unwrap();
+    }
+
+    fn new_url(&self) -> String {
+        let port = self.new_port.unwrap_or(self.new.port);
+        format!("postgresql://{OWN_ROLE}:{PASSWORD}@127.0.0.1:{port}/{DATABASE}")
     }
 
     pub(crate) fn config_path(&self) -> PathBuf {

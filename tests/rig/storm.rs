@@ -1,6 +1,7 @@
 //! A seeded storm of transactions over hot rows, of the kinds that make copies drift, with a
 //! ledger of every acknowledged commit.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -16,6 +17,7 @@ use super::connect;
 
 pub(crate) const SCHEMA: &str = "
 CREATE TABLE ledger (worker int, number bigint, PRIMARY KEY (worker, number));
+CREATE TABLE receipts (worker int, number bigint);
 CREATE TABLE accounts (id int PRIMARY KEY, balance numeric NOT NULL DEFAULT 0, touched timestamptz DEFAULT now());
 CREATE TABLE names (id int PRIMARY KEY, name text UNIQUE NOT NULL);
 CREATE TABLE parents (id bigserial PRIMARY KEY, note text);
@@ -35,11 +37,42 @@ INSERT INTO accounts SELECT i FROM generate_series(1, 20) i;
 INSERT INTO names SELECT i, 'name ' || i FROM generate_series(1, 20) i;
 ";
 
+/// What a storm is made of.
+#[derive(Clone)]
+pub(crate) struct Weather {
+    /// Workers are spread over these: proxies, or the primary itself.
+    pub(crate) urls: Vec<String>,
+    pub(crate) seed: u64,
+    pub(crate) workers: i32,
+    /// The first worker's number; storms on the same tables must not share any.
+    pub(crate) first_worker: i32,
+    /// A lost connection is opened again (for tests that take clients' connections away);
+    /// without, it is a failure.
+    pub(crate) reconnect: bool,
+    /// Clients with `synchronous_commit = off`.
+    pub(crate) asynchronous: bool,
+}
+
+impl Weather {
+    pub(crate) fn over(url: &str, seed: u64, workers: i32) -> Self {
+        Self {
+            urls: vec![url.to_owned()],
+            seed,
+            workers,
+            first_worker: 0,
+            reconnect: false,
+            asynchronous: false,
+        }
+    }
+}
+
 /// A running storm.
 pub(crate) struct Storm {
     stop: Arc<AtomicBool>,
     workers: JoinSet<Outcome>,
     pub(crate) acknowledged: Arc<AtomicU64>,
+    /// Commits acknowledged, by worker.
+    progress: Vec<Arc<AtomicU64>>,
     failures: Arc<Mutex<Vec<String>>>,
 }
 
@@ -47,11 +80,16 @@ pub(crate) struct Storm {
 struct Outcome {
     /// (worker, number) of every transaction whose commit was acknowledged.
     acknowledged: Vec<(i32, i64)>,
+    /// Of those whose connection died while the commit was under way.
+    unknown: Vec<(i32, i64)>,
 }
 
 /// What a storm left behind.
+#[derive(Default)]
 pub(crate) struct Ledger {
     pub(crate) acknowledged: Vec<(i32, i64)>,
+    /// Sent and never answered: there or not, but on both sides alike.
+    pub(crate) unknown: Vec<(i32, i64)>,
     /// Errors that no application would expect.
     pub(crate) failures: Vec<String>,
 }
@@ -60,27 +98,42 @@ impl Storm {
     /// Begins on `workers` connections. With `reconnect`, a lost connection is opened again
     /// (for tests that kill the proxy); without, it is a failure.
     pub(crate) async fn begin(url: &str, seed: u64, workers: i32, reconnect: bool) -> Self {
+        Self::under(&Weather {
+            reconnect,
+            ..Weather::over(url, seed, workers)
+        })
+        .await
+    }
+
+    pub(crate) async fn under(weather: &Weather) -> Self {
         let mut storm = Self {
             stop: Arc::default(),
             workers: JoinSet::new(),
             acknowledged: Arc::default(),
+            progress: Vec::new(),
             failures: Arc::default(),
         };
-        for worker in 0..workers {
-            let client = connect(url).await.unwrap();
+        for index in 0..weather.workers {
+            let worker = weather.first_worker + index;
+            let url = &weather.urls[usize::try_from(index).unwrap() % weather.urls.len()];
+            let progress = Arc::new(AtomicU64::new(0));
+            storm.progress.push(progress.clone());
             let mut sailor = Sailor {
-                url: url.to_owned(),
-                client,
-                random: StdRng::seed_from_u64(seed ^ u64::try_from(worker).unwrap() << 32),
+                url: url.clone(),
+                client: connect(url).await.unwrap(),
+                random: StdRng::seed_from_u64(weather.seed ^ u64::try_from(worker).unwrap() << 32),
                 worker,
                 number: 0,
-                reconnect,
+                committing: false,
+                weather: weather.clone(),
                 acknowledged: storm.acknowledged.clone(),
+                progress,
                 failures: storm.failures.clone(),
             };
             let stop = storm.stop.clone();
             storm.workers.spawn(async move {
                 let mut outcome = Outcome::default();
+                sailor.prepare().await;
                 while !stop.load(Relaxed) {
                     sailor.turn(&mut outcome).await;
                 }
@@ -99,22 +152,41 @@ impl Storm {
         }
     }
 
+    /// Returns when every single worker has had this many more commits acknowledged: nobody is
+    /// held up. The bound is far beyond any healthy wait; it turns a hang into a failure.
+    pub(crate) async fn everybody_commits(&self, commits: u64) {
+        let before: Vec<u64> = self.progress.iter().map(|count| count.load(Relaxed)).collect();
+        let still = || {
+            let now = self.progress.iter().map(|count| count.load(Relaxed));
+            now.zip(&before).filter(|(now, before)| now - *before < commits).count()
+        };
+        for _ in 0..6000 {
+            if still() == 0 {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("{} workers are held up", still());
+    }
+
     pub(crate) async fn end(mut self) -> Ledger {
         self.stop.store(true, Relaxed);
-        let mut acknowledged = Vec::new();
+        let mut ledger = Ledger::default();
         while let Some(outcome) = self.workers.join_next().await {
-            acknowledged.extend(outcome.unwrap().acknowledged);
+            let outcome = outcome.unwrap();
+            ledger.acknowledged.extend(outcome.acknowledged);
+            ledger.unknown.extend(outcome.unknown);
         }
-        let failures = self.failures.lock().await.clone();
-        Ledger { acknowledged, failures }
+        ledger.failures = self.failures.lock().await.clone();
+        ledger
     }
 }
 
 impl Ledger {
     /// Every acknowledged commit is there.
     pub(crate) async fn assert_kept(&self, client: &Client) {
-        let rows = client.query("SELECT worker, number FROM ledger", &[]).await.unwrap();
-        let kept: std::collections::HashSet<(i32, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let kept = kept(client, "ledger").await;
+        let kept: HashSet<(i32, i64)> = kept.into_iter().collect();
         let lost: Vec<_> = self.acknowledged.iter().filter(|entry| !kept.contains(entry)).collect();
         assert!(
             lost.is_empty(),
@@ -122,6 +194,31 @@ impl Ledger {
             lost.len()
         );
     }
+
+    /// Nothing is there that was never sent or was refused, and nothing twice.
+    pub(crate) async fn assert_no_phantoms(&self, client: &Client) {
+        let sent: HashSet<&(i32, i64)> = self.acknowledged.iter().chain(&self.unknown).collect();
+        for table in ["ledger", "receipts"] {
+            let mut seen = HashSet::new();
+            for entry in kept(client, table).await {
+                assert!(sent.contains(&entry), "{entry:?} in {table} was never committed");
+                assert!(seen.insert(entry), "{entry:?} is twice in {table}");
+            }
+        }
+    }
+
+    /// Two storms over the same tables.
+    pub(crate) fn join(&mut self, other: Self) {
+        self.acknowledged.extend(other.acknowledged);
+        self.unknown.extend(other.unknown);
+        self.failures.extend(other.failures);
+    }
+}
+
+async fn kept(client: &Client, table: &str) -> Vec<(i32, i64)> {
+    let sql = format!("SELECT worker, number FROM {table}");
+    let rows = client.query(&sql, &[]).await.unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
 struct Sailor {
@@ -130,29 +227,48 @@ struct Sailor {
     random: StdRng,
     worker: i32,
     number: i64,
-    reconnect: bool,
+    /// The commit was sent and not yet answered.
+    committing: bool,
+    weather: Weather,
     acknowledged: Arc<AtomicU64>,
+    progress: Arc<AtomicU64>,
     failures: Arc<Mutex<Vec<String>>>,
 }
 
 impl Sailor {
+    async fn prepare(&self) {
+        if self.weather.asynchronous {
+            // A connection that is lost again is noticed by the next statement.
+            self.client.batch_execute("SET synchronous_commit = off").await.ok();
+        }
+    }
+
     async fn turn(&mut self, outcome: &mut Outcome) {
         self.number += 1;
+        self.committing = false;
         match self.transaction().await {
             Ok(true) => {
                 outcome.acknowledged.push((self.worker, self.number));
                 self.acknowledged.fetch_add(1, Relaxed);
+                self.progress.fetch_add(1, Relaxed);
             }
             Ok(false) => {}
             Err(error) if expected(&error) => {
                 self.client.batch_execute("ROLLBACK").await.ok();
             }
-            Err(_) if self.reconnect => {
+            Err(_) if self.weather.reconnect => {
+                if self.committing {
+                    outcome.unknown.push((self.worker, self.number));
+                }
                 while let Err(_lost) = connect(&self.url).await.map(|client| self.client = client) {
                     tokio::time::sleep(std::time::Duration::from_millis(20)).await;
                 }
+                self.prepare().await;
             }
             Err(error) => {
+                if self.committing {
+                    outcome.unknown.push((self.worker, self.number));
+                }
                 let text = pgtandem::upstream::control::error_chain(&error);
                 self.failures
                     .lock()
@@ -188,7 +304,10 @@ impl Sailor {
             }
         }
         self.client
-            .execute("INSERT INTO ledger VALUES ($1, $2)", &[&self.worker, &self.number])
+            .execute(
+                "WITH kept AS (INSERT INTO ledger VALUES ($1, $2) RETURNING worker, number) INSERT INTO receipts SELECT * FROM kept",
+                &[&self.worker, &self.number],
+            )
             .await?;
         // Some commit late: they wrote before others that commit earlier.
         if self.random.random_ratio(1, 10) {
@@ -198,6 +317,7 @@ impl Sailor {
             self.client.batch_execute("ROLLBACK").await?;
             return Ok(false);
         }
+        self.committing = true;
         self.client.batch_execute("COMMIT").await?;
         Ok(true)
     }

@@ -1,0 +1,80 @@
+//! Writers that come to the secondary past pgtandem.
+
+use pgtandem::control::{Phase, Side};
+use tokio_postgres::error::SqlState;
+
+use crate::another::{Another, mirroring};
+use crate::rig::{APP, Rig};
+
+async fn pair_with(strays: &str) -> (Rig, Another) {
+    let mut rig = Rig::new();
+    rig.extra = format!("stray_writers: {strays}");
+    rig.serve(Phase::DualWrite).await;
+    let other = Another::beside(&rig, Phase::DualWrite).await;
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1), (2, 2)";
+    rig.client().await.batch_execute(schema).await.unwrap();
+    rig.wait_caught_up().await;
+    (rig, other)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_with_a_word_where_to_go() {
+    let (rig, _other) = pair_with("refuse").await;
+    let stray = rig.direct(Side::New, APP).await;
+    for sql in [
+        "INSERT INTO t VALUES (3, 3)",
+        "UPDATE t SET v = 0",
+        "DELETE FROM t",
+        "TRUNCATE t",
+        "MERGE INTO t USING (SELECT 1) s ON t.id = 1 WHEN MATCHED THEN DELETE",
+    ] {
+        let refused = stray.batch_execute(sql).await.unwrap_err();
+        let error = refused.as_db_error().unwrap();
+        assert_eq!(error.code(), &SqlState::READ_ONLY_SQL_TRANSACTION, "{sql}");
+        assert!(
+            error.message().contains("writes go to the primary (legacy)"),
+            "{error:?}"
+        );
+        assert!(error.hint().unwrap().contains("Connect through pgtandem"), "{error:?}");
+    }
+    stray.query("SELECT * FROM t", &[]).await.unwrap();
+    rig.wait_caught_up().await;
+    rig.assert_equal().await;
+    let status = rig.status().await.unwrap();
+    assert_eq!(mirroring(&status).stray_writes, 0);
+    assert_eq!(rig.command(&["status"]).status.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reported_by_every_proxy() {
+    let (rig, other) = pair_with("report").await;
+    let stray = rig.direct(Side::New, APP).await;
+    stray
+        .batch_execute("INSERT INTO t VALUES (3, 3), (4, 4); UPDATE t SET v = 0 WHERE id = 3")
+        .await
+        .unwrap();
+    stray.batch_execute("BEGIN; DELETE FROM t; ROLLBACK").await.unwrap();
+    rig.until(|status| mirroring(status).stray_writes == 3).await;
+    other.until(&rig, |status| mirroring(status).stray_writes == 3).await;
+    let told = rig.command(&["status"]);
+    let text = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert_eq!(told.status.code(), Some(1));
+    assert!(
+        text.contains("3 writes reached the secondary without pgtandem"),
+        "{text}"
+    );
+    let recorded = "SELECT string_agg(concat_ws(' ', role, relation, operation, writes), ', ' ORDER BY operation) FROM pgtandem.stray";
+    assert_eq!(
+        rig.value(Side::New, recorded).await,
+        "app public.t INSERT 2, app public.t UPDATE 1"
+    );
+    // The applier's own writes are none, and rounds go on.
+    rig.client()
+        .await
+        .batch_execute("UPDATE t SET v = 7 WHERE id = 1")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    assert_eq!(rig.value(Side::New, "SELECT v FROM t WHERE id = 1").await, "7");
+    assert_eq!(mirroring(&rig.status().await.unwrap()).stray_writes, 3);
+}
