@@ -13,11 +13,24 @@ AS $$
                 ELSE false END
 $$;
 
+-- CREATE TABLE for a table that came from a query: it has columns, and nothing else.
+CREATE OR REPLACE FUNCTION pgtandem.plain_table(rel oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT format('CREATE %sTABLE %s (%s) USING %I%s', CASE c.relpersistence WHEN 'u' THEN 'UNLOGGED ' ELSE '' END, pgtandem.name_of(c.oid),
+               (SELECT string_agg(format('%I %s%s', a.attname, format_type(a.atttypid, a.atttypmod),
+                           CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation::text ELSE '' END), ', ' ORDER BY a.attnum)
+                  FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+               m.amname, (SELECT ' WITH (' || string_agg(format('%s=%L', split_part(o, '=', 1), substr(o, strpos(o, '=') + 1)), ', ') || ')' FROM unnest(c.reloptions) o))
+      FROM pg_class c JOIN pg_am m ON m.oid = c.relam WHERE c.oid = plain_table.rel
+$$;
+
 -- The part that runs under pinned settings: images must be written as capture writes them.
-CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb) RETURNS void
+DROP FUNCTION IF EXISTS pgtandem.ddl_effects(text, jsonb);
+CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb, from_query boolean) RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp SET "DateStyle" = 'ISO, YMD' SET "TimeZone" = 'UTC' SET "IntervalStyle" = 'postgres'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off SET row_security = off
 AS $$
 DECLARE
     top_xid bigint := pg_current_xact_id()::text::bigint;
@@ -28,8 +41,9 @@ DECLARE
     changed jsonb := '[]';
     filled oid[] := '{}';
     computed jsonb;
-    has_rows boolean;
+    forced boolean;
     hint text;
+    plain text := '';
 BEGIN
     -- New tables: their row in pg_class is of this transaction.
     FOR t IN
@@ -47,10 +61,11 @@ BEGIN
                 MESSAGE = format('pgtandem cannot capture the new table %s: %s', t.target, SQLERRM),
                 HINT = format('Let the proxy''s role own what %s owns: %s', t.owner, hint);
         END;
-        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s)', t.target) INTO has_rows;
-        IF has_rows THEN
+        -- By its size: row security may stand between us and the rows already.
+        IF pg_relation_size(t.rel) > 0 THEN
             filled := filled || t.rel;
         END IF;
+        plain := plain || pgtandem.plain_table(t.rel);
         created := created || jsonb_build_object('rel', t.rel::bigint, 'schema', t.schema, 'name', t.name, 'columns', t.columns,
             'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes);
     END LOOP;
@@ -87,19 +102,62 @@ BEGIN
          WHERE c.rel = t.rel;
     END LOOP;
 
+    -- A query is not run a second time: it may have effects of its own, use what only this session
+    -- has, or answer otherwise. The table is made empty there, and its rows follow.
+    IF from_query THEN
+        IF plain = '' THEN
+            RETURN;
+        END IF;
+        statement := plain;
+    END IF;
+
     PERFORM pgtandem.append(0, 'S', (context || jsonb_build_object('created', created, 'changed', changed))::text, statement);
 
     FOR t IN SELECT f.rel, pgtandem.name_of(f.rel) AS target FROM unnest(filled) AS f(rel) LOOP
         PERFORM pgtandem.append(t.rel, 'T', NULL, NULL);
         SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
                    format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
-               ELSE 't::text' END
+               ELSE '(t.*)::text' END
           INTO image_of
           FROM pg_attribute a WHERE a.attrelid = t.rel AND a.attnum > 0 AND NOT a.attisdropped;
+        forced := (SELECT c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c WHERE c.oid = t.rel);
+        IF forced THEN
+            EXECUTE format('ALTER TABLE ONLY %s NO FORCE ROW LEVEL SECURITY', t.target);
+        END IF;
         FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, t.target) LOOP
             PERFORM pgtandem.append(t.rel, 'I', NULL, row_image);
         END LOOP;
+        IF forced THEN
+            EXECUTE format('ALTER TABLE ONLY %s FORCE ROW LEVEL SECURITY', t.target);
+        END IF;
     END LOOP;
+END
+$$;
+
+-- Run by a client's session right before a DDL statement, in its transaction: afterwards nobody
+-- can tell which of the relations it dropped or renamed were temporary. With the client's own
+-- privileges and search path, hence the qualified names.
+CREATE OR REPLACE FUNCTION pgtandem.before_ddl(facts jsonb) RETURNS void
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    concerned text;
+    temporary boolean := false;
+    others jsonb := '[]';
+BEGIN
+    IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid THEN
+        FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') LOOP
+            IF EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(concerned)::pg_catalog.oid
+                          AND c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) THEN
+                temporary := true;
+            ELSE
+                others := others OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_array(concerned);
+            END IF;
+        END LOOP;
+    END IF;
+    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others,
+        'existed', (SELECT c.oid::bigint FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+                       AND c.relname OPERATOR(pg_catalog.=) (facts OPERATOR(pg_catalog.->>) 'creates'))))::text, true);
 END
 $$;
 
@@ -109,7 +167,26 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     state bigint;
+    facts jsonb := COALESCE(NULLIF(current_setting('pgtandem.ddl', true), ''), '{}');
+    others text := (SELECT string_agg(o, ', ') FROM jsonb_array_elements_text(COALESCE(facts -> 'others', '[]')) o);
 BEGIN
+    IF facts <> '{}' THEN
+        PERFORM set_config('pgtandem.ddl', '', true);
+    END IF;
+    -- What is temporary stays where it is.
+    IF (facts ->> 'temporary')::boolean THEN
+        IF others IS NULL THEN
+            RETURN;
+        ELSIF facts ->> 'tag' NOT LIKE 'DROP %' THEN
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('pgtandem cannot mirror a %s of temporary and other relations at once', facts ->> 'tag'),
+                HINT = 'Use one statement for each kind.';
+        END IF;
+        statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* '\mcascade\M' THEN ' CASCADE' ELSE '' END);
+    ELSIF EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = facts ->> 'creates'
+                     AND c.oid::bigint <> COALESCE((facts ->> 'existed')::bigint, 0)) THEN
+        RETURN;
+    END IF;
     -- The transaction id comes before the state is read: the rotation relies on it.
     PERFORM pg_current_xact_id();
     PERFORM pg_advisory_xact_lock_shared(1885828196, 1);
@@ -122,7 +199,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
     END IF;
-    PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role));
+    PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role), COALESCE((facts ->> 'from_query')::boolean, false));
 END
 $$;
 
@@ -150,6 +227,12 @@ AS $$
         'DateStyle', pg_catalog.current_setting('DateStyle'),
         'IntervalStyle', pg_catalog.current_setting('IntervalStyle'),
         'check_function_bodies', pg_catalog.current_setting('check_function_bodies'),
+        'transform_null_equals', pg_catalog.current_setting('transform_null_equals'),
+        'array_nulls', pg_catalog.current_setting('array_nulls'),
+        'xmloption', pg_catalog.current_setting('xmloption'),
+        'lc_monetary', pg_catalog.current_setting('lc_monetary'),
+        'default_text_search_config', pg_catalog.current_setting('default_text_search_config'),
+        'backslash_quote', pg_catalog.current_setting('backslash_quote'),
         'standard_conforming_strings', pg_catalog.current_setting('standard_conforming_strings')))
 $$;
 

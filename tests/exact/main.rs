@@ -1,0 +1,52 @@
+//! Everything an application does on an ordinary Postgres, through the proxy, on real servers:
+//! after every case both databases are identical, rows and definitions.
+//!
+//! `PGTANDEM_CASES=text` runs only the cases whose name holds the text.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+#[path = "../rig/mod.rs"]
+mod rig;
+
+mod bench;
+mod ddl;
+mod dml;
+mod sequences;
+
+use bench::run;
+use pgtandem::servers::Binaries;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_from_15_to_18() {
+    run(Binaries::new_side().unwrap(), ddl::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_from_15_to_15() {
+    run(Binaries::legacy().unwrap(), ddl::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dml_from_15_to_18() {
+    run(Binaries::new_side().unwrap(), dml::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dml_from_15_to_15() {
+    run(Binaries::legacy().unwrap(), dml::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_builds_have_in_common() {
+    run(Binaries::legacy().unwrap(), dml::SAME_BUILD).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sequences_and_the_clients_view_from_15_to_18() {
+    run(Binaries::new_side().unwrap(), sequences::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sequences_and_the_clients_view_from_15_to_15() {
+    run(Binaries::legacy().unwrap(), sequences::CASES).await;
+}
