@@ -12,6 +12,7 @@ mod bench;
 mod ddl;
 mod dml;
 mod sequences;
+mod values;
 
 use bench::run;
 use pgtandem::servers::Binaries;
@@ -49,4 +50,14 @@ async fn sequences_and_the_clients_view_from_15_to_18() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sequences_and_the_clients_view_from_15_to_15() {
     run(Binaries::legacy().unwrap(), sequences::CASES).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_of_every_type_from_15_to_18() {
+    values::storm(Binaries::new_side().unwrap(), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_of_every_type_from_15_to_15() {
+    values::storm(Binaries::legacy().unwrap(), true).await;
 }
