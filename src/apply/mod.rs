@@ -25,6 +25,7 @@ mod direction;
 pub mod image;
 pub mod pipeline;
 pub mod plan;
+mod refill;
 mod round;
 mod rows;
 mod seeding;

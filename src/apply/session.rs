@@ -128,6 +128,7 @@ impl Session {
             reader,
         };
         session.load_watermark().await?;
+        session.refill_after_a_crash().await?;
         session.tables = Tables::load(&session.secondary).await?;
         Ok(session)
     }

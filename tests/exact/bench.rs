@@ -12,7 +12,7 @@ use pgtandem::control::{Phase, Side};
 use pgtandem::servers::{Binaries, SUPERUSER};
 use tokio_postgres::{Client, SimpleQueryMessage, Statement};
 
-use crate::rig::Rig;
+use crate::rig::{APP, Rig};
 
 /// A named list of what a client does.
 pub(crate) struct Case {
@@ -255,4 +255,9 @@ pub(crate) async fn assert_identical(rig: &Rig) {
         problems.extend(rows.await.unwrap().iter().map(|row| row.get::<_, String>(0)));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// Past the proxy, as the application's role.
+pub(crate) async fn as_app(rig: &Rig, side: Side) -> Client {
+    rig.direct(side, APP).await
 }

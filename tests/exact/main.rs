@@ -12,6 +12,7 @@ mod bench;
 mod ddl;
 mod dml;
 mod sequences;
+mod unseen;
 mod values;
 
 use bench::run;

@@ -87,46 +87,208 @@ fn array_of(kind: &'static str, elements: &'static [&'static str]) -> Column {
 /// Types whose binary form is the same on every server.
 fn built_in() -> Vec<Column> {
     const STAMPS: &[&str] = &[
-        "infinity", "-infinity", "4713-01-01 00:00:00+00 BC", "294276-12-31 23:59:59.999999+00", "0001-01-01 BC", "1999-12-31 23:59:60",
-        "2000-02-29 12:00:00.000001", "1883-11-18 12:03:58", "1970-01-01 00:00:00-12:34:56", "2026-03-29 02:30:00 Europe/Berlin",
+        "infinity",
+        "-infinity",
+        "4713-01-01 00:00:00+00 BC",
+        "294276-12-31 23:59:59.999999+00",
+        "0001-01-01 BC",
+        "1999-12-31 23:59:60",
+        "2000-02-29 12:00:00.000001",
+        "1883-11-18 12:03:58",
+        "1970-01-01 00:00:00-12:34:56",
+        "2026-03-29 02:30:00 Europe/Berlin",
     ];
     vec![
         listed("bool", &["t", "f"]),
-        mixed("bytea", &["", "\\x00", "\\xff00ff5c27"], vec(any::<u8>(), 0..20).prop_map(|bytes| {
-            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-            format!("\\x{hex}")
-        })),
+        mixed(
+            "bytea",
+            &["", "\\x00", "\\xff00ff5c27"],
+            vec(any::<u8>(), 0..20).prop_map(|bytes| {
+                let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                format!("\\x{hex}")
+            }),
+        ),
         listed("\"char\"", &["a", "", "\\", "'", "\\377"]),
         mixed("name", &["", "pg_class"], "[a-z \"']{0,63}"),
-        mixed("int2", &["-32768", "32767", "0"], any::<i16>().prop_map(|n| n.to_string())),
-        mixed("int4", &["-2147483648", "2147483647"], any::<i32>().prop_map(|n| n.to_string())),
-        mixed("int8", &["-9223372036854775808", "9223372036854775807"], any::<i64>().prop_map(|n| n.to_string())),
-        mixed("text", &["", "NULL", "null", "\\N", "\\.", "(,)", "{}", "\"", "\"\"", "\\\\", "  "], text()),
+        mixed(
+            "int2",
+            &["-32768", "32767", "0"],
+            any::<i16>().prop_map(|n| n.to_string()),
+        ),
+        mixed(
+            "int4",
+            &["-2147483648", "2147483647"],
+            any::<i32>().prop_map(|n| n.to_string()),
+        ),
+        mixed(
+            "int8",
+            &["-9223372036854775808", "9223372036854775807"],
+            any::<i64>().prop_map(|n| n.to_string()),
+        ),
+        mixed(
+            "text",
+            &[
+                "", "NULL", "null", "\\N", "\\.", "(,)", "{}", "\"", "\"\"", "\\\\", "  ",
+            ],
+            text(),
+        ),
         mixed("varchar(20)", &["", " "], text()),
         mixed("bpchar(5)", &["", "a", "a    "], "[a-zé ]{0,5}"),
         mixed("oid", &["0", "4294967295"], any::<u32>().prop_map(|n| n.to_string())),
-        listed("json", &["null", "{\"a\" : 1, \"a\":2}", " [1 , 2.0e10, \"\\u00e9\"]", "\"x\"", "-0.0"]),
-        listed("jsonb", &["null", "{\"b\": 1, \"a\": 2.50}", "[]", "{}", "\"\\u00e9\\n\"", "1e400", "-0.0"]),
+        listed(
+            "json",
+            &[
+                "null",
+                "{\"a\" : 1, \"a\":2}",
+                " [1 , 2.0e10, \"\\u00e9\"]",
+                "\"x\"",
+                "-0.0",
+            ],
+        ),
+        listed(
+            "jsonb",
+            &[
+                "null",
+                "{\"b\": 1, \"a\": 2.50}",
+                "[]",
+                "{}",
+                "\"\\u00e9\\n\"",
+                "1e400",
+                "-0.0",
+            ],
+        ),
         listed("jsonpath", &["$", "lax $.a[*] ? (@ > 1)", "strict $.\"x y\""]),
-        mixed("float4", &["NaN", "Infinity", "-Infinity", "-0", "1e-45", "3.4028235e38", "1.1754944e-38", "0.1"], any::<f32>().prop_map(|n| format!("{n:e}").replace("inf", "Infinity"))),
-        mixed("float8", &["NaN", "Infinity", "-Infinity", "-0", "5e-324", "1.7976931348623157e308", "2.2250738585072014e-308", "0.1"], any::<f64>().prop_map(|n| format!("{n:e}").replace("inf", "Infinity"))),
-        mixed("numeric", &["NaN", "Infinity", "-Infinity", "0", "0.000", "1e1000", "-1e-1000", "1.10", "99999999999999999999.99999999999999999999"], "-?[0-9]{1,40}(\\.[0-9]{0,40})?"),
-        mixed("numeric(30, 5)", &["NaN", "0.00001", "-0.00000"], "-?[0-9]{1,20}\\.[0-9]{0,5}"),
+        mixed(
+            "float4",
+            &[
+                "NaN",
+                "Infinity",
+                "-Infinity",
+                "-0",
+                "1e-45",
+                "3.4028235e38",
+                "1.1754944e-38",
+                "0.1",
+            ],
+            any::<f32>().prop_map(|n| format!("{n:e}").replace("inf", "Infinity")),
+        ),
+        mixed(
+            "float8",
+            &[
+                "NaN",
+                "Infinity",
+                "-Infinity",
+                "-0",
+                "5e-324",
+                "1.7976931348623157e308",
+                "2.2250738585072014e-308",
+                "0.1",
+            ],
+            any::<f64>().prop_map(|n| format!("{n:e}").replace("inf", "Infinity")),
+        ),
+        mixed(
+            "numeric",
+            &[
+                "NaN",
+                "Infinity",
+                "-Infinity",
+                "0",
+                "0.000",
+                "1e1000",
+                "-1e-1000",
+                "1.10",
+                "99999999999999999999.99999999999999999999",
+            ],
+            "-?[0-9]{1,40}(\\.[0-9]{0,40})?",
+        ),
+        mixed(
+            "numeric(30, 5)",
+            &["NaN", "0.00001", "-0.00000"],
+            "-?[0-9]{1,20}\\.[0-9]{0,5}",
+        ),
         listed("numeric(3, -2)", &["12300", "-99900", "49", "0"]),
-        mixed("money", &["-92233720368547758.08", "92233720368547758.07", "0"], "-?[0-9]{1,12}\\.[0-9]{2}"),
-        mixed("date", &["infinity", "-infinity", "4713-01-01 BC", "5874897-12-31", "0001-01-01 BC", "2000-02-29"], "(19|20)[0-9]{2}-0[1-9]-[0-2][1-8]"),
-        mixed("time", &["00:00:00", "24:00:00", "23:59:59.999999"], "[01][0-9]:[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,6})?"),
-        listed("timetz", &["00:00:00+15:59:59", "24:00:00-15:59:59", "12:34:56.789+05:30", "04:05:06"]),
-        listed("timestamp", &["infinity", "-infinity", "4713-01-01 00:00:00 BC", "294276-12-31 23:59:59.999999", "2000-02-29 12:00:00.000001", "1999-12-31 23:59:60"]),
+        mixed(
+            "money",
+            &["-92233720368547758.08", "92233720368547758.07", "0"],
+            "-?[0-9]{1,12}\\.[0-9]{2}",
+        ),
+        mixed(
+            "date",
+            &[
+                "infinity",
+                "-infinity",
+                "4713-01-01 BC",
+                "5874897-12-31",
+                "0001-01-01 BC",
+                "2000-02-29",
+            ],
+            "(19|20)[0-9]{2}-0[1-9]-[0-2][1-8]",
+        ),
+        mixed(
+            "time",
+            &["00:00:00", "24:00:00", "23:59:59.999999"],
+            "[01][0-9]:[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,6})?",
+        ),
+        listed(
+            "timetz",
+            &[
+                "00:00:00+15:59:59",
+                "24:00:00-15:59:59",
+                "12:34:56.789+05:30",
+                "04:05:06",
+            ],
+        ),
+        listed(
+            "timestamp",
+            &[
+                "infinity",
+                "-infinity",
+                "4713-01-01 00:00:00 BC",
+                "294276-12-31 23:59:59.999999",
+                "2000-02-29 12:00:00.000001",
+                "1999-12-31 23:59:60",
+            ],
+        ),
         listed("timestamptz", STAMPS),
-        mixed("interval", &["0", "-178000000 years", "178000000 years", "1 mon -1 day 00:00:00.000001", "-1 mon +2 days -03:04:05.6", "P1Y2M3DT4H5M6.7S", "-00:00:01"], (any::<i16>(), any::<i32>(), any::<i32>()).prop_map(|(months, days, seconds)| format!("{months} months {days} days {seconds} seconds"))),
+        mixed(
+            "interval",
+            &[
+                "0",
+                "-178000000 years",
+                "178000000 years",
+                "1 mon -1 day 00:00:00.000001",
+                "-1 mon +2 days -03:04:05.6",
+                "P1Y2M3DT4H5M6.7S",
+                "-00:00:01",
+            ],
+            (any::<i16>(), any::<i32>(), any::<i32>())
+                .prop_map(|(months, days, seconds)| format!("{months} months {days} days {seconds} seconds")),
+        ),
         mixed("bit(5)", &["00000", "11111"], "[01]{5}"),
         mixed("varbit", &["", "1"], "[01]{0,70}"),
-        listed("inet", &["0.0.0.0", "255.255.255.255/0", "192.168.1.5/24", "::", "::1/128", "fe80::1/64", "::ffff:1.2.3.4"]),
-        listed("cidr", &["0.0.0.0/0", "10.0.0.0/8", "192.168.1.5/32", "::/0", "2001:db8::/32"]),
+        listed(
+            "inet",
+            &[
+                "0.0.0.0",
+                "255.255.255.255/0",
+                "192.168.1.5/24",
+                "::",
+                "::1/128",
+                "fe80::1/64",
+                "::ffff:1.2.3.4",
+            ],
+        ),
+        listed(
+            "cidr",
+            &["0.0.0.0/0", "10.0.0.0/8", "192.168.1.5/32", "::/0", "2001:db8::/32"],
+        ),
         listed("macaddr", &["00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff", "08002b:010203"]),
         listed("macaddr8", &["00:00:00:00:00:00:00:00", "08:00:2b:01:02:03:04:05"]),
-        mixed("uuid", &["00000000-0000-0000-0000-000000000000"], "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"),
+        mixed(
+            "uuid",
+            &["00000000-0000-0000-0000-000000000000"],
+            "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+        ),
         listed("point", &["(0,-0)", "(NaN,Infinity)", "(0.1,1e300)", "(-1e-320,3)"]),
         listed("line", &["{1,2,3}", "{0,-1,0.1}"]),
         listed("lseg", &["[(0,0),(1,1e-300)]"]),
@@ -142,7 +304,10 @@ fn built_in() -> Vec<Column> {
         listed("cid", &["7"]),
         listed("tid", &["(0,1)", "(4294967295,65535)"]),
         listed("pg_snapshot", &["10:20:10,14,15", "3:3:"]),
-        listed("regtype", &["integer", "timestamp with time zone", "pg_catalog.\"char\""]),
+        listed(
+            "regtype",
+            &["integer", "timestamp with time zone", "pg_catalog.\"char\""],
+        ),
         listed("regclass", &["pg_class", "pg_catalog.pg_type"]),
         listed("regnamespace", &["pg_catalog"]),
         listed("refcursor", &["a cursor"]),
@@ -152,11 +317,20 @@ fn built_in() -> Vec<Column> {
         listed("int8range", &["empty", "[-9223372036854775808,9223372036854775807)"]),
         listed("numrange", &["empty", "[0.10,1.0]", "(NaN,)", "[-Infinity,Infinity]"]),
         listed("tsrange", &["empty", "[2000-01-01,infinity]", "(-infinity,)"]),
-        listed("tstzrange", &["empty", "[2000-01-01 00:00:00+05,2001-01-01 00:00:00-05)"]),
+        listed(
+            "tstzrange",
+            &["empty", "[2000-01-01 00:00:00+05,2001-01-01 00:00:00-05)"],
+        ),
         listed("daterange", &["empty", "[4713-01-01 BC,infinity)", "(,2000-01-01]"]),
         listed("int4multirange", &["{}", "{[1,3),[5,9)}", "{(,)}"]),
         listed("nummultirange", &["{}", "{[0.10,1.00],(2,)}"]),
-        listed("tstzmultirange", &["{}", "{[2000-01-01 00:00:00+00,2000-01-02 00:00:00+00),[2010-01-01 00:00:00+00,)}"]),
+        listed(
+            "tstzmultirange",
+            &[
+                "{}",
+                "{[2000-01-01 00:00:00+00,2000-01-02 00:00:00+00),[2010-01-01 00:00:00+00,)}",
+            ],
+        ),
         listed("datemultirange", &["{[2000-01-01,2000-01-05),[2001-01-01,)}"]),
         array_of("int4[]", &["1", "-2147483648", "NULL"]),
         array_of("text[]", &["", "NULL", "null", "a\"b", "\\", "{", ",", " x ", "é\n"]),
@@ -193,18 +367,43 @@ fn own() -> Vec<Column> {
         listed("positive", &["0.01", "99999999.99"]),
         array_of("positive[]", &["0.01", "NULL"]),
         array_of("stamps", &["infinity", "2000-01-01 00:00:00+05:30", "NULL"]),
-        expressions("pair", &["row(1, 'x, \"y\" (z) \\', '{infinity,\"2000-01-01 00:00:00+05\"}')::pair", "row(null, '', '{}')::pair", "row(null, null, null)::pair"]),
+        expressions(
+            "pair",
+            &[
+                "row(1, 'x, \"y\" (z) \\', '{infinity,\"2000-01-01 00:00:00+05\"}')::pair",
+                "row(null, '', '{}')::pair",
+                "row(null, null, null)::pair",
+            ],
+        ),
         expressions("pair[]", &["array[row(1, 'x,\"', null)::pair, null]", "'{}'::pair[]"]),
         expressions("pairs", &["row(5, 'in a domain', null)::pair"]),
-        expressions("nest", &["row(row(1, 'é', '{}'), 'sad', array[row(2, '{}', null)::pair])::nest", "row(null, '', '{}')::nest"]),
-        expressions("textrange", &["textrange('a,', 'b\"')", "textrange('', null)", "'empty'::textrange"]),
-        expressions("textmultirange", &["textmultirange(textrange('a', 'b'), textrange('c', null))", "'{}'::textmultirange"]),
+        expressions(
+            "nest",
+            &[
+                "row(row(1, 'é', '{}'), 'sad', array[row(2, '{}', null)::pair])::nest",
+                "row(null, '', '{}')::nest",
+            ],
+        ),
+        expressions(
+            "textrange",
+            &["textrange('a,', 'b\"')", "textrange('', null)", "'empty'::textrange"],
+        ),
+        expressions(
+            "textmultirange",
+            &[
+                "textmultirange(textrange('a', 'b'), textrange('c', null))",
+                "'{}'::textmultirange",
+            ],
+        ),
     ]
 }
 
 fn of_extensions() -> Vec<Column> {
     vec![
-        listed("hstore", &["", "a=>1, b=>NULL", "\"x y\"=>\"it's \\\"q\\\"\", \"\"=>\"\""]),
+        listed(
+            "hstore",
+            &["", "a=>1, b=>NULL", "\"x y\"=>\"it's \\\"q\\\"\", \"\"=>\"\""],
+        ),
         mixed("citext", &["", "Abc", "ABC"], "[a-zA-Zé]{0,9}"),
         listed("ltree", &["", "a.b.c", "Top.Elan"]),
     ]
@@ -235,9 +434,18 @@ impl Random {
     fn settings(&mut self) -> String {
         let mut list = Vec::new();
         for (name, values) in [
-            ("DateStyle", &["ISO, MDY", "German, DMY", "SQL, DMY", "Postgres, MDY", "ISO, YMD"][..]),
-            ("IntervalStyle", &["postgres", "postgres_verbose", "sql_standard", "iso_8601"]),
-            ("TimeZone", &["UTC", "America/St_Johns", "Asia/Kathmandu", "Pacific/Apia", "<-03>+03"]),
+            (
+                "DateStyle",
+                &["ISO, MDY", "German, DMY", "SQL, DMY", "Postgres, MDY", "ISO, YMD"][..],
+            ),
+            (
+                "IntervalStyle",
+                &["postgres", "postgres_verbose", "sql_standard", "iso_8601"],
+            ),
+            (
+                "TimeZone",
+                &["UTC", "America/St_Johns", "Asia/Kathmandu", "Pacific/Apia", "<-03>+03"],
+            ),
             ("bytea_output", &["hex", "escape"]),
             ("extra_float_digits", &["-15", "0", "1", "3"]),
             ("client_encoding", &["UTF8", "UTF8", "LATIN1"]),
@@ -305,7 +513,14 @@ pub(crate) async fn storm(new: Binaries, extensions: bool) {
         rig.direct(Side::Legacy, SUPERUSER).await,
         rig.direct(Side::New, SUPERUSER).await,
     );
-    for table in ["builtin", "builtin_keyless", "builtin_copied", "own", "own_keyless", "own_copied"] {
+    for table in [
+        "builtin",
+        "builtin_keyless",
+        "builtin_copied",
+        "own",
+        "own_keyless",
+        "own_copied",
+    ] {
         // OIDs of the application's types are part of their binary form.
         let format = if table.starts_with("own") { "text" } else { "binary" };
         let (one, other) = (dump(&legacy, table, format).await, dump(&new, table, format).await);
@@ -346,7 +561,10 @@ async fn write(client: &Client, random: &mut Random, batch: usize, name: &str, c
 /// Every value once more, as the binary protocol gives and takes it.
 async fn copy_in_binary(client: &Client, name: &str) {
     let data = {
-        let rows = client.copy_out(&format!("COPY {name} TO STDOUT (FORMAT binary)")).await.unwrap();
+        let rows = client
+            .copy_out(&format!("COPY {name} TO STDOUT (FORMAT binary)"))
+            .await
+            .unwrap();
         pin_mut!(rows);
         let mut data = Vec::new();
         while let Some(chunk) = rows.next().await {

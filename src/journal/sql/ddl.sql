@@ -25,6 +25,57 @@ AS $$
       FROM pg_class c JOIN pg_am m ON m.oid = c.relam WHERE c.oid = plain_table.rel
 $$;
 
+-- Journals a table's rows as they are now, after a clear: what came before is void. Nobody else
+-- may be writing it. The settings are those under which capture writes images.
+CREATE OR REPLACE FUNCTION pgtandem.journal_rows(rel oid) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp SET "DateStyle" = 'ISO, YMD' SET "TimeZone" = 'UTC' SET "IntervalStyle" = 'postgres'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off SET row_security = off
+AS $$
+DECLARE
+    target text := pgtandem.name_of(rel);
+    row_image text;
+    image_of text;
+    forced boolean := (SELECT c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c WHERE c.oid = rel);
+BEGIN
+    PERFORM pgtandem.append(rel, 'T', NULL, NULL);
+    SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
+               format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
+           ELSE '(t.*)::text' END
+      INTO image_of
+      FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped;
+    IF forced THEN
+        EXECUTE format('ALTER TABLE ONLY %s NO FORCE ROW LEVEL SECURITY', target);
+    END IF;
+    FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, target) LOOP
+        PERFORM pgtandem.append(rel, 'I', NULL, row_image);
+    END LOOP;
+    IF forced THEN
+        EXECUTE format('ALTER TABLE ONLY %s FORCE ROW LEVEL SECURITY', target);
+    END IF;
+END
+$$;
+
+-- Sends a table's rows once more: the secondary lost them, or was left out for a while. Writers of
+-- the table wait meanwhile, so that each row is either before this or after; the caller sets
+-- lock_timeout.
+CREATE OR REPLACE FUNCTION pgtandem.refill(rel oid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_current_xact_id();
+    EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', pgtandem.name_of(rel));
+    -- After DDL that nobody saw, rows may be written in a way that the capture function does not
+    -- expect yet.
+    PERFORM pgtandem.capture(rel);
+    UPDATE pgtandem.captured c
+       SET shape = s.shape, filenode = s.filenode, attributes = s.attributes, attribute_count = s.attribute_count,
+           schema = s.schema, name = s.name
+      FROM pgtandem.shape s WHERE s.rel = refill.rel AND c.rel = refill.rel;
+    PERFORM pgtandem.journal_rows(rel);
+END
+$$;
+
 -- The part that runs under pinned settings: images must be written as capture writes them.
 DROP FUNCTION IF EXISTS pgtandem.ddl_effects(text, jsonb);
 CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb, from_query boolean) RETURNS void
@@ -35,13 +86,11 @@ AS $$
 DECLARE
     top_xid bigint := pg_current_xact_id()::text::bigint;
     t record;
-    row_image text;
-    image_of text;
+    rel oid;
     created jsonb := '[]';
     changed jsonb := '[]';
     filled oid[] := '{}';
     computed jsonb;
-    forced boolean;
     hint text;
     plain text := '';
 BEGIN
@@ -113,23 +162,8 @@ BEGIN
 
     PERFORM pgtandem.append(0, 'S', (context || jsonb_build_object('created', created, 'changed', changed))::text, statement);
 
-    FOR t IN SELECT f.rel, pgtandem.name_of(f.rel) AS target FROM unnest(filled) AS f(rel) LOOP
-        PERFORM pgtandem.append(t.rel, 'T', NULL, NULL);
-        SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
-                   format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
-               ELSE '(t.*)::text' END
-          INTO image_of
-          FROM pg_attribute a WHERE a.attrelid = t.rel AND a.attnum > 0 AND NOT a.attisdropped;
-        forced := (SELECT c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c WHERE c.oid = t.rel);
-        IF forced THEN
-            EXECUTE format('ALTER TABLE ONLY %s NO FORCE ROW LEVEL SECURITY', t.target);
-        END IF;
-        FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, t.target) LOOP
-            PERFORM pgtandem.append(t.rel, 'I', NULL, row_image);
-        END LOOP;
-        IF forced THEN
-            EXECUTE format('ALTER TABLE ONLY %s FORCE ROW LEVEL SECURITY', t.target);
-        END IF;
+    FOREACH rel IN ARRAY filled LOOP
+        PERFORM pgtandem.journal_rows(rel);
     END LOOP;
 END
 $$;
@@ -240,7 +274,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;
