@@ -1,6 +1,7 @@
 //! Runs a table of cases, each in a schema of its own, and looks at both databases after each.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::panic::AssertUnwindSafe;
 
 use bytes::Bytes;
@@ -104,8 +105,8 @@ async fn check(rig: &Rig, case: &Case, schema: &str) {
         match *step {
             Step::Session(index) => {
                 at = index;
-                if !sessions.contains_key(&index) {
-                    sessions.insert(index, begin(rig, schema, false).await);
+                if let Entry::Vacant(entry) = sessions.entry(index) {
+                    entry.insert(begin(rig, schema, false).await);
                 }
             }
             Step::CaughtUp => caught_up(rig).await,

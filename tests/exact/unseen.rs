@@ -103,3 +103,58 @@ async fn large_objects_are_named_as_not_mirrored() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        rig.server(side)
+            .sql("postgres", "ALTER ROLE pgtandem SUPERUSER")
+            .unwrap();
+    }
+    rig.serve(Phase::DualWrite).await;
+    let direct = as_app(&rig, Side::Legacy).await;
+    for statement in [
+        "CREATE TABLE a (id int PRIMARY KEY, v text DEFAULT 'x;y')",
+        "INSERT INTO a SELECT generate_series(1, 10)",
+        "ALTER TABLE a ADD COLUMN r float8 DEFAULT random()",
+        "CREATE INDEX ON a (v)",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$",
+        "CREATE TABLE b AS SELECT random() AS r FROM generate_series(1, 5)",
+        "COMMENT ON TABLE a IS 'it''s; commented'",
+        "CREATE TEMP TABLE t (id int)",
+        "ALTER TABLE t ADD COLUMN x int",
+        "DROP TABLE t",
+        "DROP TABLE b;",
+        "BEGIN",
+        "ALTER TABLE a RENAME TO c",
+        "INSERT INTO c VALUES (11)",
+        "COMMIT",
+        "ALTER TABLE c DROP COLUMN v",
+    ] {
+        direct.batch_execute(statement).await.unwrap();
+    }
+    // What comes through the proxy is recorded once.
+    let client = rig.client().await;
+    client
+        .batch_execute(
+            "CREATE TABLE once (id serial); INSERT INTO once DEFAULT VALUES; CREATE TEMP TABLE t (id int); DROP TABLE t",
+        )
+        .await
+        .unwrap();
+    client
+        .batch_execute("CREATE INDEX CONCURRENTLY ON once (id)")
+        .await
+        .unwrap();
+    assert_identical(&rig).await;
+    // Inside something else it is not this trigger's: the table is paused, as everywhere.
+    direct
+        .batch_execute("DO $$ BEGIN ALTER TABLE c ADD COLUMN hidden int; END $$")
+        .await
+        .unwrap();
+    rig.until(|status| {
+        let mirroring = status.databases[0].mirroring.as_ref();
+        mirroring.is_some_and(|mirroring| mirroring.tables.iter().any(|table| table.paused.is_some()))
+    })
+    .await;
+}

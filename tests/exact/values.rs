@@ -33,7 +33,7 @@ fn literal(text: &str) -> String {
 fn listed(kind: &'static str, values: &'static [&'static str]) -> Column {
     Column {
         kind,
-        values: select(values).prop_map(|text| literal(text)).boxed(),
+        values: select(values).prop_map(literal).boxed(),
     }
 }
 

@@ -270,6 +270,57 @@ AS $$
         'standard_conforming_strings', pg_catalog.current_setting('standard_conforming_strings')))
 $$;
 
+-- Whether changes of this database are captured for the other side now.
+CREATE OR REPLACE FUNCTION pgtandem.is_captured_primary() RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT (pg_sequence_last_value('pgtandem.state') >> 2) & 15 = 0
+$$;
+
+-- Event triggers, where the proxy's role may have them: DDL by connections that do not come through
+-- the proxy. Only what is the client's own single statement is recorded, since current_query() is
+-- its text; what a function or a DO block does, or one of several statements, is left to the
+-- catalog's watch, which pauses the table. With the client's own privileges, hence the names.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_seen() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    context text;
+    statement text := pg_catalog.regexp_replace(pg_catalog.current_query(), '[;\s]+$', '');
+    -- Without what stands in quotes, where a semicolon ends nothing.
+    bare text := pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, '(\$[A-Za-z_]*\$).*?\1', '', 'g'), '''[^'']*''', '', 'g');
+    temporary boolean;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    -- Known already (the proxy's hooks stand around it), inside something else, or several.
+    IF pg_catalog.current_setting('pgtandem.ddl', true) OPERATOR(pg_catalog.<>) ''
+        OR pg_catalog.strpos(context, pg_catalog.chr(10)) OPERATOR(pg_catalog.>) 0
+        OR pg_catalog.strpos(bare, ';') OPERATOR(pg_catalog.>) 0
+        OR pg_catalog.strpos(bare, pg_catalog.chr(92)) OPERATOR(pg_catalog.>) 0
+        OR bare OPERATOR(pg_catalog.~*) '\mconcurrently\M|\mtablespace\M|\msubscription\M|\mlarge\s+object\M|^\s*reindex\M'
+        OR NOT pgtandem.is_captured_primary() THEN
+        RETURN;
+    END IF;
+    IF TG_EVENT OPERATOR(pg_catalog.=) 'sql_drop' THEN
+        IF TG_TAG OPERATOR(pg_catalog.!~~) 'DROP %' THEN
+            RETURN;
+        END IF;
+        temporary := (SELECT pg_catalog.bool_or(d.is_temporary) FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original);
+    ELSE
+        IF TG_TAG OPERATOR(pg_catalog.~~) 'DROP %' THEN
+            RETURN;
+        END IF;
+        temporary := (SELECT pg_catalog.bool_or(c.schema_name OPERATOR(pg_catalog.~~) 'pg\_temp%') FROM pg_catalog.pg_event_trigger_ddl_commands() c);
+    END IF;
+    IF temporary THEN
+        RETURN;
+    END IF;
+    PERFORM pg_catalog.set_config('pgtandem.ddl', pg_catalog.jsonb_build_object('tag', TG_TAG, 'temporary', false,
+        'from_query', TG_TAG OPERATOR(pg_catalog.=) 'CREATE TABLE AS' OR TG_TAG OPERATOR(pg_catalog.=) 'SELECT INTO')::text, true);
+    PERFORM pgtandem.ddl(statement, pg_catalog.current_setting('search_path'), current_user::text);
+END
+$$;
+
 DO $$
 DECLARE f regprocedure;
 BEGIN
