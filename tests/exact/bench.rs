@@ -13,7 +13,7 @@ use pgtandem::control::{Phase, Side};
 use pgtandem::servers::{Binaries, SUPERUSER};
 use tokio_postgres::{Client, SimpleQueryMessage, Statement};
 
-use crate::rig::{APP, Rig};
+use crate::rig::{APP, OWN_ROLE, Rig};
 
 /// A named list of what a client does.
 pub(crate) struct Case {
@@ -59,10 +59,17 @@ const ROLES: &str = "
     GRANT reader, writer, bare TO app; GRANT reader, writer, bare TO pgtandem";
 
 pub(crate) async fn run(new: Binaries, cases: &[Case]) {
+    run_as(new, cases, "").await;
+}
+
+/// With more for the proxy's role: `attributes` of ALTER ROLE.
+pub(crate) async fn run_as(new: Binaries, cases: &[Case], attributes: &str) {
     let wanted = std::env::var("PGTANDEM_CASES").unwrap_or_default();
     let mut rig = Rig::between(&Binaries::legacy().unwrap(), &new);
     for side in [Side::Legacy, Side::New] {
         rig.server(side).sql("postgres", ROLES).unwrap();
+        let alter = format!("ALTER ROLE {OWN_ROLE} LOGIN {attributes}");
+        rig.server(side).sql("postgres", &alter).unwrap();
     }
     rig.serve(Phase::DualWrite).await;
     let mut failures = Vec::new();

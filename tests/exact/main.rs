@@ -15,7 +15,7 @@ mod sequences;
 mod unseen;
 mod values;
 
-use bench::run;
+use bench::{run, run_as};
 use pgtandem::servers::Binaries;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -26,6 +26,12 @@ async fn ddl_from_15_to_18() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ddl_from_15_to_15() {
     run(Binaries::legacy().unwrap(), ddl::CASES).await;
+}
+
+/// As a superuser the proxy has event triggers besides.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_as_a_superuser() {
+    run_as(Binaries::new_side().unwrap(), ddl::CASES, "SUPERUSER").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
