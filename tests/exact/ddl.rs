@@ -530,6 +530,14 @@ pub(crate) const CASES: &[Case] = &[
             Q(
                 "create temp table m (id int); create table m2 (id int); insert into m2 values (1); drop table m, m2; create temp table m (id int); comment on column m.id is 'x'; create policy po on m using (true); create view over as select * from m; drop view over",
             ),
+            Fails("0A000", "create table liked (like m including all)"),
+            Q(
+                "create table liked as table m with no data; insert into liked values (3); create table lm2 (like liked, x text check (x like 'm'))",
+            ),
+            Fails(
+                "0A000",
+                "create table both_kinds (x int); grant select on m, both_kinds to reader",
+            ),
             X("create table if not exists m (id int)"),
             Q(
                 "begin; create temp table n (x int); drop table n; create table n (x int, y int); insert into n values (1, 2); commit",

@@ -220,6 +220,13 @@ BEGIN
     ELSIF EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = facts ->> 'creates'
                      AND c.oid::bigint <> COALESCE((facts ->> 'existed')::bigint, 0)) THEN
         RETURN;
+    ELSIF facts ->> 'tag' = 'CREATE TABLE' AND EXISTS (
+        SELECT FROM regexp_matches(statement, '\mlike\s+(?:pg_temp\.)?("[^"]+"|[^\s,()"]+)', 'gi') m
+          JOIN pg_class c ON c.relnamespace = pg_my_temp_schema()
+                         AND c.relname = CASE WHEN m[1] LIKE '"%' THEN trim(BOTH '"' FROM m[1]) ELSE lower(m[1]) END) THEN
+        RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+            MESSAGE = 'pgtandem cannot mirror a table made like a temporary one',
+            HINT = 'Use CREATE TABLE ... AS TABLE ... WITH NO DATA.';
     END IF;
     -- The transaction id comes before the state is read: the rotation relies on it.
     PERFORM pg_current_xact_id();
