@@ -106,6 +106,7 @@ impl World {
             }),
             connections: Some(leaving.clone()),
             ddl: Some(DdlHooks {
+                before: Some(journal::DDL_HOOK_BEFORE.into()),
                 in_transaction: journal::DDL_HOOK.into(),
                 outside: journal::DDL_HOOK_OUTSIDE.into(),
             }),

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use futures_util::{SinkExt, StreamExt, pin_mut};
 
-use super::plan::DdlRecord;
+use super::plan::{DdlRecord, adds_label};
 use super::round::{shapes_after, wait_flushed};
 use super::rows::{Mode, NotWritten, is_conflict};
 use super::session::{Session, Target};
@@ -160,9 +160,13 @@ impl Session {
         let mut ddl = Vec::new();
         let mut later_ddl = Vec::new();
         let mut barrier_xids = BTreeSet::new();
+        let mut label_xids = BTreeSet::new();
         for row in &barriers {
             let change = Change::from_row(row).map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
             let in_target: bool = row.get(6);
+            if in_target && adds_label(&change) {
+                label_xids.insert(change.xid);
+            }
             if in_target {
                 barrier_xids.insert(change.xid);
             }
@@ -176,6 +180,8 @@ impl Session {
         }
         let barrier_xids: Vec<u64> = barrier_xids.into_iter().collect();
         let spans = self.spans_of(&window, &barrier_xids).await?;
+        let label_xids: Vec<u64> = label_xids.into_iter().collect();
+        let labelled = self.spans_of(&window, &label_xids).await?;
         // The definitions are compared as of now, so DDL up to now counts.
         let rels = self
             .primary
@@ -195,6 +201,7 @@ impl Session {
 
         let mut ends: BTreeSet<u64> = tops.iter().map(|row| row.get::<_, Unsigned>(0).0).collect();
         let end = ends.last().copied();
+        ends.extend(labelled.iter().map(|&(_, last)| last));
         ends.retain(|&at| Some(at) == end || !spans.iter().any(|&(first, last)| first <= at && at < last));
         ends.extend(
             ddl.iter()

@@ -1,5 +1,7 @@
 //! DDL on the secondary, at its place in the round, as the client's own role.
 
+use std::borrow::Cow;
+
 use tokio_postgres::Client;
 
 use super::ApplyError;
@@ -9,6 +11,7 @@ use super::session::Session;
 use super::tables::record_pause;
 use crate::catalog::quote::{identifier, literal, qualified};
 use crate::catalog::{Oid, PINNED_SETTINGS};
+use crate::sql::{self, Class, DdlKind};
 
 /// The record as `pgtandem.watermark.outside` keeps it.
 pub(super) fn record_text(record: &DdlRecord) -> String {
@@ -37,14 +40,15 @@ impl Session {
             ))
             .await
             .map_err(doing("take over the settings of a DDL statement"))?;
+        let statement = &tolerant(&record.statement);
         if record.role == self.own_role {
-            secondary.execute(&record.statement, &[]).await.map(drop)
+            secondary.execute(&**statement, &[]).await.map(drop)
         } else {
             let check_bodies = record
                 .settings
                 .get("check_function_bodies")
                 .map_or("on", String::as_str);
-            run_as(secondary, &record.role, &record.statement, check_bodies).await
+            run_as(secondary, &record.role, statement, check_bodies).await
         }
         .map_err(doing("run a DDL statement on the secondary"))?;
         let restored = PINNED_SETTINGS.replace("SET ", "SET LOCAL ");
@@ -66,6 +70,7 @@ impl Session {
             )
             .await
             .map_err(doing("forget dropped tables"))?;
+        self.sequences.forget();
         self.tables = super::tables::Tables::load(&self.secondary).await?;
         Ok(())
     }
@@ -290,6 +295,7 @@ impl Session {
             .await
             .map_err(doing("record a finished DDL statement"))?;
         self.outside = None;
+        self.sequences.forget();
         self.tables = super::tables::Tables::load(&self.secondary).await?;
         Ok(())
     }
@@ -322,50 +328,27 @@ async fn run_as(
     secondary.batch_execute("DROP FUNCTION pgtandem.run_as()").await
 }
 
+/// A concurrent build that failed has left an invalid index on the primary, and none here. What
+/// drops or alters it there has succeeded, so its absence here is no error.
+fn tolerant(statement: &str) -> Cow<'_, str> {
+    match sql::place_for_if_exists(statement.as_bytes()) {
+        Some(at) => Cow::Owned(format!("{} IF EXISTS {}", &statement[..at], &statement[at..])),
+        None => Cow::Borrowed(statement),
+    }
+}
+
 /// Outside a transaction there is no function around the statement to keep it in its role, so
 /// only what runs no code of its writer's is let through. The record may be forged.
 fn may_run_outside(statement: &str) -> bool {
-    let mut rest = statement.trim_start();
-    loop {
-        if let Some(comment) = rest.strip_prefix("--") {
-            rest = comment.split_once('\n').map_or("", |(_, after)| after).trim_start();
-        } else if let Some(comment) = rest.strip_prefix("/*") {
-            rest = comment.split_once("*/").map_or("", |(_, after)| after).trim_start();
-        } else {
-            break;
-        }
-    }
-    let words: Vec<String> = rest.split_whitespace().map(str::to_ascii_uppercase).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words[..] {
-        ["CREATE", "INDEX", "CONCURRENTLY", ..]
-        | ["CREATE", "UNIQUE", "INDEX", "CONCURRENTLY", ..]
-        | ["DROP", "INDEX", "CONCURRENTLY", ..]
-        | ["CREATE" | "DROP" | "ALTER", "DATABASE", ..] => true,
-        // REINDEX TABLE CONCURRENTLY and REINDEX (VERBOSE, CONCURRENTLY) TABLE.
-        [reindex, ..] if reindex == "REINDEX" || reindex.starts_with("REINDEX(") => true,
-        [
-            "ALTER",
-            "TABLE",
-            _,
-            "DETACH",
-            "PARTITION",
-            _,
-            "CONCURRENTLY" | "FINALIZE",
-        ]
-        | [
-            "ALTER",
-            "TABLE",
-            "IF",
-            "EXISTS",
-            _,
-            "DETACH",
-            "PARTITION",
-            _,
-            "CONCURRENTLY" | "FINALIZE",
-        ] => true,
+    let script = sql::analyze(statement.as_bytes());
+    match script.single().map(|statement| &statement.class) {
+        Some(Class::Ddl(ddl)) => ddl.kind == DdlKind::Outside || ddl.tag == "REINDEX" || is_database(&ddl.tag),
         _ => false,
     }
+}
+
+fn is_database(tag: &str) -> bool {
+    ["CREATE DATABASE", "DROP DATABASE", "ALTER DATABASE"].contains(&tag)
 }
 
 /// A concurrent index build that was cut short leaves an invalid index of the same name.
@@ -400,6 +383,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_index_that_is_not_here_is_no_error() {
+        for (statement, expected) in [
+            ("drop index a_u", "drop index  IF EXISTS a_u"),
+            ("DROP INDEX IF EXISTS a_u", "DROP INDEX IF EXISTS a_u"),
+            (
+                "/* x */ alter index a rename to b",
+                "/* x */ alter index  IF EXISTS a rename to b",
+            ),
+            ("drop table a", "drop table a"),
+            (
+                "alter index all in tablespace x set tablespace y",
+                "alter index all in tablespace x set tablespace y",
+            ),
+        ] {
+            assert_eq!(tolerant(statement), expected);
+        }
+    }
+
+    #[test]
     fn what_may_run_outside_a_transaction() {
         for (statement, allowed) in [
             ("CREATE INDEX CONCURRENTLY i ON t (a)", true),
@@ -409,6 +411,7 @@ mod tests {
             ("REINDEX (CONCURRENTLY) TABLE t", true),
             ("CREATE DATABASE d", true),
             ("ALTER TABLE p DETACH PARTITION q CONCURRENTLY", true),
+            ("alter table s.\"P p\" detach partition \"P 1\" concurrently", true),
             (
                 "ALTER TABLE p ALTER a TYPE text USING f(a) -- DETACH PARTITION q CONCURRENTLY",
                 false,

@@ -28,6 +28,7 @@ pub mod image;
 mod lease;
 pub mod pipeline;
 pub mod plan;
+mod refill;
 mod round;
 mod rows;
 mod seeding;

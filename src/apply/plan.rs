@@ -100,6 +100,19 @@ impl DdlRecord {
     }
 }
 
+/// Whether a DDL statement gives an enum a new label. Such a label may be used only after the
+/// transaction that added it: what came later on the primary must come later here.
+pub fn adds_label(change: &Change<'_>) -> bool {
+    let words = || {
+        let text = String::from_utf8_lossy(change.new.unwrap_or_default()).to_ascii_uppercase();
+        text.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    change.operation == Operation::Ddl && {
+        let text = words();
+        text.contains("TYPE") && text.contains("ADD VALUE")
+    }
+}
+
 /// Plans a round. The changes come in any order.
 pub fn plan<'a>(changes: &[Change<'a>]) -> Result<Plan<'a>, BadDdlRecord> {
     let mut places: HashMap<u64, u64> = HashMap::new();
@@ -318,6 +331,19 @@ mod tests {
             ],
             "7:+a | ddl(alter) | 7:+b",
         );
+    }
+
+    #[test]
+    fn labels_that_are_added() {
+        for (statement, adds) in [
+            ("alter type mood add value 'x'", true),
+            ("ALTER TYPE s.mood\n ADD  VALUE IF NOT EXISTS 'x' BEFORE 'y'", true),
+            ("alter type mood rename value 'x' to 'y'", false),
+            ("alter table t add value int", false),
+        ] {
+            let changes = changes(&[(2, 2, 0, 'S', CONTEXT, statement)]);
+            assert_eq!(adds_label(&changes[0]), adds, "{statement}");
+        }
     }
 
     #[test]

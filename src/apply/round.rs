@@ -60,7 +60,8 @@ impl Session {
                 .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
             let bytes: usize = changes.iter().map(Change::size).sum();
             let too_large = changes.len() as i64 > CHANGES_MAX || bytes > BYTES_MAX;
-            if too_large && self.config.read_by == ReadBy::Snapshot {
+            let in_pieces = too_large || changes.iter().any(super::plan::adds_label);
+            if in_pieces && self.config.read_by == ReadBy::Snapshot {
                 drop(changes);
                 self.end_read().await?;
                 let count = self

@@ -26,6 +26,7 @@ pub(super) struct CatalogWatch {
 /// xmin alone.
 const FINGERPRINT: &str = "\
 SELECT concat_ws(' ',
+    EXISTS (SELECT FROM pg_largeobject_metadata),
     (SELECT concat(count(*), ':', sum(hashint8(c.oid::bigint * 4294967296 + c.xmin::text::bigint)::bigint))
        FROM pg_class c WHERE c.relkind IN ('r', 'p', 'S', 'f', 'm') AND c.oid >= 16384),
     (SELECT concat(count(*), ':', sum(hashint8(a.attrelid::bigint * 4294967296 + a.xmin::text::bigint)::bigint))
@@ -74,6 +75,7 @@ impl Session {
         self.tables = Tables::load(&self.secondary).await?;
         self.adopt_tables().await?;
         let settled = self.compare_definitions().await?;
+        let refilled = self.refill_resumed().await?;
         self.aside
             .batch_execute(
                 "UPDATE pgtandem.captured c SET filenode = s.filenode FROM pgtandem.shape s
@@ -89,7 +91,7 @@ impl Session {
                 .await
                 .map_err(doing("check ownership on the secondary"))?,
         );
-        Ok(settled && primary_report.busy.is_empty() && secondary_report.busy.is_empty())
+        Ok(settled && refilled && primary_report.busy.is_empty() && secondary_report.busy.is_empty())
     }
 
     async fn note_lost_capture(&mut self, rel: Oid) -> Result<(), ApplyError> {

@@ -127,6 +127,7 @@ impl Session {
             lookout: Lookout::default(),
         };
         session.load_watermark().await?;
+        session.refill_after_a_crash().await?;
         session.tables = Tables::load(&session.secondary).await?;
         Ok(session)
     }

@@ -49,7 +49,7 @@ impl Writer {
         let same_order = table.columns.iter().map(|column| &column.name).eq(image_columns);
         let row_type = if same_order { target.clone() } else { image_type(&table) };
         let row_text = if same_order && !table.has_virtual_columns() {
-            "t::text".to_owned()
+            "(t.*)::text".to_owned()
         } else {
             let fields: Vec<String> = image_columns
                 .iter()
@@ -130,7 +130,8 @@ impl Writer {
     }
 
     /// What switches off, and on again, the application's triggers and rules that would fire
-    /// even for a replica: the primary's have had their effects captured. Inside the round's
+    /// even for a replica: the primary's have had their effects captured; and row security where
+    /// it is forced on the owner. Inside the round's
     /// transaction, so that nobody else sees them off.
     pub fn silence(&self) -> Option<(String, String)> {
         let mut off = Vec::new();
@@ -146,6 +147,10 @@ impl Writer {
                 off.push(format!("DISABLE {kind} {name}"));
                 on.push(format!("ENABLE {mode} {kind} {name}"));
             }
+        }
+        if self.table.hides_rows {
+            off.push("NO FORCE ROW LEVEL SECURITY".to_owned());
+            on.push("FORCE ROW LEVEL SECURITY".to_owned());
         }
         (!off.is_empty()).then(|| {
             let alter = |actions: &[String]| format!("ALTER TABLE ONLY {} {}", self.target, actions.join(", "));
@@ -357,6 +362,7 @@ mod tests {
             key_alone: true,
             always_triggers: vec![],
             always_rules: vec![],
+            hides_rows: false,
         }
     }
 

@@ -37,7 +37,15 @@ impl Mirrored {
         if let Some(statement) = self.prepared.get(&sql) {
             return Ok(statement.clone());
         }
+        let hides_rows = self.writer.as_ref().is_some_and(|writer| writer.table().hides_rows);
+        if hides_rows {
+            // The statement runs while row security is not forced; preparing it comes before.
+            client.batch_execute("SET row_security = on").await?;
+        }
         let statement = client.prepare(&sql).await?;
+        if hides_rows {
+            client.batch_execute("SET row_security = off").await?;
+        }
         self.prepared.insert(sql, statement.clone());
         Ok(statement)
     }

@@ -1,11 +1,12 @@
 //! What the databases say of themselves: tables and their keys, transaction snapshots,
-//! privileges, and whether two databases hold the same rows.
+//! privileges, and whether two databases hold the same rows and definitions.
 //!
 //! Used by the journal and the applier, and later by `check` and `schema diff`. Nothing here
 //! changes a database.
 
 pub mod compare;
 mod databases;
+pub mod definitions;
 pub mod privileges;
 pub mod quote;
 pub mod snapshot;

@@ -53,6 +53,8 @@ pub struct Table {
     /// then the name.
     pub always_triggers: Vec<String>,
     pub always_rules: Vec<String>,
+    /// Whether row security is forced on the owner and on the role that asked.
+    pub hides_rows: bool,
 }
 
 impl Table {
@@ -90,7 +92,8 @@ SELECT c.oid, n.nspname::text, c.relname::text,
     (SELECT COALESCE(array_agg(t.tgenabled::text || t.tgname), '{}') FROM pg_trigger t
       WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND t.tgname NOT LIKE 'zzz\\_pgtandem\\_%'),
     (SELECT COALESCE(array_agg(r.ev_enabled::text || r.rulename), '{}') FROM pg_rewrite r
-      WHERE r.ev_class = c.oid AND r.ev_enabled IN ('A', 'R') AND r.ev_type <> '1')
+      WHERE r.ev_class = c.oid AND r.ev_enabled IN ('A', 'R') AND r.ev_type <> '1'),
+    c.relrowsecurity AND c.relforcerowsecurity AND NOT (SELECT rolbypassrls OR rolsuper FROM pg_roles WHERE rolname = current_user)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.oid = ANY($1)";
 
@@ -117,5 +120,6 @@ fn from_row(row: &tokio_postgres::Row) -> Table {
         uniques,
         always_triggers: row.get(6),
         always_rules: row.get(7),
+        hides_rows: row.get(8),
     }
 }

@@ -69,7 +69,10 @@ fn problems(status: &Status) -> Vec<String> {
                 problems.push(format!("{name}: {}: {why}", table.name));
             }
             if let Some(why) = &table.paused {
-                problems.push(format!("{name}: mirroring of {} is paused: {why}", table.name));
+                problems.push(format!(
+                    "{name}: mirroring of {} is paused: {why}. Run the same DDL on the secondary; its rows then follow by themselves",
+                    table.name
+                ));
             }
         }
         if mirroring.divergences > 0 {

@@ -11,7 +11,7 @@ use crate::catalog::{privileges, quote};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 const SCRIPTS: [&str; 3] = [
     include_str!("sql/schema.sql"),
@@ -83,6 +83,7 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
             .await
             .map_err(doing("record the installation"))?;
     }
+    watch_ddl(&transaction).await?;
     let before = read_slot_state(&transaction).await?;
     let state = before.unwrap_or(SlotState {
         side: SideState { epoch, role },
@@ -97,6 +98,30 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
         state: state.side,
         fresh: before.is_none(),
     })
+}
+
+/// Event triggers for DDL that does not come through the proxy, where its role may create them:
+/// only a superuser may. They go with the schema.
+async fn watch_ddl(client: &tokio_postgres::Transaction<'_>) -> Result<(), JournalError> {
+    let may = client
+        .query_one(
+            "SELECT rolsuper AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'pgtandem_ddl')
+               FROM pg_roles WHERE rolname = current_user",
+            &[],
+        )
+        .await
+        .map_err(doing("look for event triggers"))?
+        .get::<_, bool>(0);
+    if may {
+        client
+            .batch_execute(
+                "CREATE EVENT TRIGGER pgtandem_ddl ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_seen();
+                 CREATE EVENT TRIGGER pgtandem_drop ON sql_drop EXECUTE FUNCTION pgtandem.ddl_seen()",
+            )
+            .await
+            .map_err(doing("create event triggers"))?;
+    }
+    Ok(())
 }
 
 /// Removes triggers and schema. Table by table with short locks, so that no application queues

@@ -22,6 +22,11 @@ pub use state::{SideRole, SideState, SlotState, read_state, set_role};
 
 use crate::config::StrayWriters;
 
+/// Run by a client's session right before a DDL statement, in its transaction; `$1` is what the
+/// words of the statement tell. It remembers, for the transaction, what only the session can see
+/// and only now: which of the relations are temporary.
+pub const DDL_HOOK_BEFORE: &str = "SELECT pgtandem.before_ddl($1::jsonb)";
+
 /// Run by a client's session right after a DDL statement, in its transaction; `$1` is the
 /// statement's exact text.
 pub const DDL_HOOK: &str =

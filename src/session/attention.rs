@@ -291,6 +291,7 @@ impl Session {
             Some(statement) if !self.tracker.skipping() => {
                 let text = statement.of(&steps.text);
                 let is_ddl = matches!(&statement.class, Class::Ddl(ddl) if ddl.kind == DdlKind::Transactional);
+                self.put_hook_before(&statement.class, out);
                 frontend::put_parse(out, b"", text, &[]);
                 frontend::put_bind(out, b"", b"", &[]);
                 frontend::put_describe_portal(out, b"");
@@ -325,6 +326,16 @@ impl Session {
     pub(super) fn put_hook(&mut self, text: &[u8], out: &mut Vec<u8>) {
         if let Some(hooks) = self.context.hooks.ddl.clone() {
             self.put_hook_call(&hooks.in_transaction, text, out);
+        }
+    }
+
+    /// The hook for DDL that is about to be sent.
+    pub(super) fn put_hook_before(&mut self, class: &Class, out: &mut Vec<u8>) {
+        let before = self.context.hooks.ddl.as_ref().and_then(|hooks| hooks.before.clone());
+        if let (Some(hook), Class::Ddl(ddl)) = (before, class)
+            && ddl.kind == DdlKind::Transactional
+        {
+            self.put_hook_call(&hook, ddl.facts().as_bytes(), out);
         }
     }
 

@@ -57,10 +57,13 @@ pub trait OwnConnections: Send + Sync {
     fn leave(&self, dbname: &str);
 }
 
-/// SQL that a client's own session runs after its DDL in mirroring phases, with the exact
-/// statement as `$1`.
+/// SQL that a client's own session runs around its DDL in mirroring phases, with the exact
+/// statement as `$1` of what comes after it.
 #[derive(Debug, Clone)]
 pub struct DdlHooks {
+    /// Right before the statement, in its transaction; `$1` is what is known of it
+    /// ([`Ddl::facts`](crate::sql::Ddl::facts)).
+    pub before: Option<String>,
     /// Right after the statement, in its transaction.
     pub in_transaction: String,
     /// After a statement that cannot run in a transaction has succeeded.

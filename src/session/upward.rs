@@ -1,6 +1,9 @@
 //! What becomes of each frame of the client's, decided as it passes.
 
+use std::rc::Rc;
+
 use super::attention::{Attention, Outside, Steps};
+use super::known::Known;
 use super::outbox::Gather;
 use super::relay::{End, Session};
 use super::sniff::{Sniff, sniff};
@@ -59,6 +62,9 @@ impl Session {
             } else {
                 Plan::Pass(Mark::None)
             };
+            if plan == Plan::HookBehind {
+                self.hook_before(&rest[HEADER_LEN..header.total], gather.insert());
+            }
             match plan {
                 Plan::Steps => {
                     // The Query itself stays here; its statements go instead of it.
@@ -243,16 +249,28 @@ impl Session {
         }
     }
 
+    /// Puts the hook before an Execute that is about to pass.
+    fn hook_before(&mut self, execute: &[u8], out: &mut Vec<u8>) {
+        let Some(known) = self.executed(execute) else { return };
+        let script = self.context.hooks.statements.get_as(&known.text, self.lex);
+        let Some(statement) = script.single() else { return };
+        self.attention();
+        self.put_hook_before(&statement.class, out);
+    }
+
     /// Puts the hook behind an Execute that has just passed.
     fn hook_behind(&mut self, execute: &[u8], out: &mut Vec<u8>) {
-        let portal = frontend::execute_portal(execute).and_then(|name| self.statements.portal(name));
-        let Some(known) = portal.map(|portal| portal.statement.clone()) else {
-            return;
-        };
+        let Some(known) = self.executed(execute) else { return };
         let script = self.context.hooks.statements.get_as(&known.text, self.lex);
         let Some(statement) = script.single() else { return };
         self.attention();
         self.put_hook(statement.of(&known.text), out);
+    }
+
+    /// The statement of the portal that an Execute names.
+    fn executed(&self, execute: &[u8]) -> Option<Rc<Known>> {
+        let portal = frontend::execute_portal(execute).and_then(|name| self.statements.portal(name));
+        portal.map(|portal| portal.statement.clone())
     }
 
     /// From here on replies are looked at one by one.

@@ -156,6 +156,15 @@ pub struct QualifiedName {
 }
 
 impl QualifiedName {
+    /// As SQL.
+    pub fn quoted(&self) -> String {
+        let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+        match &self.schema {
+            Some(schema) => format!("{}.{}", quote(schema), quote(&self.name)),
+            None => quote(&self.name),
+        }
+    }
+
     pub fn new(schema: Option<&str>, name: &str) -> Self {
         Self {
             schema: schema.map(str::to_owned),
@@ -327,6 +336,32 @@ pub struct Ddl {
     /// The statement computes rows (CREATE TABLE AS, SELECT INTO, REFRESH): they are copied
     /// after it, not computed again.
     pub computes_rows: bool,
+    /// The existing relations that it changes or drops: only the session can tell which of them
+    /// are temporary.
+    pub concerns: Vec<QualifiedName>,
+}
+
+impl Ddl {
+    /// What the journal's hook has to know before the statement runs, as JSON.
+    pub fn facts(&self) -> String {
+        let from_query = ["CREATE TABLE AS", "SELECT INTO"].contains(&self.tag.as_str());
+        let creates_relation = from_query
+            || [
+                "CREATE TABLE",
+                "CREATE VIEW",
+                "CREATE SEQUENCE",
+                "CREATE MATERIALIZED VIEW",
+            ]
+            .contains(&self.tag.as_str());
+        let creates = self.name.as_ref().filter(|_| creates_relation);
+        serde_json::json!({
+            "tag": self.tag,
+            "from_query": from_query,
+            "creates": creates.map(|name| name.name.as_str()),
+            "concerns": self.concerns.iter().map(QualifiedName::quoted).collect::<Vec<_>>(),
+        })
+        .to_string()
+    }
 }
 
 /// How a schema change reaches the secondary.

@@ -121,6 +121,7 @@ fn select_into(statement: &[u8], settings: LexSettings) -> Option<Ddl> {
                 tag: "SELECT INTO".to_owned(),
                 name,
                 computes_rows: true,
+                concerns: Vec::new(),
             });
         }
         previous_makes_it_other =

@@ -6,7 +6,7 @@
 
 use super::class::{Ddl, DdlKind, NotMirrored, QualifiedName};
 use super::cursor::Cursor;
-use super::lexer::TokenKind;
+use super::lexer::{LexSettings, TokenKind};
 
 /// The schema change that begins with `first`, which the cursor stands behind.
 pub(super) fn ddl(first: &str, cursor: &mut Cursor<'_>) -> Option<Ddl> {
@@ -50,6 +50,7 @@ fn transactional(tag: &str, name: Option<QualifiedName>) -> Ddl {
         tag: tag.to_owned(),
         name,
         computes_rows: false,
+        concerns: Vec::new(),
     }
 }
 
@@ -59,6 +60,7 @@ fn not_mirrored(tag: &str, reason: NotMirrored) -> Ddl {
         tag: tag.to_owned(),
         name: None,
         computes_rows: false,
+        concerns: Vec::new(),
     }
 }
 
@@ -130,6 +132,9 @@ fn create(cursor: &mut Cursor<'_>) -> Ddl {
             }
         }
         "MATERIALIZED VIEW" => ddl.computes_rows = true,
+        "INDEX" | "TRIGGER" | "POLICY" => ddl.concerns = after(cursor, "ON"),
+        "RULE" => ddl.concerns = after(cursor, "TO"),
+        "STATISTICS" => ddl.concerns = after(cursor, "FROM"),
         _ => {}
     }
     if temporary {
@@ -182,6 +187,11 @@ fn alter(cursor: &mut Cursor<'_>) -> Ddl {
         _ => cursor.name(),
     };
     let mut ddl = transactional(&tag, name);
+    if is_relation(&object) {
+        ddl.concerns.extend(ddl.name.clone());
+    } else if is_on_relation(&object) {
+        ddl.concerns = after(cursor, "ON");
+    }
     if cursor.peek_kind() == Some(TokenKind::Symbol) {
         cursor.next(); // ALTER TABLE name *
     }
@@ -199,6 +209,58 @@ fn alter(cursor: &mut Cursor<'_>) -> Ddl {
         }
     }
     ddl
+}
+
+/// The relation that is named behind a word at the outermost level.
+fn after(cursor: &mut Cursor<'_>, word: &str) -> Vec<QualifiedName> {
+    while let Some(kind) = cursor.peek_kind() {
+        if kind == TokenKind::OpenParen {
+            cursor.skip_parens(|_| {});
+        } else if cursor.eat(word) {
+            cursor.eat("ONLY");
+            return cursor.name().into_iter().collect();
+        } else {
+            cursor.next();
+        }
+    }
+    Vec::new()
+}
+
+/// Kinds of objects that live among relations, and so may be temporary.
+fn is_relation(object: &str) -> bool {
+    [
+        "TABLE",
+        "VIEW",
+        "MATERIALIZED VIEW",
+        "SEQUENCE",
+        "INDEX",
+        "FOREIGN TABLE",
+    ]
+    .contains(&object)
+}
+
+/// Kinds of objects that are named with the relation that they belong to.
+fn is_on_relation(object: &str) -> bool {
+    ["TRIGGER", "POLICY", "RULE", "CONSTRAINT"].contains(&object)
+}
+
+fn names(cursor: &mut Cursor<'_>) -> Vec<QualifiedName> {
+    let mut names: Vec<QualifiedName> = cursor.name().into_iter().collect();
+    while cursor.eat_kind(TokenKind::Comma) {
+        names.extend(cursor.name());
+    }
+    names
+}
+
+/// Where IF EXISTS belongs in a DROP INDEX or ALTER INDEX that lacks it, as a byte offset.
+pub fn place_for_if_exists(text: &[u8]) -> Option<usize> {
+    let mut cursor = Cursor::new(text, LexSettings::default());
+    if !cursor.eat_any(&["DROP", "ALTER"]) || !cursor.eat("INDEX") {
+        return None;
+    }
+    cursor.eat("CONCURRENTLY");
+    let absent = !cursor.at("IF") && !cursor.at("ALL");
+    absent.then(|| text.len() - cursor.rest().len())
 }
 
 /// Whether a comma at the outermost level announces another action of ALTER TABLE.
@@ -225,6 +287,14 @@ fn drop(cursor: &mut Cursor<'_>) -> Ddl {
         _ => cursor.name(),
     };
     let mut ddl = transactional(&tag, name);
+    if is_relation(&object) {
+        ddl.concerns.extend(ddl.name.clone());
+        if cursor.eat_kind(TokenKind::Comma) {
+            ddl.concerns.extend(names(cursor));
+        }
+    } else if is_on_relation(&object) {
+        ddl.concerns = after(cursor, "ON");
+    }
     match object.as_str() {
         "DATABASE" => ddl.kind = DdlKind::Outside,
         "TABLESPACE" => ddl.kind = DdlKind::NotMirrored(NotMirrored::Tablespace),
@@ -250,11 +320,64 @@ fn on_object(tag: &str, cursor: &mut Cursor<'_>) -> Ddl {
             if cursor.at("SUBSCRIPTION") {
                 return not_mirrored(tag, NotMirrored::Subscription);
             }
-            return transactional(tag, None);
+            let mut ddl = transactional(tag, None);
+            ddl.concerns = if tag == "COMMENT" {
+                commented(cursor)
+            } else {
+                granted(cursor)
+            };
+            return ddl;
         } else {
             cursor.next();
         }
     }
     // GRANT role TO role.
     transactional(tag, None)
+}
+
+/// The relation of COMMENT ON …
+fn commented(cursor: &mut Cursor<'_>) -> Vec<QualifiedName> {
+    let object = object(cursor);
+    if is_relation(&object) {
+        return cursor.name().into_iter().collect();
+    }
+    if is_on_relation(&object) {
+        return after(cursor, "ON");
+    }
+    if object != "COLUMN" {
+        return Vec::new();
+    }
+    let mut parts: Vec<String> = cursor.identifier().into_iter().collect();
+    while cursor.eat_kind(TokenKind::Dot) {
+        parts.extend(cursor.identifier());
+    }
+    parts.pop();
+    let name = parts.pop();
+    name.map(|name| QualifiedName {
+        schema: parts.pop(),
+        name,
+    })
+    .into_iter()
+    .collect()
+}
+
+/// The relations of GRANT … ON and REVOKE … ON.
+fn granted(cursor: &mut Cursor<'_>) -> Vec<QualifiedName> {
+    const OTHERS: &[&str] = &[
+        "FUNCTION",
+        "PROCEDURE",
+        "ROUTINE",
+        "SCHEMA",
+        "DATABASE",
+        "TYPE",
+        "DOMAIN",
+        "LANGUAGE",
+        "PARAMETER",
+        "FOREIGN",
+        "ALL",
+    ];
+    if !cursor.eat_any(&["TABLE", "SEQUENCE"]) && cursor.at_any(OTHERS) {
+        return Vec::new();
+    }
+    names(cursor)
 }

@@ -35,6 +35,7 @@ pub use comparable::{
     FUNCTIONS_QUERY, FunctionCatalog, FunctionVolatility, NotComparable, RELATIONS_QUERY, RelationKind, Volatility,
     shadowable, single_read,
 };
+pub use ddl::place_for_if_exists;
 pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as};
 pub use glance::{Glance, glance};

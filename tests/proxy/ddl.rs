@@ -25,6 +25,7 @@ async fn start(database: &str, phase: Phase) -> (Proxy, pgtandem::upstream::cont
     let hooks = Hooks {
         statements: Arc::default(),
         ddl: Some(DdlHooks {
+            before: Some("select $1::jsonb".into()),
             in_transaction: "select public.record($1, false)".into(),
             outside: "select public.record($1, true)".into(),
         }),

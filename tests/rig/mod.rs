@@ -39,12 +39,15 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new() -> Self {
-        let legacy = prepared(&Binaries::legacy().unwrap());
-        let new = prepared(&Binaries::new_side().unwrap());
-        assert!(legacy.major < new.major, "the standing test is an upgrade");
+        let rig = Self::between(&Binaries::legacy().unwrap(), &Binaries::new_side().unwrap());
+        assert!(rig.legacy.major < rig.new.major, "the standing test is an upgrade");
+        rig
+    }
+
+    pub(crate) fn between(legacy: &Binaries, new: &Binaries) -> Self {
         Self {
-            legacy,
-            new,
+            legacy: prepared(legacy),
+            new: prepared(new),
             directory: TempDir::new().unwrap(),
             port: free_port().unwrap(),
             admin_port: free_port().unwrap(),
@@ -225,6 +228,13 @@ auth:
         connect(&self.url()).await.unwrap()
     }
 
+    /// The application's database, which it owns.
+    pub(crate) fn create_database(server: &Server) {
+        server.create_database(DATABASE, APP).unwrap();
+        let grant = format!("GRANT CREATE ON DATABASE {DATABASE} TO {OWN_ROLE}");
+        server.sql(DATABASE, &grant).unwrap();
+    }
+
     pub(crate) fn server(&self, side: Side) -> &Server {
         match side {
             Side::Legacy => &self.legacy,
@@ -266,13 +276,9 @@ fn prepared(binaries: &Binaries) -> Server {
     let server = Server::start(binaries, &["deadlock_timeout=100ms"]).unwrap();
     server.create_role(APP, "LOGIN").unwrap();
     server.create_role(OWN_ROLE, "LOGIN").unwrap();
-    server.create_database(DATABASE, APP).unwrap();
-    let grants = format!(
-        "GRANT {APP} TO {OWN_ROLE};
-         GRANT CREATE ON DATABASE {DATABASE} TO {OWN_ROLE};
-         GRANT SET ON PARAMETER session_replication_role TO {OWN_ROLE}"
-    );
-    server.sql(DATABASE, &grants).unwrap();
+    let grants = format!("GRANT {APP} TO {OWN_ROLE}; GRANT SET ON PARAMETER session_replication_role TO {OWN_ROLE}");
+    server.sql("postgres", &grants).unwrap();
+    Rig::create_database(&server);
     server
 }
 

@@ -166,7 +166,12 @@ $capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid);
 
     EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', target);
     -- Nobody else can have an uncommitted row here now, so what is seen is all there is.
-    EXECUTE format('SELECT NOT EXISTS (SELECT FROM ONLY %s)', target) INTO empty;
+    -- By its size where row security might hide rows from us.
+    IF EXISTS (SELECT FROM pg_class c WHERE c.oid = capture.rel AND c.relrowsecurity AND c.relforcerowsecurity) THEN
+        empty := pg_relation_size(capture.rel) = 0;
+    ELSE
+        EXECUTE format('SELECT NOT EXISTS (SELECT FROM ONLY %s)', target) INTO empty;
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = capture.rel AND g.tgname = 'zzz_pgtandem_row') THEN
         EXECUTE format('CREATE TRIGGER zzz_pgtandem_row AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW WHEN (session_user <> %L) EXECUTE FUNCTION pgtandem.%I()',
             target, current_user, function_name);

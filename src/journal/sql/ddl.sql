@@ -13,23 +13,86 @@ AS $$
                 ELSE false END
 $$;
 
--- The part that runs under pinned settings: images must be written as capture writes them.
-CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb) RETURNS void
+-- CREATE TABLE for a table that came from a query: it has columns, and nothing else.
+CREATE OR REPLACE FUNCTION pgtandem.plain_table(rel oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT format('CREATE %sTABLE %s (%s) USING %I%s', CASE c.relpersistence WHEN 'u' THEN 'UNLOGGED ' ELSE '' END, pgtandem.name_of(c.oid),
+               (SELECT string_agg(format('%I %s%s', a.attname, format_type(a.atttypid, a.atttypmod),
+                           CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation::text ELSE '' END), ', ' ORDER BY a.attnum)
+                  FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+               m.amname, (SELECT ' WITH (' || string_agg(format('%s=%L', split_part(o, '=', 1), substr(o, strpos(o, '=') + 1)), ', ') || ')' FROM unnest(c.reloptions) o))
+      FROM pg_class c JOIN pg_am m ON m.oid = c.relam WHERE c.oid = plain_table.rel
+$$;
+
+-- Journals a table's rows as they are now, after a clear: what came before is void. Nobody else
+-- may be writing it. The settings are those under which capture writes images.
+CREATE OR REPLACE FUNCTION pgtandem.journal_rows(rel oid) RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp SET "DateStyle" = 'ISO, YMD' SET "TimeZone" = 'UTC' SET "IntervalStyle" = 'postgres'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off SET row_security = off
+AS $$
+DECLARE
+    target text := pgtandem.name_of(rel);
+    row_image text;
+    image_of text;
+    forced boolean := (SELECT c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c WHERE c.oid = rel);
+BEGIN
+    PERFORM pgtandem.append(rel, 'T', NULL, NULL);
+    SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
+               format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
+           ELSE '(t.*)::text' END
+      INTO image_of
+      FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped;
+    IF forced THEN
+        EXECUTE format('ALTER TABLE ONLY %s NO FORCE ROW LEVEL SECURITY', target);
+    END IF;
+    FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, target) LOOP
+        PERFORM pgtandem.append(rel, 'I', NULL, row_image);
+    END LOOP;
+    IF forced THEN
+        EXECUTE format('ALTER TABLE ONLY %s FORCE ROW LEVEL SECURITY', target);
+    END IF;
+END
+$$;
+
+-- Sends a table's rows once more: the secondary lost them, or was left out for a while. Writers of
+-- the table wait meanwhile, so that each row is either before this or after; the caller sets
+-- lock_timeout.
+CREATE OR REPLACE FUNCTION pgtandem.refill(rel oid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_current_xact_id();
+    EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', pgtandem.name_of(rel));
+    -- After DDL that nobody saw, rows may be written in a way that the capture function does not
+    -- expect yet.
+    PERFORM pgtandem.capture(rel);
+    UPDATE pgtandem.captured c
+       SET shape = s.shape, filenode = s.filenode, attributes = s.attributes, attribute_count = s.attribute_count,
+           schema = s.schema, name = s.name
+      FROM pgtandem.shape s WHERE s.rel = refill.rel AND c.rel = refill.rel;
+    PERFORM pgtandem.journal_rows(rel);
+END
+$$;
+
+-- The part that runs under pinned settings: images must be written as capture writes them.
+DROP FUNCTION IF EXISTS pgtandem.ddl_effects(text, jsonb);
+CREATE OR REPLACE FUNCTION pgtandem.ddl_effects(statement text, context jsonb, from_query boolean) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp SET "DateStyle" = 'ISO, YMD' SET "TimeZone" = 'UTC' SET "IntervalStyle" = 'postgres'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET quote_all_identifiers = off SET row_security = off
 AS $$
 DECLARE
     top_xid bigint := pg_current_xact_id()::text::bigint;
     t record;
-    row_image text;
-    image_of text;
+    rel oid;
     created jsonb := '[]';
     changed jsonb := '[]';
     filled oid[] := '{}';
     computed jsonb;
-    has_rows boolean;
     hint text;
+    plain text := '';
 BEGIN
     -- New tables: their row in pg_class is of this transaction.
     FOR t IN
@@ -47,10 +110,11 @@ BEGIN
                 MESSAGE = format('pgtandem cannot capture the new table %s: %s', t.target, SQLERRM),
                 HINT = format('Let the proxy''s role own what %s owns: %s', t.owner, hint);
         END;
-        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s)', t.target) INTO has_rows;
-        IF has_rows THEN
+        -- By its size: row security may stand between us and the rows already.
+        IF pg_relation_size(t.rel) > 0 THEN
             filled := filled || t.rel;
         END IF;
+        plain := plain || pgtandem.plain_table(t.rel);
         created := created || jsonb_build_object('rel', t.rel::bigint, 'schema', t.schema, 'name', t.name, 'columns', t.columns,
             'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes);
     END LOOP;
@@ -87,19 +151,47 @@ BEGIN
          WHERE c.rel = t.rel;
     END LOOP;
 
+    -- A query is not run a second time: it may have effects of its own, use what only this session
+    -- has, or answer otherwise. The table is made empty there, and its rows follow.
+    IF from_query THEN
+        IF plain = '' THEN
+            RETURN;
+        END IF;
+        statement := plain;
+    END IF;
+
     PERFORM pgtandem.append(0, 'S', (context || jsonb_build_object('created', created, 'changed', changed))::text, statement);
 
-    FOR t IN SELECT f.rel, pgtandem.name_of(f.rel) AS target FROM unnest(filled) AS f(rel) LOOP
-        PERFORM pgtandem.append(t.rel, 'T', NULL, NULL);
-        SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
-                   format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
-               ELSE 't::text' END
-          INTO image_of
-          FROM pg_attribute a WHERE a.attrelid = t.rel AND a.attnum > 0 AND NOT a.attisdropped;
-        FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, t.target) LOOP
-            PERFORM pgtandem.append(t.rel, 'I', NULL, row_image);
-        END LOOP;
+    FOREACH rel IN ARRAY filled LOOP
+        PERFORM pgtandem.journal_rows(rel);
     END LOOP;
+END
+$$;
+
+-- Run by a client's session right before a DDL statement, in its transaction: afterwards nobody
+-- can tell which of the relations it dropped or renamed were temporary. With the client's own
+-- privileges and search path, hence the qualified names.
+CREATE OR REPLACE FUNCTION pgtandem.before_ddl(facts jsonb) RETURNS void
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    concerned text;
+    temporary boolean := false;
+    others jsonb := '[]';
+BEGIN
+    IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid THEN
+        FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') LOOP
+            IF EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(concerned)::pg_catalog.oid
+                          AND c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) THEN
+                temporary := true;
+            ELSE
+                others := others OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_array(concerned);
+            END IF;
+        END LOOP;
+    END IF;
+    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others,
+        'existed', (SELECT c.oid::bigint FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+                       AND c.relname OPERATOR(pg_catalog.=) (facts OPERATOR(pg_catalog.->>) 'creates'))))::text, true);
 END
 $$;
 
@@ -109,7 +201,33 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     state bigint;
+    facts jsonb := COALESCE(NULLIF(current_setting('pgtandem.ddl', true), ''), '{}');
+    others text := (SELECT string_agg(o, ', ') FROM jsonb_array_elements_text(COALESCE(facts -> 'others', '[]')) o);
 BEGIN
+    IF facts <> '{}' THEN
+        PERFORM set_config('pgtandem.ddl', '', true);
+    END IF;
+    -- What is temporary stays where it is.
+    IF (facts ->> 'temporary')::boolean THEN
+        IF others IS NULL THEN
+            RETURN;
+        ELSIF facts ->> 'tag' NOT LIKE 'DROP %' THEN
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('pgtandem cannot mirror a %s of temporary and other relations at once', facts ->> 'tag'),
+                HINT = 'Use one statement for each kind.';
+        END IF;
+        statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* '\mcascade\M' THEN ' CASCADE' ELSE '' END);
+    ELSIF EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = facts ->> 'creates'
+                     AND c.oid::bigint <> COALESCE((facts ->> 'existed')::bigint, 0)) THEN
+        RETURN;
+    ELSIF facts ->> 'tag' = 'CREATE TABLE' AND EXISTS (
+        SELECT FROM regexp_matches(statement, '\mlike\s+(?:pg_temp\.)?("[^"]+"|[^\s,()"]+)', 'gi') m
+          JOIN pg_class c ON c.relnamespace = pg_my_temp_schema()
+                         AND c.relname = CASE WHEN m[1] LIKE '"%' THEN trim(BOTH '"' FROM m[1]) ELSE lower(m[1]) END) THEN
+        RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+            MESSAGE = 'pgtandem cannot mirror a table made like a temporary one',
+            HINT = 'Use CREATE TABLE ... AS TABLE ... WITH NO DATA.';
+    END IF;
     -- The transaction id comes before the state is read: the rotation relies on it.
     PERFORM pg_current_xact_id();
     PERFORM pg_advisory_xact_lock_shared(1885828196, 1);
@@ -122,7 +240,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
     END IF;
-    PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role));
+    PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role), COALESCE((facts ->> 'from_query')::boolean, false));
 END
 $$;
 
@@ -150,14 +268,71 @@ AS $$
         'DateStyle', pg_catalog.current_setting('DateStyle'),
         'IntervalStyle', pg_catalog.current_setting('IntervalStyle'),
         'check_function_bodies', pg_catalog.current_setting('check_function_bodies'),
+        'transform_null_equals', pg_catalog.current_setting('transform_null_equals'),
+        'array_nulls', pg_catalog.current_setting('array_nulls'),
+        'xmloption', pg_catalog.current_setting('xmloption'),
+        'lc_monetary', pg_catalog.current_setting('lc_monetary'),
+        'default_text_search_config', pg_catalog.current_setting('default_text_search_config'),
+        'backslash_quote', pg_catalog.current_setting('backslash_quote'),
         'standard_conforming_strings', pg_catalog.current_setting('standard_conforming_strings')))
+$$;
+
+-- Whether changes of this database are captured for the other side now.
+CREATE OR REPLACE FUNCTION pgtandem.is_captured_primary() RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT (pg_sequence_last_value('pgtandem.state') >> 2) & 15 = 0
+$$;
+
+-- Event triggers, where the proxy's role may have them: DDL by connections that do not come through
+-- the proxy. Only what is the client's own single statement is recorded, since current_query() is
+-- its text; what a function or a DO block does, or one of several statements, is left to the
+-- catalog's watch, which pauses the table. With the client's own privileges, hence the names.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_seen() RETURNS event_trigger
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    context text;
+    statement text := pg_catalog.regexp_replace(pg_catalog.current_query(), '[;\s]+$', '');
+    -- Without what stands in quotes, where a semicolon ends nothing.
+    bare text := pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, '(\$[A-Za-z_]*\$).*?\1', '', 'g'), '''[^'']*''', '', 'g');
+    temporary boolean;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    -- Known already (the proxy's hooks stand around it), inside something else, or several.
+    IF pg_catalog.current_setting('pgtandem.ddl', true) OPERATOR(pg_catalog.<>) ''
+        OR pg_catalog.strpos(context, pg_catalog.chr(10)) OPERATOR(pg_catalog.>) 0
+        OR pg_catalog.strpos(bare, ';') OPERATOR(pg_catalog.>) 0
+        OR pg_catalog.strpos(bare, pg_catalog.chr(92)) OPERATOR(pg_catalog.>) 0
+        OR bare OPERATOR(pg_catalog.~*) '\mconcurrently\M|\mtablespace\M|\msubscription\M|\mlarge\s+object\M|^\s*reindex\M'
+        OR NOT pgtandem.is_captured_primary() THEN
+        RETURN;
+    END IF;
+    IF TG_EVENT OPERATOR(pg_catalog.=) 'sql_drop' THEN
+        IF TG_TAG OPERATOR(pg_catalog.!~~) 'DROP %' THEN
+            RETURN;
+        END IF;
+        temporary := (SELECT pg_catalog.bool_or(d.is_temporary) FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original);
+    ELSE
+        IF TG_TAG OPERATOR(pg_catalog.~~) 'DROP %' THEN
+            RETURN;
+        END IF;
+        temporary := (SELECT pg_catalog.bool_or(c.schema_name OPERATOR(pg_catalog.~~) 'pg\_temp%') FROM pg_catalog.pg_event_trigger_ddl_commands() c);
+    END IF;
+    IF temporary THEN
+        RETURN;
+    END IF;
+    PERFORM pg_catalog.set_config('pgtandem.ddl', pg_catalog.jsonb_build_object('tag', TG_TAG, 'temporary', false,
+        'from_query', TG_TAG OPERATOR(pg_catalog.=) 'CREATE TABLE AS' OR TG_TAG OPERATOR(pg_catalog.=) 'SELECT INTO')::text, true);
+    PERFORM pgtandem.ddl(statement, pg_catalog.current_setting('search_path'), current_user::text);
+END
 $$;
 
 DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;

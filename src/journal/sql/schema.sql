@@ -137,6 +137,12 @@ CREATE TABLE IF NOT EXISTS pgtandem.stray (
     PRIMARY KEY (role, application, relation, operation)
 );
 
+-- Gone when a crash has emptied this side's unlogged tables.
+CREATE UNLOGGED TABLE IF NOT EXISTS pgtandem.intact (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one)
+);
+INSERT INTO pgtandem.intact DEFAULT VALUES ON CONFLICT DO NOTHING;
+
 -- Where a piece too large for the proxy's memory is turned into a difference by the server.
 CREATE UNLOGGED TABLE IF NOT EXISTS pgtandem.staged (
     rel oid NOT NULL,
