@@ -9,6 +9,9 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::held::HeldKeys;
+use super::memory::Memory;
+use super::quarantine::QuarantineStatus;
 use super::sequences::Sequences;
 use super::tables::Tables;
 use super::{ApplierConfig, ApplyError, doing};
@@ -52,6 +55,14 @@ pub(super) struct Session {
     /// What this round's transaction will have changed once it commits.
     pub cleared_in_round: HashSet<Oid>,
     pub diverged_in_round: HashMap<Oid, u64>,
+    pub held_in_round: u64,
+    pub transactions_in_round: u64,
+    /// The keys of everything in quarantine.
+    pub held: HeldKeys,
+    /// Transactions of this read that are held.
+    pub held_of_read: HashSet<u64>,
+    pub quarantine: QuarantineStatus,
+    pub memory: Arc<Memory>,
     pub progress: Progress,
 }
 
@@ -80,7 +91,7 @@ const PRIMARY_SETTINGS: &str = "\
 
 impl Session {
     /// Connects, takes the lease, and reads how far the secondary is.
-    pub(super) async fn connect(config: Arc<ApplierConfig>) -> Result<Self, ApplyError> {
+    pub(super) async fn connect(config: Arc<ApplierConfig>, memory: Arc<Memory>) -> Result<Self, ApplyError> {
         let mut secondary = connect_secondary(&config).await?;
         let leased = secondary
             .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&LOCK_CLASS, &LOCK_APPLIER])
@@ -119,6 +130,12 @@ impl Session {
             sequences: Sequences::default(),
             cleared_in_round: HashSet::new(),
             diverged_in_round: HashMap::new(),
+            held_in_round: 0,
+            transactions_in_round: 0,
+            held: HeldKeys::default(),
+            held_of_read: HashSet::new(),
+            quarantine: QuarantineStatus::default(),
+            memory,
             progress: Progress::default(),
             config,
             primary,
@@ -128,6 +145,9 @@ impl Session {
             reader,
         };
         session.load_watermark().await?;
+        session.heed_halt().await?;
+        session.load_held(None).await?;
+        session.summarize_quarantine().await?;
         session.tables = Tables::load(&session.secondary).await?;
         Ok(session)
     }

@@ -152,6 +152,9 @@ impl RawConfig {
                         return Err("writes: acknowledge: both is not in this version yet; use primary".into());
                     }
                 },
+                retry_attempts: self.writes.retry_attempts,
+                error_threshold: self.writes.error_threshold.0,
+                error_window: self.writes.error_window.0,
             },
             journal: Journal {
                 max_bytes: self.journal.max_bytes.0,
@@ -313,10 +316,25 @@ impl From<RawLimits> for Limits {
     }
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct RawWrites {
     acknowledge: RawAcknowledge,
+    retry_attempts: u32,
+    error_threshold: Percent,
+    error_window: Seconds,
+}
+
+impl Default for RawWrites {
+    fn default() -> Self {
+        let usual = Writes::default();
+        Self {
+            acknowledge: RawAcknowledge::Primary,
+            retry_attempts: usual.retry_attempts,
+            error_threshold: Percent(usual.error_threshold),
+            error_window: Seconds(usual.error_window),
+        }
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -577,6 +595,7 @@ databases:
         assert_eq!(config.mismatch_log.path, Path::new("/etc/mismatches.jsonl"));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
         assert_eq!(config.auth.method, AuthMethod::Scram);
+        assert_eq!(config.writes, Writes::default());
     }
 
     #[test]
@@ -595,6 +614,8 @@ databases:
             (format!("{MINIMAL}listen: here\n"), ":7:9: listen: "),
             (format!("{MINIMAL}journal: {{ max_bytes: lots }}\n"), "10GiB"),
             (format!("{MINIMAL}reads: {{ shadow_percent: 101 }}\n"), "0 to 100"),
+            (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
+            (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), "retry_attempts"),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
             (
                 MINIMAL.replace("postgresql://pgtandem@new", "mysql://pgtandem@new"),

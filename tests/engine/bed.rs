@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus, Cut, ReadBy, Seeding};
 use pgtandem::catalog::compare::{TableDifference, rows_different};
-use pgtandem::config::{Journal, StrayWriters, Target, WhenFull};
+use pgtandem::config::{Journal, StrayWriters, Target, WhenFull, Writes};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{self, SideRole};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
@@ -180,6 +180,7 @@ impl Bed {
                 max_bytes: 10 << 30,
                 when_full: WhenFull::Block,
             },
+            writes: Writes::default(),
         }
     }
 
