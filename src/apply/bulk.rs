@@ -114,6 +114,7 @@ impl Backlog {
         let changes: Vec<Change<'_>> = self.ddl.iter().filter(inside).map(Ddl::change).collect();
         Unit {
             xid: changes.first().map_or(0, |change| change.xid),
+            order: 0,
             changes,
         }
     }

@@ -76,6 +76,8 @@ impl Touched {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit<'a> {
     pub xid: u64,
+    /// Its number among those of the round, in the order of places.
+    pub order: usize,
     /// By position.
     pub changes: Vec<Change<'a>>,
 }
@@ -156,6 +158,7 @@ pub fn units<'a>(changes: &[Change<'a>]) -> Vec<Unit<'a>> {
             .entry(change.xid)
             .or_insert_with(|| Unit {
                 xid: change.xid,
+                order: 0,
                 changes: Vec::new(),
             })
             .changes
@@ -166,10 +169,13 @@ pub fn units<'a>(changes: &[Change<'a>]) -> Vec<Unit<'a>> {
         unit.changes.sort_by_key(|change| change.position);
     }
     units.sort_by_key(|unit| (unit.changes.last().map(|change| change.position), unit.xid));
+    for (order, unit) in units.iter_mut().enumerate() {
+        unit.order = order;
+    }
     units
 }
 
-/// The keys of everything in quarantine.
+/// The keys of everything in quarantine. Entries have numbers in the order of their places.
 #[derive(Debug, Clone, Default)]
 pub struct HeldKeys {
     tables: HashMap<Oid, HeldTable>,
@@ -177,9 +183,9 @@ pub struct HeldKeys {
 
 #[derive(Debug, Clone, Default)]
 struct HeldTable {
-    /// The latest entry that holds all of the table.
+    /// The first entry that holds all of the table.
     whole: Option<i64>,
-    /// The latest entry that holds the key.
+    /// The first entry that holds the key.
     keys: HashMap<u128, i64>,
 }
 
@@ -193,18 +199,19 @@ impl HeldKeys {
         self.tables.contains_key(&rel)
     }
 
-    /// The latest entry that shares a key with what is touched, in tables other than `freed`:
-    /// those that the transaction itself empties or reshapes, which voids what is held of them.
-    pub fn held_by(&self, touched: &HashMap<Oid, Touched>, freed: &HashSet<Oid>) -> Option<i64> {
+    /// The first entry, with a number below `before`, that shares a key with what is touched, in
+    /// tables other than `freed`: those that the transaction itself empties or reshapes, which
+    /// voids what is held of them.
+    pub fn held_by(&self, touched: &HashMap<Oid, Touched>, freed: &HashSet<Oid>, before: i64) -> Option<i64> {
         let of_table = |(rel, touched): (&Oid, &Touched)| {
             let held = self.tables.get(rel).filter(|_| !freed.contains(rel))?;
             if touched.whole {
-                return held.keys.values().copied().chain(held.whole).max();
+                return held.keys.values().copied().chain(held.whole).min();
             }
-            let by_key = touched.keys.iter().filter_map(|key| held.keys.get(key).copied()).max();
-            by_key.max(held.whole)
+            let by_key = touched.keys.iter().filter_map(|key| held.keys.get(key).copied());
+            by_key.chain(held.whole).min()
         };
-        touched.iter().filter_map(of_table).max()
+        touched.iter().filter_map(of_table).min().filter(|&id| id < before)
     }
 
     pub fn add(&mut self, id: i64, touched: &HashMap<Oid, Touched>) {
@@ -220,16 +227,17 @@ impl HeldKeys {
 
     pub fn add_key(&mut self, id: i64, rel: Oid, key: u128) {
         let table = self.tables.entry(rel).or_default();
-        table.keys.insert(key, id);
+        let first = table.keys.entry(key).or_insert(id);
+        *first = id.min(*first);
         if table.keys.len() > KEYS_MAX {
-            table.keys = HashMap::new();
-            table.whole = Some(id);
+            let all = std::mem::take(&mut table.keys);
+            table.whole = all.into_values().chain(table.whole).min();
         }
     }
 
     pub fn add_whole(&mut self, id: i64, rel: Oid) {
         let table = self.tables.entry(rel).or_default();
-        table.whole = table.whole.max(Some(id));
+        table.whole = Some(table.whole.map_or(id, |first| first.min(id)));
     }
 
     /// The tables of which something is held.
@@ -283,7 +291,7 @@ mod tests {
         let mut held = Vec::new();
         for (at, unit) in units(&changes).iter().enumerate() {
             let touched = unit.touches(places);
-            if unit.xid == refused || keys.held_by(&touched, &unit.clears()).is_some() {
+            if unit.xid == refused || keys.held_by(&touched, &unit.clears(), i64::MAX).is_some() {
                 held.push(unit.xid);
                 keys.add(at as i64, &touched);
             } else {
@@ -363,6 +371,7 @@ mod tests {
         let images: Vec<String> = (0..=KEYS_MAX).map(|key| format!("({key},)")).collect();
         let unit = Unit {
             xid: 1,
+            order: 0,
             changes: images
                 .iter()
                 .map(|image| Change {
@@ -380,6 +389,8 @@ mod tests {
         let mut keys = HeldKeys::default();
         keys.add(1, &touched);
         let other = changes(&[(2, 2, 7, 'I', "", "(-1,)")]);
-        assert_eq!(keys.held_by(&units(&other)[0].touches(places), &HashSet::new()), Some(1));
+        assert_eq!(keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 2), Some(1));
+        // What is held later does not hold back what came before it.
+        assert_eq!(keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 1), None);
     }
 }

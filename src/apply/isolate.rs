@@ -97,7 +97,10 @@ impl Session {
             } else {
                 self.forget_paused(unit);
                 let touched = unit.touches(|rel| self.key_places(rel));
-                self.held.held_by(&touched, &self.freed_by(unit)).map(Cause::Follows)
+                let before = self.entries.number(unit).unwrap_or(i64::MAX);
+                self.held
+                    .held_by(&touched, &self.freed_by(unit), before)
+                    .map(Cause::Follows)
             };
             match cause {
                 Some(cause) => self.hold(unit, &cause).await?,

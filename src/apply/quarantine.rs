@@ -114,6 +114,20 @@ pub async fn list(secondary: &Client) -> Result<Vec<Entry>, tokio_postgres::Erro
         .collect())
 }
 
+/// Numbers for what a round holds, taken as a block, so that they follow the places of the
+/// transactions and not the order in which refusals are found.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct EntryNumbers {
+    first: Option<i64>,
+}
+
+impl EntryNumbers {
+    /// The number that this transaction has or would have, once the block is taken.
+    pub(super) fn number(self, unit: &Unit<'_>) -> Option<i64> {
+        self.first.map(|first| first + unit.order as i64)
+    }
+}
+
 /// Entries that must be applied before this one: they share a key with it, or are another part
 /// of the same transaction.
 const NEEDED: &str = "\
@@ -135,8 +149,9 @@ impl Session {
         self.pause_tables_of(unit, &error).await?;
         self.held_of_read.insert(unit.xid);
         self.held_in_round += 1;
+        let paused: BTreeSet<Oid> = unit.rels().into_iter().filter(|&rel| self.key_places(rel).is_none()).collect();
         let is_void = |change: &Change<'_>| match change.operation {
-            Operation::Row | Operation::Truncate => self.key_places(change.rel).is_none(),
+            Operation::Row | Operation::Truncate => paused.contains(&change.rel),
             Operation::Ddl | Operation::DdlOutside => false,
         };
         if unit.changes.iter().all(is_void) {
@@ -145,12 +160,13 @@ impl Session {
         }
         let touched = unit.touches(|rel| self.key_places(rel));
         let keys = serde_json::to_string(&self.shown_keys(unit)).unwrap_or_else(|_| "[]".into());
-        let id: i64 = self
-            .secondary
-            .query_one(
-                "INSERT INTO pgtandem.quarantine (epoch, round, xid, sqlstate, error, follows, tables, keys, changes)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::jsonb, $9) RETURNING id",
+        let id = self.number_of(unit).await?;
+        self.secondary
+            .execute(
+                "INSERT INTO pgtandem.quarantine (id, epoch, round, xid, sqlstate, error, follows, tables, keys, changes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb, $10)",
                 &[
+                    &id,
                     &(self.config.epoch.0 as i64),
                     &(self.round as i64 + 1),
                     &unit.xid.to_string(),
@@ -163,8 +179,7 @@ impl Session {
                 ],
             )
             .await
-            .map_err(doing("put a transaction into quarantine"))?
-            .get(0);
+            .map_err(doing("put a transaction into quarantine"))?;
         let mut rows = BytesMut::new();
         for change in &unit.changes {
             copy_change(&mut rows, id, change, is_void(change));
@@ -180,6 +195,21 @@ impl Session {
             Some(_) => tracing::warn!(id, xid = unit.xid, error, "a transaction was put into quarantine"),
         }
         Ok(())
+    }
+
+    async fn number_of(&mut self, unit: &Unit<'_>) -> Result<i64, ApplyError> {
+        if self.entries.first.is_none() {
+            let row = self
+                .secondary
+                .query_one(
+                    "SELECT setval(s, nextval(s) + $1) - $1 FROM CAST('pgtandem.quarantine_id_seq' AS regclass) s",
+                    &[&(self.transactions_in_round.max(1) as i64 - 1)],
+                )
+                .await
+                .map_err(doing("number what is held"))?;
+            self.entries.first = Some(row.get(0));
+        }
+        Ok(self.entries.number(unit).unwrap_or_default())
     }
 
     /// The same with what `pgtandem.staged` holds, for what does not fit into memory. It holds its
@@ -277,6 +307,7 @@ impl Session {
     async fn hold_alone(&mut self, change: &Change<'_>, cause: &Cause) -> Result<(), ApplyError> {
         let unit = Unit {
             xid: change.xid,
+            order: 0,
             changes: vec![*change],
         };
         self.begin_counting(1);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::pipeline::{Item, run};
 use super::plan::{DdlRecord, Plan, Segment, Step, plan, segments};
+use super::quarantine::EntryNumbers;
 use super::refusal::Refusal;
 use super::rows::{Mode, NotWritten, Writes, is_conflict};
 use super::session::{Session, Target};
@@ -309,6 +310,7 @@ impl Session {
         self.cleared_in_round.clear();
         self.diverged_in_round.clear();
         self.held_in_round = 0;
+        self.entries = EntryNumbers::default();
         self.transactions_in_round = transactions as u64;
     }
 

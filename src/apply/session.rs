@@ -11,7 +11,7 @@ use tokio_postgres::error::SqlState;
 
 use super::held::HeldKeys;
 use super::memory::Memory;
-use super::quarantine::QuarantineStatus;
+use super::quarantine::{EntryNumbers, QuarantineStatus};
 use super::sequences::Sequences;
 use super::tables::Tables;
 use super::{ApplierConfig, ApplyError, doing};
@@ -56,6 +56,7 @@ pub(super) struct Session {
     pub cleared_in_round: HashSet<Oid>,
     pub diverged_in_round: HashMap<Oid, u64>,
     pub held_in_round: u64,
+    pub entries: EntryNumbers,
     pub transactions_in_round: u64,
     /// The keys of everything in quarantine.
     pub held: HeldKeys,
@@ -131,6 +132,7 @@ impl Session {
             cleared_in_round: HashSet::new(),
             diverged_in_round: HashMap::new(),
             held_in_round: 0,
+            entries: EntryNumbers::default(),
             transactions_in_round: 0,
             held: HeldKeys::default(),
             held_of_read: HashSet::new(),
