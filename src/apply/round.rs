@@ -209,10 +209,10 @@ impl Session {
         end: &Target,
         flushed: u64,
     ) -> Result<(), ApplyError> {
-        let outside = match &segment.outside {
-            Some(change) => Some((change, DdlRecord::from_change(change))),
-            None => None,
-        };
+        let outside = segment
+            .outside
+            .as_ref()
+            .map(|change| (change, DdlRecord::from_change(change)));
         let stop = match &outside {
             Some((change, Ok(record))) => Stop::Outside(change.position, record),
             Some((change, Err(_))) => Stop::Piece(change.position),

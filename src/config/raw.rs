@@ -615,7 +615,7 @@ databases:
             (format!("{MINIMAL}journal: {{ max_bytes: lots }}\n"), "10GiB"),
             (format!("{MINIMAL}reads: {{ shadow_percent: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
-            (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), "retry_attempts"),
+            (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
             (
                 MINIMAL.replace("postgresql://pgtandem@new", "mysql://pgtandem@new"),
