@@ -160,10 +160,7 @@ async fn quarantine<O: Operations>(State(operations): State<Arc<O>>) -> Response
     }
 }
 
-async fn retry_held<O: Operations>(
-    State(operations): State<Arc<O>>,
-    Json(request): Json<RetryRequest>,
-) -> Response {
+async fn retry_held<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<RetryRequest>) -> Response {
     answer_held(operations.retry_held(request).await)
 }
 

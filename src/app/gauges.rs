@@ -68,8 +68,14 @@ fn of_mirroring(database: &str, mirroring: &Mirroring) {
         ("pgtandem_divergences", mirroring.divergences as f64),
         ("pgtandem_stray_writes", mirroring.stray_writes as f64),
         ("pgtandem_tables_paused", paused as f64),
-        ("pgtandem_quarantine_transactions", mirroring.quarantine.transactions as f64),
-        ("pgtandem_quarantine_oldest_seconds", mirroring.quarantine.oldest_seconds as f64),
+        (
+            "pgtandem_quarantine_transactions",
+            mirroring.quarantine.transactions as f64,
+        ),
+        (
+            "pgtandem_quarantine_oldest_seconds",
+            mirroring.quarantine.oldest_seconds as f64,
+        ),
         ("pgtandem_mirroring_halted", one_if(mirroring.state == "halted")),
     ] {
         gauge!(gauge_name, "database" => database.to_owned()).set(value);

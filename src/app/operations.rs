@@ -219,13 +219,14 @@ impl World {
 }
 
 impl World {
-    /// An entry with its keys as the mismatch log would write them.
+    /// An entry with its values as the mismatch log would write them.
     fn shown(&self, database: &str, mut entry: Entry) -> QuarantineEntry {
         let values = self.shadows.values();
         entry.keys = std::mem::take(&mut entry.keys)
             .into_iter()
             .filter_map(|(table, key)| Some((table, values.text(&key)?)))
             .collect();
+        entry.detail = entry.detail.filter(|_| values.shows_values());
         QuarantineEntry {
             database: database.to_owned(),
             entry,
@@ -238,7 +239,9 @@ impl World {
         match database {
             Some(name) => {
                 let found = tandems.iter().find(|tandem| tandem.name() == name).cloned();
-                found.map(|tandem| vec![tandem]).ok_or_else(|| format!("no database is called {name}"))
+                found
+                    .map(|tandem| vec![tandem])
+                    .ok_or_else(|| format!("no database is called {name}"))
             }
             None if one && tandems.len() > 1 => Err("there are several databases; say which (--database)".into()),
             None => Ok(tandems.to_vec()),

@@ -69,14 +69,17 @@ impl Ddl {
 
 impl Backlog {
     fn transactions_in(&self, span: Span) -> usize {
-        self.transactions.range(span.0 + 1..=span.1).map(|(_, count)| *count as usize).sum()
+        self.transactions
+            .range(span.0 + 1..=span.1)
+            .map(|(_, count)| *count as usize)
+            .sum()
     }
 
     /// Whether a DDL statement of this span cannot be read.
     fn is_bad(&self, span: Span) -> bool {
-        self.ddl
-            .iter()
-            .any(|ddl| ddl.operation == Operation::Ddl && ddl.record.is_err() && span.0 < ddl.position && ddl.position <= span.1)
+        self.ddl.iter().any(|ddl| {
+            ddl.operation == Operation::Ddl && ddl.record.is_err() && span.0 < ddl.position && ddl.position <= span.1
+        })
     }
 
     /// A change's place, of a journal row `w` whose transaction's highest position is `t.top`.
@@ -417,7 +420,10 @@ impl Session {
             Reading::Rounds => &self.primary,
             Reading::Aside => &self.aside,
         };
-        primary.batch_execute(READ_BACKLOG).await.map_err(doing("read a piece"))?;
+        primary
+            .batch_execute(READ_BACKLOG)
+            .await
+            .map_err(doing("read a piece"))?;
         let sql = format!(
             "COPY (SELECT rel, op, place, old, new FROM {}) TO STDOUT",
             backlog.rows_sql(span)

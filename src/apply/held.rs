@@ -265,7 +265,11 @@ mod tests {
                 position,
                 xid,
                 rel,
-                operation: if kind == 'T' { Operation::Truncate } else { Operation::Row },
+                operation: if kind == 'T' {
+                    Operation::Truncate
+                } else {
+                    Operation::Row
+                },
                 old: image(old),
                 new: image(new),
             })
@@ -389,8 +393,14 @@ mod tests {
         let mut keys = HeldKeys::default();
         keys.add(1, &touched);
         let other = changes(&[(2, 2, 7, 'I', "", "(-1,)")]);
-        assert_eq!(keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 2), Some(1));
+        assert_eq!(
+            keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 2),
+            Some(1)
+        );
         // What is held later does not hold back what came before it.
-        assert_eq!(keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 1), None);
+        assert_eq!(
+            keys.held_by(&units(&other)[0].touches(places), &HashSet::new(), 1),
+            None
+        );
     }
 }

@@ -33,7 +33,11 @@ pub fn key_text(image: &[u8], positions: &[usize]) -> Option<String> {
     }
     let texts: Vec<String> = positions
         .iter()
-        .map(|&position| fields[position].as_deref().map_or_else(String::new, |field| String::from_utf8_lossy(field).into_owned()))
+        .map(|&position| {
+            fields[position]
+                .as_deref()
+                .map_or_else(String::new, |field| String::from_utf8_lossy(field).into_owned())
+        })
         .collect();
     Some(format!("({})", texts.join(",")))
 }

@@ -23,7 +23,6 @@ use super::tables::Tables;
 use super::{ApplyError, doing};
 use crate::catalog::{Oid, table};
 use crate::journal::read::{Change, Operation};
-use crate::upstream::control::error_chain;
 
 /// Why a transaction is held.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,8 +89,7 @@ impl Session {
         let mut rest = Vec::with_capacity(range.len());
         for &unit in range {
             let cause = if let Some(error) = bad.get(&unit.xid) {
-                let (sqlstate, text) = (None, error.clone());
-                Some(Cause::Refused(Refusal { sqlstate, text }))
+                Some(Cause::Refused(Refusal::said(error)))
             } else if self.held_of_read.contains(&unit.xid) {
                 Some(Cause::Continues)
             } else {
@@ -306,15 +304,14 @@ impl Session {
                     Some(Class::Transient) | None => false,
                 };
                 if permanent {
-                    Ok(Refusal {
-                        sqlstate: source.code().map(|code| code.code().to_owned()),
-                        text: format!("{doing}: {}", error_chain(&source)),
-                    })
+                    let refusal = Refusal::of(&source);
+                    let text = format!("{doing}: {}", refusal.text);
+                    Ok(Refusal { text, ..refusal })
                 } else {
                     Err(ApplyError::Postgres { doing, source })
                 }
             }
-            ApplyError::Refused(text) => Ok(Refusal { sqlstate: None, text }),
+            ApplyError::Refused(text) => Ok(Refusal::said(text)),
             other => Err(other),
         }
     }

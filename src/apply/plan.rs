@@ -168,7 +168,11 @@ pub fn segments<'a>(changes: &[Change<'a>]) -> Vec<Segment<'a>> {
 /// changes come in any order.
 pub fn plan<'a>(changes: &[Change<'a>]) -> Plan<'a> {
     let places = Places::of(changes);
-    let rels: HashSet<Oid> = changes.iter().map(|change| change.rel).filter(|&rel| rel != 0).collect();
+    let rels: HashSet<Oid> = changes
+        .iter()
+        .map(|change| change.rel)
+        .filter(|&rel| rel != 0)
+        .collect();
     let mut rels: Vec<Oid> = rels.into_iter().collect();
     rels.sort_unstable();
     let mut plan = Plan {
@@ -273,22 +277,24 @@ mod tests {
         let mut text: Vec<String> = Vec::new();
         for segment in segments(&changes) {
             let plan = plan(&segment.changes);
-            text.extend(plan.steps.iter().map(|step| match step {
-                Step::Rows(tables) => tables
-                    .iter()
-                    .map(|(rel, difference)| {
-                        let mut text = format!("{rel}:{}", if difference.cleared { "!" } else { "" });
-                        for old in &difference.gone {
-                            text.push_str(&format!("-{}", String::from_utf8_lossy(old)));
-                        }
-                        for new in &difference.come {
-                            text.push_str(&format!("+{}", String::from_utf8_lossy(new)));
-                        }
-                        text
-                    })
-                    .collect::<Vec<_>>()
-                    .join(" "),
-                Step::Ddl(record) => format!("ddl({})", record.statement),
+            text.extend(plan.steps.iter().map(|step| {
+                match step {
+                    Step::Rows(tables) => tables
+                        .iter()
+                        .map(|(rel, difference)| {
+                            let mut text = format!("{rel}:{}", if difference.cleared { "!" } else { "" });
+                            for old in &difference.gone {
+                                text.push_str(&format!("-{}", String::from_utf8_lossy(old)));
+                            }
+                            for new in &difference.come {
+                                text.push_str(&format!("+{}", String::from_utf8_lossy(new)));
+                            }
+                            text
+                        })
+                        .collect::<Vec<_>>()
+                        .join(" "),
+                    Step::Ddl(record) => format!("ddl({})", record.statement),
+                }
             }));
             text.extend(segment.outside.map(|change| {
                 let record = DdlRecord::from_change(&change).unwrap();

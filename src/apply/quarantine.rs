@@ -53,6 +53,8 @@ pub struct Entry {
     pub statements: Vec<String>,
     pub sqlstate: Option<String>,
     pub error: String,
+    /// Everything that the server said, where values may be shown.
+    pub detail: Option<String>,
     /// The entry because of which it is held, where it was not refused itself.
     pub follows: Option<i64>,
     pub attempts: u32,
@@ -62,8 +64,15 @@ pub struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
     /// All, or one with those it depends on; in order.
-    Retry { id: Option<i64>, actor: String },
-    Discard { id: i64, actor: String, reason: String },
+    Retry {
+        id: Option<i64>,
+        actor: String,
+    },
+    Discard {
+        id: i64,
+        actor: String,
+        reason: String,
+    },
 }
 
 /// What came of an order.
@@ -88,7 +97,7 @@ pub async fn list(secondary: &Client) -> Result<Vec<Entry>, tokio_postgres::Erro
     let rows = secondary
         .query(
             r#"SELECT q.id, NULLIF(q.xid, '0'), to_char(q.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'),
-                      q.tables, q.keys::text, q.changes, q.sqlstate, q.error, q.follows, q.attempts,
+                      q.tables, q.keys::text, q.changes, q.sqlstate, q.error, q.follows, q.attempts, q.detail,
                       ARRAY (SELECT c.new FROM pgtandem.quarantine_change c
                               WHERE c.id = q.id AND c.op IN ('S', 'O') AND c.new IS NOT NULL ORDER BY c.pos)
                  FROM pgtandem.quarantine q WHERE q.epoch = (SELECT w.epoch FROM pgtandem.watermark w) ORDER BY q.id"#,
@@ -109,7 +118,8 @@ pub async fn list(secondary: &Client) -> Result<Vec<Entry>, tokio_postgres::Erro
             error: row.get(7),
             follows: row.get(8),
             attempts: row.get::<_, i32>(9) as u32,
-            statements: row.get(10),
+            detail: row.get(10),
+            statements: row.get(11),
         })
         .collect())
 }
@@ -141,15 +151,27 @@ LATERAL (SELECT b.id FROM pgtandem.quarantine_key a
 impl Session {
     /// Puts a whole transaction into quarantine, in the round's transaction.
     pub(super) async fn hold(&mut self, unit: &Unit<'_>, cause: &Cause) -> Result<(), ApplyError> {
-        let (sqlstate, error, follows) = match cause {
-            Cause::Refused(refusal) => (refusal.sqlstate.clone(), refusal.text.clone(), None),
-            Cause::Follows(id) => (None, format!("touches what entry {id} holds"), Some(*id)),
-            Cause::Continues => (None, "an earlier part of the same transaction is held".into(), None),
+        let (refusal, follows) = match cause {
+            Cause::Refused(refusal) => (refusal.clone(), None),
+            Cause::Follows(id) => (Refusal::said(format!("touches what entry {id} holds")), Some(*id)),
+            Cause::Continues => (Refusal::said("an earlier part of the same transaction is held"), None),
         };
+        let Refusal {
+            sqlstate,
+            text: error,
+            detail,
+        } = refusal;
+        if follows.is_none() {
+            self.last_refusal = Some(error.clone());
+        }
         self.pause_tables_of(unit, &error).await?;
         self.held_of_read.insert(unit.xid);
         self.held_in_round += 1;
-        let paused: BTreeSet<Oid> = unit.rels().into_iter().filter(|&rel| self.key_places(rel).is_none()).collect();
+        let paused: BTreeSet<Oid> = unit
+            .rels()
+            .into_iter()
+            .filter(|&rel| self.key_places(rel).is_none())
+            .collect();
         let is_void = |change: &Change<'_>| match change.operation {
             Operation::Row | Operation::Truncate => paused.contains(&change.rel),
             Operation::Ddl | Operation::DdlOutside => false,
@@ -163,8 +185,8 @@ impl Session {
         let id = self.number_of(unit).await?;
         self.secondary
             .execute(
-                "INSERT INTO pgtandem.quarantine (id, epoch, round, xid, sqlstate, error, follows, tables, keys, changes)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb, $10)",
+                "INSERT INTO pgtandem.quarantine (id, epoch, round, xid, sqlstate, error, detail, follows, tables, keys, changes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::jsonb, $11)",
                 &[
                     &id,
                     &(self.config.epoch.0 as i64),
@@ -172,6 +194,7 @@ impl Session {
                     &unit.xid.to_string(),
                     &sqlstate,
                     &error,
+                    &detail,
                     &follows,
                     &self.names_of(unit),
                     &keys,
@@ -221,7 +244,11 @@ impl Session {
         rels: &[Oid],
         refusal: &Refusal,
     ) -> Result<(), ApplyError> {
-        let live: Vec<Oid> = rels.iter().copied().filter(|&rel| self.key_places(rel).is_some()).collect();
+        let live: Vec<Oid> = rels
+            .iter()
+            .copied()
+            .filter(|&rel| self.key_places(rel).is_some())
+            .collect();
         self.held_in_round += 1;
         let names: BTreeSet<String> = rels
             .iter()
@@ -233,14 +260,15 @@ impl Session {
         let id: i64 = self
             .secondary
             .query_one(
-                "INSERT INTO pgtandem.quarantine (epoch, round, xid, sqlstate, error, tables, changes)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
+                "INSERT INTO pgtandem.quarantine (epoch, round, xid, sqlstate, error, detail, tables, changes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING id",
                 &[
                     &(self.config.epoch.0 as i64),
                     &(self.round as i64 + 1),
                     &ddl.xid.to_string(),
                     &refusal.sqlstate,
                     &refusal.text,
+                    &refusal.detail,
                     &names,
                     &(count as i64),
                 ],
@@ -268,7 +296,12 @@ impl Session {
         for rel in live {
             self.held.add_whole(id, rel);
         }
-        tracing::error!(id, changes = count, error = refusal.text, "a transaction was put into quarantine");
+        tracing::error!(
+            id,
+            changes = count,
+            error = refusal.text,
+            "a transaction was put into quarantine"
+        );
         Ok(())
     }
 
@@ -300,8 +333,7 @@ impl Session {
 
     /// A record of such DDL that cannot be read.
     pub(super) async fn hold_outside_change(&mut self, change: &Change<'_>, error: &str) -> Result<(), ApplyError> {
-        let (sqlstate, text) = (None, error.to_owned());
-        self.hold_alone(change, &Cause::Refused(Refusal { sqlstate, text })).await
+        self.hold_alone(change, &Cause::Refused(Refusal::said(error))).await
     }
 
     async fn hold_alone(&mut self, change: &Change<'_>, cause: &Cause) -> Result<(), ApplyError> {
@@ -312,10 +344,7 @@ impl Session {
         };
         self.begin_counting(1);
         self.secondary
-            .batch_execute(&format!(
-                "BEGIN; {}",
-                self.guarded_watermark("outside = NULL")
-            ))
+            .batch_execute(&format!("BEGIN; {}", self.guarded_watermark("outside = NULL")))
             .await
             .map_err(doing("put DDL into quarantine"))?;
         self.hold(&unit, cause).await?;
@@ -386,12 +415,10 @@ impl Session {
             .batch_execute("ROLLBACK")
             .await
             .map_err(doing("roll back a round"))?;
-        let row = self
-            .secondary
-            .query_opt("SELECT q.error FROM pgtandem.quarantine q ORDER BY q.id DESC LIMIT 1", &[])
-            .await
-            .map_err(doing("read the quarantine"))?;
-        let last = row.map_or_else(String::new, |row| format!("; the last error: {}", row.get::<_, &str>(0)));
+        let last = self
+            .last_refusal
+            .as_ref()
+            .map_or_else(String::new, |error| format!("; the last error: {error}"));
         let reason = format!(
             "{too_many}{last}. Nothing is lost, the journal keeps what comes: mend the secondary, then `pgtandem quarantine retry` or `pgtandem reload`"
         );
@@ -632,7 +659,12 @@ impl Session {
             self.write_span((from, *position), mode).await?;
             self.run_ddl(record).await?;
             // What came for its tables meanwhile was left out.
-            let rels: Vec<Oid> = record.created.iter().chain(&record.changed).map(|table| table.rel).collect();
+            let rels: Vec<Oid> = record
+                .created
+                .iter()
+                .chain(&record.changed)
+                .map(|table| table.rel)
+                .collect();
             self.unseed(&rels, "its DDL was in quarantine for a while; it needs seeding")
                 .await?;
             from = *position;
@@ -662,7 +694,10 @@ impl Session {
 
     async fn leave(&self, id: i64, action: &str, actor: &str, reason: Option<&str>) -> Result<(), ApplyError> {
         self.secondary
-            .execute("SELECT pgtandem.leave_quarantine($1, $2, $3, $4)", &[&id, &action, &actor, &reason])
+            .execute(
+                "SELECT pgtandem.leave_quarantine($1, $2, $3, $4)",
+                &[&id, &action, &actor, &reason],
+            )
             .await
             .map_err(doing("take a transaction out of quarantine"))?;
         Ok(())
@@ -671,11 +706,11 @@ impl Session {
     async fn note_refused_again(&self, id: i64, actor: &str, refusal: &Refusal) -> Result<(), ApplyError> {
         self.secondary
             .execute(
-                "WITH q AS (UPDATE pgtandem.quarantine SET attempts = attempts + 1, sqlstate = $2, error = $3, follows = NULL
+                "WITH q AS (UPDATE pgtandem.quarantine SET attempts = attempts + 1, sqlstate = $2, error = $3, detail = $5, follows = NULL
                              WHERE id = $1 RETURNING *)
                  INSERT INTO pgtandem.quarantine_history (action, id, xid, tables, changes, error, actor)
                  SELECT 'refused again', q.id, q.xid, q.tables, q.changes, q.error, $4 FROM q",
-                &[&id, &refusal.sqlstate, &refusal.text, &actor],
+                &[&id, &refusal.sqlstate, &refusal.text, &actor, &refusal.detail],
             )
             .await
             .map_err(doing("record a retry"))?;

@@ -45,23 +45,46 @@ pub fn classify(sqlstate: &str) -> Class {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub sqlstate: Option<String>,
+    /// Without values of the application's rows.
     pub text: String,
+    /// Everything that the server said; may contain such values.
+    pub detail: Option<String>,
 }
 
 impl Refusal {
     pub fn of(error: &tokio_postgres::Error) -> Self {
+        let Some(said) = error.as_db_error() else {
+            return Self::said(error_chain(error));
+        };
+        let sqlstate = said.code().code();
         Self {
-            sqlstate: error.code().map(|code| code.code().to_owned()),
-            text: error_chain(error),
+            sqlstate: Some(sqlstate.to_owned()),
+            text: without_values(sqlstate, said.message()).to_owned(),
+            detail: Some(error_chain(error)),
+        }
+    }
+
+    /// Our own words.
+    pub fn said(text: impl Into<String>) -> Self {
+        Self {
+            sqlstate: None,
+            text: text.into(),
+            detail: None,
         }
     }
 
     /// No error, but not the rows that should be there.
     pub fn rows(expected: u64, found: u64) -> Self {
-        Self {
-            sqlstate: None,
-            text: format!("{expected} rows expected, {found} found"),
-        }
+        Self::said(format!("{expected} rows expected, {found} found"))
+    }
+}
+
+/// A server's message names objects in quotes, and in data exceptions (class 22) the value itself
+/// behind a colon.
+fn without_values<'a>(sqlstate: &str, message: &'a str) -> &'a str {
+    match message.split_once(':') {
+        Some((what, _value)) if sqlstate.starts_with("22") => what,
+        _ => message,
     }
 }
 
@@ -74,6 +97,21 @@ impl fmt::Display for Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_value_is_in_the_text() {
+        for (sqlstate, message, text) in [
+            (
+                "22P02",
+                "invalid input value for enum mood: \"bad\"",
+                "invalid input value for enum mood",
+            ),
+            ("22003", "integer out of range", "integer out of range"),
+            ("42601", "syntax error: at end", "syntax error: at end"),
+        ] {
+            assert_eq!(without_values(sqlstate, message), text);
+        }
+    }
 
     #[test]
     fn sqlstates_by_what_to_do() {

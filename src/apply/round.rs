@@ -239,11 +239,7 @@ impl Session {
     }
 
     /// The short way, then the careful one. A refusal leaves nothing done.
-    async fn apply_or_repeat(
-        &mut self,
-        plan: &Plan<'_>,
-        ending: &Ending<'_>,
-    ) -> Result<Option<Refusal>, ApplyError> {
+    async fn apply_or_repeat(&mut self, plan: &Plan<'_>, ending: &Ending<'_>) -> Result<Option<Refusal>, ApplyError> {
         let refusal = match self.apply_chunk(plan, Mode::Short, ending).await {
             Ok(()) => return Ok(None),
             Err(NotWritten::Failed(error)) => self.refusal_of(error)?,

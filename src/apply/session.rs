@@ -57,6 +57,8 @@ pub(super) struct Session {
     pub diverged_in_round: HashMap<Oid, u64>,
     pub held_in_round: u64,
     pub entries: EntryNumbers,
+    /// The error of the last transaction that was held.
+    pub last_refusal: Option<String>,
     pub transactions_in_round: u64,
     /// The keys of everything in quarantine.
     pub held: HeldKeys,
@@ -133,6 +135,7 @@ impl Session {
             diverged_in_round: HashMap::new(),
             held_in_round: 0,
             entries: EntryNumbers::default(),
+            last_refusal: None,
             transactions_in_round: 0,
             held: HeldKeys::default(),
             held_of_read: HashSet::new(),

@@ -116,7 +116,11 @@ mod tests {
         let mut window = ErrorWindow::default();
         assert_eq!(window.count(start, 9, 9, &limit(5.0)), Ok(()));
         assert_eq!(window.count(start + Duration::from_secs(61), 9, 9, &limit(5.0)), Ok(()));
-        assert!(window.count(start + Duration::from_secs(62), 9, 9, &limit(5.0)).is_err());
+        assert!(
+            window
+                .count(start + Duration::from_secs(62), 9, 9, &limit(5.0))
+                .is_err()
+        );
         window.forget();
         assert_eq!(window.count(start + Duration::from_secs(63), 9, 9, &limit(5.0)), Ok(()));
     }

@@ -114,10 +114,7 @@ impl Session {
               ORDER BY top, xid, pos",
             backlog.rows_sql(span)
         );
-        self.primary
-            .batch_execute(&sql)
-            .await
-            .map_err(doing("read a piece"))
+        self.primary.batch_execute(&sql).await.map_err(doing("read a piece"))
     }
 
     async fn pass_cursor(&self, rows: i64) -> Result<(), ApplyError> {
@@ -152,9 +149,11 @@ impl Session {
     async fn apply_large(&mut self, backlog: &Backlog, target: &Target, part: &Piece<'_>) -> Result<(), ApplyError> {
         let rels = self.rels_of(backlog, part.span).await?;
         let refusal = if let Some(rel) = rels.iter().find(|&&rel| self.held.holds(rel)) {
-            let name = self.tables.get(*rel).map_or_else(String::new, |table| table.name.clone());
-            let text = format!("too large to be told from what is held of table {name}");
-            Refusal { sqlstate: None, text }
+            let name = self
+                .tables
+                .get(*rel)
+                .map_or_else(String::new, |table| table.name.clone());
+            Refusal::said(format!("too large to be told from what is held of table {name}"))
         } else {
             match self.apply_whole(backlog, target, part, Reading::Aside).await? {
                 Ok(_count) => return Ok(()),

@@ -88,14 +88,19 @@ async fn list(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
         say("the quarantine is empty");
     } else {
         list.entries.iter().for_each(print);
-        say("mend the secondary and `pgtandem quarantine retry [ID]`, or `pgtandem quarantine discard ID --reason TEXT`");
+        say(
+            "mend the secondary and `pgtandem quarantine retry [ID]`, or `pgtandem quarantine discard ID --reason TEXT`",
+        );
     }
     Ok(list.entries.is_empty())
 }
 
 fn print(held: &QuarantineEntry) {
     let entry = &held.entry;
-    let xid = entry.xid.as_deref().map_or_else(String::new, |xid| format!(", transaction {xid}"));
+    let xid = entry
+        .xid
+        .as_deref()
+        .map_or_else(String::new, |xid| format!(", transaction {xid}"));
     say(&format!(
         "{:>6}  {}  database {}{xid}: {} changes of {}",
         entry.id,
@@ -104,12 +109,18 @@ fn print(held: &QuarantineEntry) {
         entry.changes,
         entry.tables.join(", ")
     ));
-    let state = entry.sqlstate.as_deref().map_or_else(String::new, |code| format!(" ({code})"));
+    let state = entry
+        .sqlstate
+        .as_deref()
+        .map_or_else(String::new, |code| format!(" ({code})"));
     let again = match entry.attempts {
         0 => String::new(),
         attempts => format!("; tried again {attempts} times"),
     };
     say(&format!("        {}{state}{again}", entry.error));
+    if let Some(detail) = entry.detail.as_ref().and_then(|detail| detail.split_once("DETAIL: ")) {
+        say(&format!("        {}", detail.1));
+    }
     for statement in &entry.statements {
         say(&format!("        {statement}"));
     }
@@ -144,7 +155,12 @@ fn said(answer: Result<QuarantineAnswer, AdminError>, json: bool, done: &str) ->
             say(&format!("  {id} was left: it depends on one that is still held"));
         }
     }
-    if !answer.done && answer.databases.values().all(|outcome| outcome.refused.is_empty() && outcome.left.is_empty()) {
+    if !answer.done
+        && answer
+            .databases
+            .values()
+            .all(|outcome| outcome.refused.is_empty() && outcome.left.is_empty())
+    {
         say("there is no such entry");
     }
     Ok(answer.done)

@@ -97,6 +97,11 @@ impl ValueWriter {
         bytes[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// Whether values may be seen.
+    pub fn shows_values(&self) -> bool {
+        self.values == LoggedValues::Plain
+    }
+
     /// A value from elsewhere, as this log would write it; `None` where it writes none.
     pub fn text(&self, value: &str) -> Option<String> {
         match self.values {

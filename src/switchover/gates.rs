@@ -51,7 +51,10 @@ fn of_database(database: &DatabaseStatus) -> Vec<Gate> {
     gates.push(gate(
         "quarantine",
         match &mirroring.quarantine.error {
-            Some(error) => format!("{} transactions, the oldest: {error}", mirroring.quarantine.transactions),
+            Some(error) => format!(
+                "{} transactions, the oldest: {error}",
+                mirroring.quarantine.transactions
+            ),
             None => "empty".to_owned(),
         },
         "empty",

@@ -212,11 +212,12 @@ impl Bed {
     }
 }
 
-/// Waits for a round after now; a round that the secondary refuses fails the test.
+/// Waits for a round after now; an applier that fails or stands still fails the test.
 pub async fn caught_up(applier: &Applier) -> Cut {
+    let stands = |state: &ApplierState| matches!(state, ApplierState::Failing { .. } | ApplierState::Halted { .. });
     tokio::select! {
         cut = applier.catch_up() => cut.unwrap(),
-        status = until(applier, |status| matches!(status.state, ApplierState::Failing { .. })) => panic!("{status:#?}"),
+        status = until(applier, |status| stands(&status.state)) => panic!("{status:#?}"),
     }
 }
 

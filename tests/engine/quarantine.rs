@@ -66,6 +66,7 @@ async fn a_refused_transaction_is_held_whole_and_drags_along_what_follows_it() {
     assert_eq!(entries.len(), 3);
     assert_eq!(entries[0].sqlstate.as_deref(), Some("23514"));
     assert!(entries[0].error.contains("small"), "{}", entries[0].error);
+    assert!(!entries[0].error.contains("200"), "{}", entries[0].error);
     assert_eq!(entries[0].tables, ["public.t", "public.u"]);
     assert_eq!(entries[0].keys[0], ("public.t".to_owned(), "(1)".to_owned()));
     assert_eq!(entries[0].follows, None);
@@ -84,7 +85,11 @@ async fn a_refused_transaction_is_held_whole_and_drags_along_what_follows_it() {
     bed.assert_same(&applier).await;
     assert_eq!(held(&applier), (0, 0));
     assert_eq!(
-        values(&new, "SELECT action, actor, count(*) FROM pgtandem.quarantine_history GROUP BY 1, 2").await,
+        values(
+            &new,
+            "SELECT action, actor, count(*) FROM pgtandem.quarantine_history GROUP BY 1, 2"
+        )
+        .await,
         ["(\"refused again\",tester,1)", "(held,,3)", "(retried,tester,3)"]
     );
 }
@@ -129,7 +134,11 @@ async fn an_index_that_only_the_secondary_has_takes_no_row_away() {
     assert_eq!(values(&new, "SELECT * FROM u").await, ["(1,5)", "(3,6)"]);
     assert_eq!(held(&applier), (1, 1));
     assert_eq!(applier.status().borrow().diverged, 0);
-    bed.proxy(Side::New).await.batch_execute("DROP INDEX u_v").await.unwrap();
+    bed.proxy(Side::New)
+        .await
+        .batch_execute("DROP INDEX u_v")
+        .await
+        .unwrap();
     retry(&applier, None).await;
     bed.assert_same(&applier).await;
 }
@@ -156,10 +165,17 @@ async fn a_unique_value_of_a_held_row_is_not_taken_by_another() {
 async fn rows_alike_in_a_table_without_a_key() {
     let (bed, applier) = Bed::mirrored("keyless", SCHEMA).await;
     let client = bed.app(Side::Legacy).await;
-    client.batch_execute("INSERT INTO k VALUES (1), (1), (2)").await.unwrap();
+    client
+        .batch_execute("INSERT INTO k VALUES (1), (1), (2)")
+        .await
+        .unwrap();
     caught_up(&applier).await;
     bed.proxy(Side::New).await.batch_execute(REFUSE).await.unwrap();
-    transaction(&client, "INSERT INTO k VALUES (1), (3); INSERT INTO t VALUES (1, 100, 1)").await;
+    transaction(
+        &client,
+        "INSERT INTO k VALUES (1), (3); INSERT INTO t VALUES (1, 100, 1)",
+    )
+    .await;
     client.batch_execute("DELETE FROM k WHERE v = 1").await.unwrap();
     client.batch_execute("UPDATE k SET v = 4 WHERE v = 2").await.unwrap();
     caught_up(&applier).await;
@@ -215,11 +231,18 @@ async fn what_is_discarded_is_a_divergence_with_a_reason() {
     assert_eq!(status.diverged, 2);
     assert_eq!(status.tables_to_seed(), 2, "{:?}", status.tables);
     assert_eq!(
-        values(&new, "SELECT actor, reason FROM pgtandem.quarantine_history WHERE action = 'discarded'").await,
+        values(
+            &new,
+            "SELECT actor, reason FROM pgtandem.quarantine_history WHERE action = 'discarded'"
+        )
+        .await,
         ["(tester,stale)"]
     );
     // What comes later for its keys is applied again.
-    client.batch_execute("UPDATE t SET v = 1 WHERE id = 1; UPDATE u SET v = 2").await.unwrap();
+    client
+        .batch_execute("UPDATE t SET v = 1 WHERE id = 1; UPDATE u SET v = 2")
+        .await
+        .unwrap();
     caught_up(&applier).await;
     assert_eq!(bed.differences().await, []);
 }
@@ -240,7 +263,10 @@ async fn a_type_that_refuses_the_value() {
     caught_up(&applier).await;
     let new = bed.admin(Side::New).await;
     assert_eq!(values(&new, "SELECT * FROM m").await, ["(1,good)", "(3,good)"]);
-    assert_eq!(apply::list_quarantine(&new).await.unwrap()[0].sqlstate.as_deref(), Some("22P02"));
+    assert_eq!(
+        apply::list_quarantine(&new).await.unwrap()[0].sqlstate.as_deref(),
+        Some("22P02")
+    );
     bed.proxy(Side::New)
         .await
         .batch_execute("ALTER TYPE mood ADD VALUE 'bad'")
@@ -294,10 +320,7 @@ async fn refused_and_forged_ddl_stops_nothing_else() {
         .await
         .unwrap();
     // Forged: what was never run, and what no record is.
-    client
-        .execute(DDL_HOOK, &[&"no statement at all"])
-        .await
-        .unwrap();
+    client.execute(DDL_HOOK, &[&"no statement at all"]).await.unwrap();
     client
         .execute(DDL_HOOK_OUTSIDE, &[&"DROP INDEX CONCURRENTLY nowhere; DROP TABLE u"])
         .await
@@ -341,7 +364,10 @@ async fn refused_and_forged_ddl_stops_nothing_else() {
         applier.order(Order::Discard { id, actor, reason }).await.unwrap();
     }
     // Both are there again and go on, needing seeding.
-    until(&applier, |status| status.tables.iter().all(|table| table.paused.is_none())).await;
+    until(&applier, |status| {
+        status.tables.iter().all(|table| table.paused.is_none())
+    })
+    .await;
     client
         .batch_execute("UPDATE n SET id = 2; UPDATE t SET v = 2")
         .await
@@ -405,7 +431,11 @@ async fn what_passes_by_itself_is_waited_for() {
     for _ in 0..3 {
         let mut status = applier.status();
         status.mark_unchanged();
-        until(&applier, |status| matches!(&status.state, ApplierState::Failing { error } if error.contains("raised"))).await;
+        until(
+            &applier,
+            |status| matches!(&status.state, ApplierState::Failing { error } if error.contains("raised")),
+        )
+        .await;
     }
     new.batch_execute("DELETE FROM mode").await.unwrap();
     applier.catch_up().await.unwrap();
@@ -453,11 +483,18 @@ async fn beyond_the_threshold_mirroring_stops_until_an_operator_says_so() {
     drop(applier);
     let applier = apply::spawn(bed.config());
     let status = until(&applier, halted).await;
-    assert!(format!("{:?}", status.state).contains("quarantine retry"), "{:?}", status.state);
+    assert!(
+        format!("{:?}", status.state).contains("quarantine retry"),
+        "{:?}",
+        status.state
+    );
     assert_eq!(values(&new, count).await, before);
     // Not mended: it stops again.
     applier.go_on();
-    until(&applier, |status| status.state == ApplierState::Running || halted(status)).await;
+    until(&applier, |status| {
+        status.state == ApplierState::Running || halted(status)
+    })
+    .await;
     until(&applier, halted).await;
     bed.proxy(Side::New).await.batch_execute(ADMIT).await.unwrap();
     retry(&applier, None).await;
@@ -503,10 +540,15 @@ async fn storm(client: &Client, random: &mut StdRng, from: i32, count: i32) {
                 0 => format!("INSERT INTO t VALUES ({id}, {v}, {id}) ON CONFLICT DO NOTHING;"),
                 1 => format!("UPDATE t SET v = {v} WHERE id = {id};"),
                 2 => format!("DELETE FROM t WHERE id = {id};"),
-                3 => format!("UPDATE t SET id = id + 60 WHERE id = {id} AND NOT EXISTS (SELECT FROM t o WHERE o.id = t.id + 60);"),
+                3 => format!(
+                    "UPDATE t SET id = id + 60 WHERE id = {id} AND NOT EXISTS (SELECT FROM t o WHERE o.id = t.id + 60);"
+                ),
                 4 => format!("INSERT INTO u VALUES ({id}, {v}) ON CONFLICT (id) DO UPDATE SET v = u.v + 1;"),
                 5 => format!("INSERT INTO k VALUES ({}), ({});", id % 7, id % 5),
-                _ => format!("DELETE FROM k WHERE ctid IN (SELECT ctid FROM k WHERE v = {} LIMIT 1);", id % 7),
+                _ => format!(
+                    "DELETE FROM k WHERE ctid IN (SELECT ctid FROM k WHERE v = {} LIMIT 1);",
+                    id % 7
+                ),
             });
         }
         transaction(client, statements.trim_end_matches(';')).await;
@@ -519,7 +561,11 @@ async fn assert_primary_minus_held(bed: &Bed) {
     let legacy = bed.admin(Side::Legacy).await;
     let new = bed.admin(Side::New).await;
     for table in ["t", "u", "k", "done"] {
-        let here = values(&legacy, &format!("SELECT img, count(*) FROM (SELECT x::text AS img FROM {table} x) i GROUP BY 1")).await;
+        let here = values(
+            &legacy,
+            &format!("SELECT img, count(*) FROM (SELECT x::text AS img FROM {table} x) i GROUP BY 1"),
+        )
+        .await;
         let there = values(
             &new,
             &format!(

@@ -11,6 +11,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.quarantine (
     -- Of the refusal; null where it is held because it follows another.
     sqlstate text,
     error text NOT NULL,
+    detail text,
     follows bigint,
     tables text[] NOT NULL,
     -- The first keys, for whoever lists it: [["schema.table", "(key)"], …].
