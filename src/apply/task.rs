@@ -281,13 +281,14 @@ impl Task {
     }
 
     /// Carries out what an operator ordered, between two rounds.
-    async fn carry_out(&mut self, session: &mut Session) -> Result<(), ApplyError> {
+    async fn carry_out(&mut self, session: &mut Session, began: Instant) -> Result<(), ApplyError> {
         let ordered = self.next_order.take().or_else(|| self.order_requests.try_recv().ok());
         let Some(Ordered { order, answer }) = ordered else {
             return Ok(());
         };
         match session.carry_out(&order).await {
             Ok(outcome) => {
+                self.publish(session, began);
                 answer.send(Ok(outcome)).ok();
                 Ok(())
             }
@@ -325,9 +326,6 @@ impl Task {
                 self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
             }
             let (outcome, exported) = result?;
-            if request.is_none() {
-                self.carry_out(&mut session).await?;
-            }
             session.copy_sequences(sequences_wanted).await?;
             let cut = Cut {
                 round: session.round,
@@ -340,6 +338,9 @@ impl Task {
                 ticket,
                 cut: Some(cut.clone()),
             });
+            if request.is_none() {
+                self.carry_out(&mut session, began).await?;
+            }
             if let (Some(request), Some(primary_snapshot)) = (request, exported) {
                 let (release, released) = oneshot::channel();
                 let held = HeldCut {
