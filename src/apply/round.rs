@@ -16,13 +16,20 @@ use crate::catalog::Oid;
 use crate::catalog::quote::literal;
 use crate::catalog::snapshot::Snapshot;
 use crate::control::Epoch;
-use crate::journal::read::{Change, ReadBy, RoundRead, Shape, Unsigned, lsn};
+use crate::journal::read::{Change, Most, ReadBy, RoundRead, Shape, Unsigned, lsn};
 use crate::journal::{SideRole, SlotState};
 
-/// A round with more changes than this goes through the secondary's own tables (bulk.rs). So
-/// the proxy holds at most this many, or [`BYTES_MAX`] and one row.
-const CHANGES_MAX: i64 = 10_000;
-const BYTES_MAX: usize = 32 * 1024 * 1024;
+/// A round with more changes, or larger ones, goes through the secondary's own tables (bulk.rs):
+/// the proxy holds no more than this, and a small multiple of it while it writes.
+const IN_MEMORY: Most = Most {
+    rows: 10_000,
+    bytes: 16 * 1024 * 1024,
+};
+/// Without a bound, for the test that reads by position.
+const ANY: Most = Most {
+    rows: i64::MAX,
+    bytes: i64::MAX,
+};
 
 /// Definitions of at most this many tables are asked for with every round, before it is known
 /// which ones it concerns; a larger set is asked for afterwards.
@@ -63,25 +70,16 @@ impl Session {
             } else {
                 Vec::new()
             };
-            let rows_max = match self.config.read_by {
-                ReadBy::Snapshot => CHANGES_MAX + 1,
-                ReadBy::Position => i64::MAX,
+            let most = match self.config.read_by {
+                ReadBy::Snapshot => IN_MEMORY,
+                ReadBy::Position => ANY,
             };
             let read = self
                 .reader
-                .read(&self.primary, &self.since, self.position, rows_max, &asked)
+                .read(&self.primary, &self.since, self.position, most, &asked)
                 .await?;
             self.check_epoch(&read)?;
-            let changes = read
-                .rows
-                .iter()
-                .map(Change::from_row)
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
-            let bytes: usize = changes.iter().map(Change::size).sum();
-            let too_large = changes.len() as i64 > CHANGES_MAX || bytes > BYTES_MAX;
-            if too_large && self.config.read_by == ReadBy::Snapshot {
-                drop(changes);
+            if read.too_large {
                 self.end_read().await?;
                 let count = self
                     .apply_in_pieces(Target {
@@ -95,6 +93,12 @@ impl Session {
                 }
                 return Ok((RoundOutcome { changes: count }, None));
             }
+            let changes = read
+                .rows
+                .iter()
+                .map(Change::from_row)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
             let exported = if hold {
                 Some(self.export_snapshot().await?)
             } else {
