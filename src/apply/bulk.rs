@@ -180,6 +180,7 @@ impl Session {
             self.end_target(&target).await?;
         }
         self.target = None;
+        self.held_of_read.clear();
         self.since = target.snapshot.clone();
         self.durable = target.snapshot;
         self.position = target.position;

@@ -16,11 +16,12 @@
 //! Held transactions are kept in the order of their places, so applying them later in that order
 //! continues each key's prefix.
 //!
-//! A key is the value of a unique constraint *as the secondary has it*, of every one on plain
-//! columns, since a row that is still there keeps its unique values from others. In a table where
-//! no constraint identifies rows, the whole image is the key: rows alike are interchangeable, so
-//! whoever touches an image that a held transaction touched joins it, and the counts of all other
-//! images are right. A TRUNCATE that is held takes the whole table. What shares no key text all
+//! One key of a row is its whole image: every change of a row consumes the image that the one
+//! before produced. That is enough to follow rows, whatever constraints there are or will be; in a
+//! table where none identifies rows, rows alike are interchangeable, so whoever touches an image
+//! that a held transaction touched joins it, and the counts of all other images are right. Besides,
+//! the value of every unique constraint on plain columns *as the secondary has it* is a key, since
+//! a row that is still there keeps its unique values from others. A TRUNCATE that is held takes the whole table. What shares no key text all
 //! the same (1.0 and 1.00 under one unique constraint, expression indexes, exclusion constraints)
 //! is refused by the secondary when it comes, and so is held on its own account.
 //!
@@ -36,16 +37,13 @@ use crate::catalog::Oid;
 use crate::journal::read::{Change, Operation};
 
 /// More keys than this of one table are not kept one by one: the whole table is then held.
-pub const KEYS_MAX: usize = 20_000;
+pub const KEYS_MAX: usize = 50_000;
 
 /// Where the keys of a table stand in its images.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct KeyPlaces {
-    /// For each unique constraint on plain columns; the first identifies the row, where
-    /// `identified`.
+    /// For each unique constraint on plain columns.
     pub uniques: Vec<Vec<usize>>,
-    /// Whether a constraint identifies rows. Otherwise the whole image does.
-    pub identified: bool,
 }
 
 /// The keys that a transaction touches in one table.
@@ -130,22 +128,24 @@ impl<'a> Unit<'a> {
     }
 }
 
-/// Every key of an image, hashed together with which constraint it is of.
+/// Every key of an image, hashed together with the columns that it is of: constraints may come and
+/// go on the secondary while something is held.
 fn keys_of(image: &[u8], places: &KeyPlaces, mut found: impl FnMut(u128)) {
-    if !places.identified {
-        found(hash(u64::MAX, image));
-    }
-    for (index, positions) in places.uniques.iter().enumerate() {
+    found(hash(&[], image));
+    for positions in &places.uniques {
         // Null equals nothing.
         if let Some(key) = image::key(image, positions) {
-            found(hash(index as u64, &key));
+            found(hash(positions, &key));
         }
     }
 }
 
-fn hash(constraint: u64, bytes: &[u8]) -> u128 {
+fn hash(columns: &[usize], bytes: &[u8]) -> u128 {
     let mut hasher = Xxh3::new();
-    hasher.update(&constraint.to_be_bytes());
+    hasher.update(&(columns.len() as u64).to_be_bytes());
+    for column in columns {
+        hasher.update(&(*column as u64).to_be_bytes());
+    }
     hasher.update(bytes);
     hasher.digest128()
 }
@@ -281,7 +281,6 @@ mod tests {
         match rel {
             7 => Some(KeyPlaces {
                 uniques: vec![vec![0], vec![1]],
-                identified: true,
             }),
             8 => Some(KeyPlaces::default()),
             _ => None,
@@ -328,6 +327,30 @@ mod tests {
             (3, 3, 7, 'I', "", "(3,c)"),
         ];
         assert_eq!(held(&short, 1), [1, 2]);
+    }
+
+    #[test]
+    fn a_constraint_that_goes_meanwhile_frees_nothing() {
+        let changes = changes(&[
+            (1, 1, 7, 'U', "(1,a)", "(1,b)"),
+            (2, 2, 7, 'U', "(1,b)", "(1,c)"),
+            (3, 3, 7, 'I', "", "(2,b)"),
+        ]);
+        let units = units(&changes);
+        let mut keys = HeldKeys::default();
+        keys.add(1, &units[0].touches(places));
+        for uniques in [vec![], vec![vec![0]], vec![vec![1]]] {
+            let held = |unit: &Unit<'_>| {
+                let touched = unit.touches(|_| {
+                    Some(KeyPlaces {
+                        uniques: uniques.clone(),
+                    })
+                });
+                keys.held_by(&touched, &HashSet::new(), 9)
+            };
+            assert_eq!(held(&units[1]), Some(1), "{uniques:?}");
+            assert_eq!(held(&units[2]).is_some(), uniques == [[1]], "{uniques:?}");
+        }
     }
 
     #[test]

@@ -76,8 +76,11 @@ impl Session {
         wait_flushed(&self.aside, ending.end.position, ending.flushed).await?;
         failing(self.commit().await)?;
         self.reached(ending);
-        self.tables = Tables::load(&self.secondary).await?;
-        self.summarize_quarantine().await
+        if self.held_in_round > 0 || tables_are_fresh || units.iter().any(Unit::has_barrier) {
+            self.tables = Tables::load(&self.secondary).await?;
+            self.summarize_quarantine().await?;
+        }
+        Ok(())
     }
 
     /// Holds what cannot be applied because of what is held already; the rest is returned.

@@ -473,6 +473,19 @@ impl Session {
             }
         }
         self.held = held;
+        if self.target.is_some() {
+            // In the middle of a backlog: the rest of a held transaction may still come.
+            let rows = self
+                .secondary
+                .query(
+                    "SELECT q.xid FROM pgtandem.quarantine q WHERE q.epoch = $1",
+                    &[&(self.config.epoch.0 as i64)],
+                )
+                .await
+                .map_err(doing("read what is in quarantine"))?;
+            self.held_of_read
+                .extend(rows.iter().filter_map(|row| row.get::<_, &str>(0).parse::<u64>().ok()));
+        }
         Ok(())
     }
 

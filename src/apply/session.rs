@@ -62,7 +62,7 @@ pub(super) struct Session {
     pub transactions_in_round: u64,
     /// The keys of everything in quarantine.
     pub held: HeldKeys,
-    /// Transactions of this read that are held.
+    /// Transactions of this read, or of the target that is being reached in pieces, that are held.
     pub held_of_read: HashSet<u64>,
     pub quarantine: QuarantineStatus,
     pub memory: Arc<Memory>,

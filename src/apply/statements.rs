@@ -72,7 +72,6 @@ impl Writer {
         let key_positions: Vec<usize> = table.key.as_ref().map_or_else(Vec::new, places);
         let key_places = KeyPlaces {
             uniques: table.uniques.iter().map(places).collect(),
-            identified: table.key.is_some(),
         };
         // A GENERATED ALWAYS identity cannot be set by UPDATE; inside the key it keeps its value.
         let identity_outside_key = table.columns.iter().any(|column| {
