@@ -120,6 +120,35 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
         .await,
         "a test"
     );
+
+    // A forced flip leaves what is held behind, and says so of its table.
+    client.batch_execute("INSERT INTO u VALUES (3)").await.unwrap();
+    on_new(&rig, "ALTER TABLE u ADD CONSTRAINT few CHECK (id < 4)").await;
+    client.batch_execute("INSERT INTO u VALUES (4)").await.unwrap();
+    rig.wait_caught_up().await;
+    check(&rig, &["switchover", "--to", "new"], 1, "CLOSED");
+    check(
+        &rig,
+        &["switchover", "--to", "new", "--force", "--reason", "a test"],
+        0,
+        "switchover to new",
+    );
+    let status = rig
+        .until(|status| {
+            let mirroring = status.databases[0].mirroring.as_ref().unwrap();
+            mirroring.state == "running" && mirroring.tables.len() == 2
+        })
+        .await;
+    let mirroring = status.databases[0].mirroring.as_ref().unwrap();
+    assert_eq!(mirroring.quarantine.transactions, 0);
+    assert!(
+        mirroring
+            .tables
+            .iter()
+            .all(|table| table.seeding == "unseeded" && table.note.is_some()),
+        "{:?}",
+        mirroring.tables
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
