@@ -306,7 +306,7 @@ async fn ddl(client: &Client, statement: &str) {
 
 #[tokio::test]
 async fn refused_and_forged_ddl_stops_nothing_else() {
-    let (bed, applier) = Bed::mirrored("ddl_refused", SCHEMA).await;
+    let (bed, applier) = Bed::mirrored("ddl_quarantined", SCHEMA).await;
     bed.admin(Side::Legacy)
         .await
         .batch_execute("CREATE TYPE mood AS ENUM ('good'); GRANT USAGE ON TYPE mood TO app")
