@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::apply::{Entry, Outcome};
 use crate::control::{Epoch, Phase, Side};
 
 /// `GET /api/v1/status`
@@ -69,7 +70,7 @@ pub struct ServerStatus {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Mirroring {
     /// `connecting`, `waiting` (another proxy holds the applier's lease), `running`, `failing`,
-    /// `stopped`.
+    /// `halted` (too much was refused, `writes.error_threshold`), `stopped`.
     pub state: String,
     pub error: Option<String>,
     /// The proxy that applies, this one or another (`pid 4711 on host`); absent while none is
@@ -92,6 +93,21 @@ pub struct Mirroring {
     pub sequence_errors: Vec<String>,
     pub divergences: u64,
     pub stray_writes: u64,
+    pub quarantine: Quarantine,
+}
+
+/// Transactions that the secondary refused, or that follow one.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Quarantine {
+    pub transactions: u64,
+    /// Of those, how many were refused themselves.
+    pub refused: u64,
+    pub changes: u64,
+    /// When the oldest was put there.
+    pub oldest: Option<String>,
+    pub oldest_seconds: u64,
+    /// The oldest one's error.
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -206,6 +222,50 @@ pub struct WaitAnswer {
     pub waited_ms: f64,
     /// The database still behind, where one is.
     pub behind: Option<String>,
+}
+
+/// `GET /api/v1/quarantine`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct QuarantineList {
+    pub entries: Vec<QuarantineEntry>,
+}
+
+/// One transaction in quarantine; [`Entry`] has the other fields.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct QuarantineEntry {
+    pub database: String,
+    #[serde(flatten)]
+    pub entry: Entry,
+}
+
+/// `POST /api/v1/quarantine/retry`: all, or one with those it depends on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RetryRequest {
+    /// May be left out where there is only one.
+    #[serde(default)]
+    pub database: Option<String>,
+    #[serde(default)]
+    pub id: Option<i64>,
+    /// Who asks, for the history.
+    pub actor: String,
+}
+
+/// `POST /api/v1/quarantine/discard`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiscardRequest {
+    #[serde(default)]
+    pub database: Option<String>,
+    pub id: i64,
+    pub actor: String,
+    pub reason: String,
+}
+
+/// What came of it, by database.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct QuarantineAnswer {
+    pub databases: BTreeMap<String, Outcome>,
+    /// Whether everything asked for was done.
+    pub done: bool,
 }
 
 /// `GET /api/v1/explain?sql=…`

@@ -10,6 +10,8 @@
 //! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
 //! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
+//! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
+//! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -32,7 +34,10 @@ use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use self::api::{ExplainAnswer, Failure, ReloadAnswer, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer};
+use self::api::{
+    DiscardRequest, ExplainAnswer, Failure, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status,
+    SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+};
 use crate::config::Secret;
 
 /// What an operator may ask of the running proxy.
@@ -47,6 +52,9 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
+    fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
+    fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
 }
 
 /// Serves until `stop`.
@@ -64,6 +72,9 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/switchover", post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/explain", get(explain::<O>))
+        .route("/api/v1/quarantine", get(quarantine::<O>))
+        .route("/api/v1/quarantine/retry", post(retry_held::<O>))
+        .route("/api/v1/quarantine/discard", post(discard_held::<O>))
         .route_layer(middleware::from_fn_with_state(token, authorize));
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -140,6 +151,32 @@ struct ExplainQuery {
 
 async fn explain<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<ExplainQuery>) -> Response {
     Json(operations.explain(&query.sql).await).into_response()
+}
+
+async fn quarantine<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.quarantine().await {
+        Ok(list) => Json(list).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn retry_held<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<RetryRequest>) -> Response {
+    answer_held(operations.retry_held(request).await)
+}
+
+async fn discard_held<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<DiscardRequest>,
+) -> Response {
+    answer_held(operations.discard_held(request).await)
+}
+
+fn answer_held(answer: Result<QuarantineAnswer, String>) -> Response {
+    match answer {
+        Ok(answer) if answer.done => Json(answer).into_response(),
+        Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
 }
 
 fn failure(code: StatusCode, error: String) -> Response {

@@ -73,6 +73,15 @@ fn of_mirroring(database: &str, mirroring: &Mirroring) {
         ("pgtandem_divergences", mirroring.divergences as f64),
         ("pgtandem_stray_writes", mirroring.stray_writes as f64),
         ("pgtandem_tables_paused", paused as f64),
+        (
+            "pgtandem_quarantine_transactions",
+            mirroring.quarantine.transactions as f64,
+        ),
+        (
+            "pgtandem_quarantine_oldest_seconds",
+            mirroring.quarantine.oldest_seconds as f64,
+        ),
+        ("pgtandem_mirroring_halted", one_if(mirroring.state == "halted")),
     ] {
         gauge!(gauge_name, "database" => database.to_owned()).set(value);
     }
@@ -121,6 +130,15 @@ fn describe() {
         (
             "pgtandem_stray_writes",
             "writes that reached the secondary past pgtandem",
+        ),
+        (
+            "pgtandem_quarantine_transactions",
+            "transactions in quarantine: refused by the secondary, or following one that was",
+        ),
+        ("pgtandem_quarantine_oldest_seconds", "since the oldest was put there"),
+        (
+            "pgtandem_mirroring_halted",
+            "1 while mirroring has stopped because too much was refused",
         ),
         ("pgtandem_tables_paused", "tables whose mirroring is paused"),
         ("pgtandem_tables", "mirrored tables by seeding state"),

@@ -1,5 +1,6 @@
 //! What the admin server asks, answered.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,16 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    DatabaseStatus, ExplainAnswer, ReloadAnswer, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    DatabaseStatus, DiscardRequest, ExplainAnswer, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer,
+    RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
 };
+use crate::apply::{Entry, Order};
 use crate::control::{Phase, Side};
 use crate::sql::{ExplainContext, explain};
+use crate::switchover::Tandem;
+
+/// An order is carried out at the end of a round; that may take as long as a backlog does.
+const ORDER_MAX: Duration = Duration::from_secs(60);
 
 /// The admin server hands out clones of the one world.
 impl Operations for World {
@@ -123,6 +130,62 @@ impl Operations for World {
         })
     }
 
+    async fn quarantine(&self) -> Result<QuarantineList, String> {
+        let control = self.control_now();
+        let mut entries = Vec::new();
+        if control.phase.mirrors() {
+            for tandem in self.tandems().iter() {
+                let held = tandem.quarantine(control.primary).await;
+                let held = held.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+                entries.extend(held.into_iter().map(|entry| self.shown(tandem.name(), entry)));
+            }
+        }
+        Ok(QuarantineList { entries })
+    }
+
+    async fn retry_held(&self, request: RetryRequest) -> Result<QuarantineAnswer, String> {
+        let tandems = self.chosen(request.database.as_deref(), request.id.is_some())?;
+        let order = Order::Retry {
+            id: request.id,
+            actor: request.actor,
+        };
+        let mut answer = QuarantineAnswer {
+            databases: BTreeMap::new(),
+            done: true,
+        };
+        for tandem in tandems {
+            let outcome = tandem.order(order.clone(), ORDER_MAX).await;
+            let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            let found = request.id.is_none_or(|id| outcome.done.contains(&id));
+            answer.done &= found && outcome.refused.is_empty() && outcome.left.is_empty();
+            answer.databases.insert(tandem.name().to_owned(), outcome);
+        }
+        Ok(answer)
+    }
+
+    async fn discard_held(&self, request: DiscardRequest) -> Result<QuarantineAnswer, String> {
+        if request.reason.trim().is_empty() {
+            return Err("a reason must be given; it is recorded".into());
+        }
+        let order = Order::Discard {
+            id: request.id,
+            actor: request.actor,
+            reason: request.reason,
+        };
+        let tandems = self.chosen(request.database.as_deref(), true)?;
+        let mut answer = QuarantineAnswer {
+            databases: BTreeMap::new(),
+            done: true,
+        };
+        for tandem in tandems {
+            let outcome = tandem.order(order.clone(), ORDER_MAX).await;
+            let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.done &= outcome.done.contains(&request.id);
+            answer.databases.insert(tandem.name().to_owned(), outcome);
+        }
+        Ok(answer)
+    }
+
     async fn explain(&self, sql: &str) -> ExplainAnswer {
         // The databases' catalogs differ in what they know of functions; the first one's stands
         // for all where a statement is explained without saying where it runs.
@@ -153,5 +216,36 @@ impl World {
             databases.push(status);
         }
         databases
+    }
+}
+
+impl World {
+    /// An entry with its values as the mismatch log would write them.
+    fn shown(&self, database: &str, mut entry: Entry) -> QuarantineEntry {
+        let values = self.shadows.values();
+        entry.keys = std::mem::take(&mut entry.keys)
+            .into_iter()
+            .filter_map(|(table, key)| Some((table, values.text(&key)?)))
+            .collect();
+        entry.detail = entry.detail.filter(|_| values.shows_values());
+        QuarantineEntry {
+            database: database.to_owned(),
+            entry,
+        }
+    }
+
+    /// The databases that an order is for; an entry's number means something in one of them only.
+    fn chosen(&self, database: Option<&str>, one: bool) -> Result<Vec<Arc<Tandem>>, String> {
+        let tandems = self.tandems();
+        match database {
+            Some(name) => {
+                let found = tandems.iter().find(|tandem| tandem.name() == name).cloned();
+                found
+                    .map(|tandem| vec![tandem])
+                    .ok_or_else(|| format!("no database is called {name}"))
+            }
+            None if one && tandems.len() > 1 => Err("there are several databases; say which (--database)".into()),
+            None => Ok(tandems.to_vec()),
+        }
     }
 }

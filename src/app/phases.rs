@@ -112,6 +112,7 @@ impl World {
             from,
             to,
             drain_timeout: self.config.load().switchover.drain_timeout,
+            forced: forced.is_some(),
         };
         let outcome = flip.run(async || {
             self.publish(to);

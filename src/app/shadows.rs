@@ -46,6 +46,11 @@ impl Shadows {
         }
     }
 
+    /// How values are shown to operators.
+    pub(super) const fn values(&self) -> &ValueWriter {
+        self.log.values()
+    }
+
     /// What sessions show their reads to.
     pub(super) fn hook(&self) -> Arc<dyn hooks::Shadow> {
         Arc::new(Shown {

@@ -278,7 +278,7 @@ impl World {
 
     fn new_tandem(&self, pair: Arc<Pair>) -> Arc<Tandem> {
         let config = self.config.load();
-        Tandem::new(pair, config.journal, config.stray_writers)
+        Tandem::new(pair, config.journal, config.writes, config.stray_writers)
     }
 
     /// Under `"*"`, databases come and go: looks for them as long as the process lives.
@@ -358,6 +358,8 @@ impl World {
         let mut changed = self.check_reloadable(&old, &new)?;
         let settings = session::Settings::from_config(&new).map_err(|error| format!("tls: {error}"))?;
         let wish = new.phase;
+        // Where too much was refused, this is the operator's word to go on.
+        self.tandems().iter().for_each(|tandem| tandem.go_on());
         self.sessions.reload(settings);
         self.shadows.reload(&new);
         self.both_sides.reload(new.writes);
@@ -388,6 +390,9 @@ impl World {
         }
         if old.journal != new.journal {
             return fixed("journal");
+        }
+        if old.writes != new.writes {
+            return fixed("writes");
         }
         if old.stray_writers != new.stray_writers {
             return fixed("stray_writers");

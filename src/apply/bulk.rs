@@ -5,12 +5,15 @@
 //! cut. The rows of a piece stream from one server into a table of the other, which computes
 //! the difference itself: the proxy holds one chunk of a stream, whatever a transaction's size.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures_util::{SinkExt, StreamExt, pin_mut};
 
+use super::held::Unit;
+use super::isolate::failing;
 use super::plan::{DdlRecord, adds_label};
-use super::round::{shapes_after, wait_flushed};
+use super::refusal::Refusal;
+use super::round::{Ending, Stop, shapes_after, wait_flushed};
 use super::rows::{Mode, NotWritten, is_conflict};
 use super::session::{Session, Target};
 use super::statements::{Source, Writer};
@@ -20,17 +23,100 @@ use crate::catalog::Oid;
 use crate::journal::read::{Change, Operation, Shape, Unsigned, lsn, window_sql};
 
 /// A part of a piece between two barriers: positions above the first, up to the second.
-type Span = (u64, u64);
+pub(super) type Span = (u64, u64);
 
 /// What must be known of a backlog before its rows are read.
-struct Backlog {
+pub(super) struct Backlog {
     window: String,
     /// Positions at which pieces end, ascending; the last is the backlog's end.
     ends: Vec<u64>,
     /// DDL, by position.
-    ddl: Vec<(u64, Operation, DdlRecord)>,
-    /// Transactions that contain a barrier: their changes are placed one by one.
+    ddl: Vec<Ddl>,
+    /// Transactions that contain a barrier: their changes are placed one by one, and not cut
+    /// through.
     barrier_xids: Vec<u64>,
+    spans: Vec<Span>,
+    /// Transactions by the end of the stretch that they are in.
+    transactions: BTreeMap<u64, u64>,
+}
+
+struct Ddl {
+    position: u64,
+    xid: u64,
+    operation: Operation,
+    context: Option<Vec<u8>>,
+    statement: Option<Vec<u8>>,
+    /// Why it cannot be read, otherwise.
+    record: Result<DdlRecord, String>,
+}
+
+impl Ddl {
+    fn change(&self) -> Change<'_> {
+        Change {
+            position: self.position,
+            xid: self.xid,
+            rel: 0,
+            operation: self.operation,
+            old: self.context.as_deref(),
+            new: self.statement.as_deref(),
+        }
+    }
+}
+
+impl Backlog {
+    fn transactions_in(&self, span: Span) -> usize {
+        self.transactions
+            .range(span.0 + 1..=span.1)
+            .map(|(_, count)| *count as usize)
+            .sum()
+    }
+
+    /// Whether a DDL statement of this span cannot be read.
+    fn is_bad(&self, span: Span) -> bool {
+        self.ddl.iter().any(|ddl| {
+            ddl.operation == Operation::Ddl && ddl.record.is_err() && span.0 < ddl.position && ddl.position <= span.1
+        })
+    }
+
+    /// A change's place, of a journal row `w` whose transaction's highest position is `t.top`.
+    fn place_sql(&self) -> String {
+        if self.barrier_xids.is_empty() {
+            "t.top".to_owned()
+        } else {
+            format!(
+                "CASE WHEN w.xid = ANY ({}) THEN w.pos ELSE t.top END",
+                xid_array(&self.barrier_xids)
+            )
+        }
+    }
+
+    /// The rows of a span, as a source for FROM: `p.place` and the journal's columns.
+    pub(super) fn rows_sql(&self, span: Span) -> String {
+        let place = self.place_sql();
+        format!(
+            "(SELECT w.*, {place} AS place FROM {window} w
+                JOIN (SELECT xid, max(pos) AS top FROM {window} v GROUP BY xid) t ON t.xid = w.xid
+               WHERE {place} > '{}' AND {place} <= '{}') p",
+            lsn(span.0),
+            lsn(span.1),
+            window = self.window,
+        )
+    }
+
+    pub(super) fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// The DDL records of a span inside transactions, as one unit.
+    pub(super) fn ddl_in(&self, span: Span) -> Unit<'_> {
+        let inside = |ddl: &&Ddl| ddl.operation == Operation::Ddl && span.0 < ddl.position && ddl.position <= span.1;
+        let changes: Vec<Change<'_>> = self.ddl.iter().filter(inside).map(Ddl::change).collect();
+        Unit {
+            xid: changes.first().map_or(0, |change| change.xid),
+            order: 0,
+            changes,
+        }
+    }
 }
 
 impl Session {
@@ -62,43 +148,35 @@ impl Session {
             let outside = backlog
                 .ddl
                 .iter()
-                .find(|(position, operation, _)| *position == end && *operation == Operation::DdlOutside)
-                .map(|(_, _, record)| record.clone());
+                .find(|ddl| ddl.position == end && ddl.operation == Operation::DdlOutside);
+            let stop = match outside.map(|ddl| &ddl.record) {
+                // Where DDL outside transactions comes last, the watermark must say so first.
+                Some(Ok(record)) => Stop::Outside(end, record),
+                Some(Err(_)) => Stop::Piece(end),
+                None if last => Stop::Target,
+                None => Stop::Piece(end),
+            };
             let piece = Piece {
                 span: (target.piece, end),
-                // Where DDL outside transactions comes last, the watermark must say so first.
-                ends_target: last && outside.is_none(),
-                outside: outside.as_ref(),
+                stop,
             };
-            match self.apply_piece(&backlog, &target, &piece, Mode::Short).await {
-                Ok(count) => total += count,
-                Err(NotWritten::Failed(error)) => return Err(error),
-                Err(NotWritten::Surprise(what)) => {
-                    self.roll_back().await?;
-                    tracing::warn!(
-                        what,
-                        "the secondary is not as it should be, applying this piece carefully"
-                    );
-                    match self.apply_piece(&backlog, &target, &piece, Mode::Careful).await {
-                        Ok(count) => total += count,
-                        Err(NotWritten::Failed(error)) => return Err(error),
-                        Err(NotWritten::Surprise(what)) => return Err(ApplyError::Refused(what)),
-                    }
-                }
-            }
+            total += self.apply_or_walk(&backlog, &target, &piece).await?;
             target.piece = end;
-            self.target = Some(target.clone());
-            if let Some(record) = &outside {
-                self.run_outside(record).await?;
-            }
-            if last && outside.is_some() {
-                self.end_target(&target).await?;
+            if let Some(ddl) = outside {
+                match &ddl.record {
+                    Ok(record) => self.run_outside(record).await?,
+                    Err(error) => self.hold_outside_change(&ddl.change(), error).await?,
+                }
+                if last {
+                    self.end_target(&target).await?;
+                }
             }
         }
         if ends.is_empty() {
             self.end_target(&target).await?;
         }
         self.target = None;
+        self.held_of_read.clear();
         self.since = target.snapshot.clone();
         self.durable = target.snapshot;
         self.position = target.position;
@@ -106,21 +184,67 @@ impl Session {
         Ok(total)
     }
 
+    /// A piece as a whole; where something of it is refused, or held already, in parts that fit
+    /// into memory (walk.rs).
+    async fn apply_or_walk(
+        &mut self,
+        backlog: &Backlog,
+        target: &Target,
+        piece: &Piece<'_>,
+    ) -> Result<usize, ApplyError> {
+        if self.held.is_empty() && !backlog.is_bad(piece.span) {
+            match self.apply_whole(backlog, target, piece, Reading::Rounds).await? {
+                Ok(count) => return Ok(count),
+                Err(refusal) => {
+                    tracing::warn!(%refusal, "the secondary refuses something of this piece; looking for what");
+                }
+            }
+        }
+        self.walk(backlog, target, piece).await
+    }
+
+    /// The short way, then the careful one. A refusal leaves nothing done.
+    pub(super) async fn apply_whole(
+        &mut self,
+        backlog: &Backlog,
+        target: &Target,
+        piece: &Piece<'_>,
+        reading: Reading,
+    ) -> Result<Result<usize, Refusal>, ApplyError> {
+        let refusal = match self.apply_piece(backlog, target, piece, Mode::Short, reading).await {
+            Ok(count) => return Ok(Ok(count)),
+            Err(NotWritten::Failed(error)) => self.refusal_of(error)?,
+            Err(NotWritten::Surprise(what)) => {
+                self.roll_back().await?;
+                tracing::warn!(
+                    %what,
+                    "the secondary is not as it should be, applying this piece carefully"
+                );
+                let rels = self.tables.rels();
+                self.learn_uniques(&rels).await?;
+                match self.apply_piece(backlog, target, piece, Mode::Careful, reading).await {
+                    Ok(count) => return Ok(Ok(count)),
+                    Err(NotWritten::Failed(error)) => self.refusal_of(error)?,
+                    Err(NotWritten::Surprise(what)) => what,
+                }
+            }
+        };
+        self.roll_back().await?;
+        Ok(Err(refusal))
+    }
+
     /// The target is reached and nothing is left to write but that.
     async fn end_target(&mut self, target: &Target) -> Result<(), ApplyError> {
         wait_flushed(&self.aside, target.position, 0).await?;
+        self.begin_counting(0);
         let mut writes = super::rows::Writes::default();
-        writes.begin(self.watermark_sql(target, None));
-        match self.write(&writes).await {
-            Ok(()) => {}
-            Err(NotWritten::Failed(error)) => return Err(error),
-            Err(NotWritten::Surprise(what)) => return Err(ApplyError::Refused(what)),
-        }
-        match self.commit().await {
-            Ok(()) => Ok(()),
-            Err(NotWritten::Failed(error)) => Err(error),
-            Err(NotWritten::Surprise(what)) => Err(ApplyError::Refused(what)),
-        }
+        writes.begin(self.watermark_sql(&Ending {
+            end: target,
+            stop: Stop::Target,
+            flushed: 0,
+        }));
+        failing(self.write(&writes).await)?;
+        failing(self.commit().await)
     }
 
     /// One scan of the backlog: where pieces end, and what must not be cut through.
@@ -129,7 +253,7 @@ impl Session {
         let up_to_now = window_sql(&self.since, None);
         let primary = &self.primary;
         primary
-            .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL enable_seqscan = on; SET LOCAL work_mem = '64MB'")
+            .batch_execute(READ_BACKLOG)
             .await
             .map_err(doing("survey a backlog"))?;
         let barriers = primary
@@ -146,7 +270,7 @@ impl Session {
         let tops = primary
             .query(
                 &format!(
-                    "SELECT max(top) FROM (
+                    "SELECT max(top), count(*) FROM (
                         SELECT top, floor((sum(bytes) OVER (ORDER BY top) - bytes) / {piece_bytes}) AS piece
                           FROM (SELECT xid, max(pos) AS top, sum(48 + COALESCE(octet_length(old), 0) + COALESCE(octet_length(new), 0)) AS bytes
                                   FROM {window} w GROUP BY xid) t) p
@@ -170,12 +294,20 @@ impl Session {
             if in_target {
                 barrier_xids.insert(change.xid);
             }
-            if change.operation != Operation::Truncate {
-                let record = DdlRecord::from_change(&change)?;
-                later_ddl.push(record.clone());
-                if in_target {
-                    ddl.push((change.position, change.operation, record));
-                }
+            if change.operation == Operation::Truncate {
+                continue;
+            }
+            let record = DdlRecord::from_change(&change).map_err(|error| error.to_string());
+            later_ddl.extend(record.clone());
+            if in_target {
+                ddl.push(Ddl {
+                    position: change.position,
+                    xid: change.xid,
+                    operation: change.operation,
+                    context: change.old.map(<[u8]>::to_vec),
+                    statement: change.new.map(<[u8]>::to_vec),
+                    record,
+                });
             }
         }
         let barrier_xids: Vec<u64> = barrier_xids.into_iter().collect();
@@ -199,20 +331,26 @@ impl Session {
         let expected: HashMap<Oid, Shape> = shapes_after(later_ddl.iter());
         self.pause_changed_tables(&rels, &shapes, &expected).await?;
 
-        let mut ends: BTreeSet<u64> = tops.iter().map(|row| row.get::<_, Unsigned>(0).0).collect();
+        let transactions: BTreeMap<u64, u64> = tops
+            .iter()
+            .map(|row| (row.get::<_, Unsigned>(0).0, row.get::<_, i64>(1) as u64))
+            .collect();
+        let mut ends: BTreeSet<u64> = transactions.keys().copied().collect();
         let end = ends.last().copied();
         ends.extend(labelled.iter().map(|&(_, last)| last));
         ends.retain(|&at| Some(at) == end || !spans.iter().any(|&(first, last)| first <= at && at < last));
         ends.extend(
             ddl.iter()
-                .filter(|(_, operation, _)| *operation == Operation::DdlOutside)
-                .map(|(position, _, _)| *position),
+                .filter(|ddl| ddl.operation == Operation::DdlOutside)
+                .map(|ddl| ddl.position),
         );
         Ok(Backlog {
             window,
             ends: ends.into_iter().collect(),
             ddl,
             barrier_xids,
+            spans,
+            transactions,
         })
     }
 
@@ -243,44 +381,38 @@ impl Session {
         target: &Target,
         piece: &Piece<'_>,
         mode: Mode,
+        reading: Reading,
     ) -> Result<usize, NotWritten> {
-        self.cleared_in_round.clear();
-        self.diverged_in_round.clear();
+        self.begin_counting(backlog.transactions_in(piece.span));
+        let ending = piece.ending(target);
         let mut writes = super::rows::Writes::default();
-        let watermark = if piece.ends_target {
-            self.watermark_sql(target, None)
-        } else {
-            let outside = piece.outside.map_or_else(
-                || "NULL".to_owned(),
-                |record| crate::catalog::quote::literal(&super::ddl::record_text(record)),
-            );
-            self.guarded_watermark(&format!(
-                "{}, outside = {outside}",
-                super::round::target_assignments(target, piece.span.1)
-            ))
-        };
-        writes.begin(watermark);
+        writes.begin(self.watermark_sql(&ending));
         writes.text("TRUNCATE pgtandem.staged");
         self.write(&writes).await?;
-        let count = self.stage(backlog, piece.span).await?;
+        let count = self.stage(backlog, piece.span, reading).await?;
         self.secondary
             .batch_execute("ANALYZE pgtandem.staged")
             .await
             .map_err(doing("analyze a piece"))?;
         let mut has_ddl = false;
         let mut from = piece.span.0;
-        for (position, operation, record) in &backlog.ddl {
-            if *operation != Operation::Ddl || *position <= piece.span.0 || *position > piece.span.1 {
+        for ddl in &backlog.ddl {
+            if ddl.operation != Operation::Ddl || ddl.position <= piece.span.0 || ddl.position > piece.span.1 {
                 continue;
             }
-            self.write_span((from, *position), mode).await?;
+            let record = match &ddl.record {
+                Ok(record) => record,
+                Err(error) => return Err(ApplyError::Refused(error.clone()).into()),
+            };
+            self.write_span((from, ddl.position), mode).await?;
             self.run_ddl(record).await?;
             has_ddl = true;
-            from = *position;
+            from = ddl.position;
         }
         self.write_span((from, piece.span.1), mode).await?;
         wait_flushed(&self.aside, target.position, 0).await?;
         self.commit().await?;
+        self.reached(&ending);
         if has_ddl {
             self.tables = super::tables::Tables::load(&self.secondary).await?;
         }
@@ -288,28 +420,20 @@ impl Session {
     }
 
     /// Streams a piece's rows from the primary's journal into `pgtandem.staged`.
-    async fn stage(&self, backlog: &Backlog, span: Span) -> Result<usize, ApplyError> {
-        self.primary
-            .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL enable_seqscan = on; SET LOCAL work_mem = '64MB'")
+    pub(super) async fn stage(&self, backlog: &Backlog, span: Span, reading: Reading) -> Result<usize, ApplyError> {
+        let primary = match reading {
+            Reading::Rounds => &self.primary,
+            Reading::Aside => &self.aside,
+        };
+        primary
+            .batch_execute(READ_BACKLOG)
             .await
             .map_err(doing("read a piece"))?;
-        let place = if backlog.barrier_xids.is_empty() {
-            "t.top".to_owned()
-        } else {
-            format!(
-                "CASE WHEN w.xid = ANY ({}) THEN w.pos ELSE t.top END",
-                xid_array(&backlog.barrier_xids)
-            )
-        };
         let sql = format!(
-            "COPY (SELECT w.rel, w.op, {place}, w.old, w.new FROM {window} w
-                     JOIN (SELECT xid, max(pos) AS top FROM {window} v GROUP BY xid) t ON t.xid = w.xid
-                    WHERE {place} > '{}' AND {place} <= '{}') TO STDOUT",
-            lsn(span.0),
-            lsn(span.1),
-            window = backlog.window,
+            "COPY (SELECT rel, op, place, old, new FROM {}) TO STDOUT",
+            backlog.rows_sql(span)
         );
-        let rows = self.primary.copy_out(&sql).await.map_err(doing("read a piece"))?;
+        let rows = primary.copy_out(&sql).await.map_err(doing("read a piece"))?;
         let sink = self
             .secondary
             .copy_in::<_, bytes::Bytes>("COPY pgtandem.staged (rel, op, pos, old, new) FROM STDIN")
@@ -322,12 +446,12 @@ impl Session {
             sink.feed(chunk).await.map_err(doing("stage a piece"))?;
         }
         let count = sink.finish().await.map_err(doing("stage a piece"))?;
-        self.end_read().await?;
+        primary.batch_execute("COMMIT").await.map_err(doing("read a piece"))?;
         Ok(count as usize)
     }
 
     /// Writes the staged rows of one span, table by table.
-    async fn write_span(&mut self, span: Span, mode: Mode) -> Result<(), NotWritten> {
+    pub(super) async fn write_span(&mut self, span: Span, mode: Mode) -> Result<(), NotWritten> {
         let between = format!("pos > '{}' AND pos <= '{}'", lsn(span.0), lsn(span.1));
         let cleared = self
             .secondary
@@ -419,7 +543,7 @@ impl Session {
                 }
                 let count = self.write_from_net(&sql).await?;
                 if count != expected as u64 {
-                    return Err(NotWritten::Surprise(format!("{expected} rows expected, {count} found")));
+                    return Err(NotWritten::Surprise(Refusal::rows(expected as u64, count)));
                 }
             }
         } else {
@@ -428,7 +552,8 @@ impl Session {
                 diverged += self.write_from_net(&writer.record_missing(Source::Net)).await?;
             }
             self.write_from_net(&writer.delete_carefully(Source::Net)).await?;
-            for (record, delete) in writer.make_room(Source::Net) {
+            let theirs = self.room_for(rel);
+            for (record, delete) in writer.make_room(Source::Net, &theirs) {
                 if synced {
                     diverged += self.write_from_net(&record).await?;
                 }
@@ -455,19 +580,38 @@ impl Session {
     async fn write_from_net(&self, sql: &str) -> Result<u64, NotWritten> {
         match self.secondary.execute(sql, &[]).await {
             Ok(count) => Ok(count),
-            Err(error) if is_conflict(&error) => {
-                Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)))
-            }
+            Err(error) if is_conflict(&error) => Err(NotWritten::Surprise(Refusal::of(&error))),
             Err(error) => Err(NotWritten::Failed(doing("apply a piece")(error))),
         }
     }
 }
 
-struct Piece<'a> {
-    span: Span,
-    ends_target: bool,
-    outside: Option<&'a DdlRecord>,
+/// A part of a backlog that is written in one transaction.
+pub(super) struct Piece<'a> {
+    pub span: Span,
+    pub stop: Stop<'a>,
 }
+
+impl<'a> Piece<'a> {
+    pub(super) const fn ending(&self, target: &'a Target) -> Ending<'a> {
+        Ending {
+            end: target,
+            stop: self.stop,
+            flushed: 0,
+        }
+    }
+}
+
+/// Which connection to the primary reads a piece: that of rounds may have a cursor open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    Rounds,
+    Aside,
+}
+
+/// A backlog is scanned as a whole, and sorted on the primary's disk.
+pub(super) const READ_BACKLOG: &str =
+    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL enable_seqscan = on; SET LOCAL work_mem = '64MB'";
 
 fn xid_array(xids: &[u64]) -> String {
     let listed: Vec<String> = xids.iter().map(|xid| format!("'{xid}'")).collect();

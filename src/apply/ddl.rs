@@ -189,7 +189,7 @@ impl Session {
         Ok(row.map(|row| row.get(0)))
     }
 
-    async fn record_table(
+    pub(super) async fn record_table(
         &self,
         table: &TableRecord,
         local: Option<Oid>,
@@ -230,8 +230,27 @@ impl Session {
     }
 
     /// Outside any transaction. The watermark says what was begun, so that after a crash in the
-    /// middle it is run again: what it had already done is then no error.
+    /// middle it is run again: what it had already done is then no error. What is refused for good
+    /// goes into quarantine.
     pub(super) async fn run_outside(&mut self, record: &DdlRecord) -> Result<(), ApplyError> {
+        if let Err(error) = self.execute_outside(record).await {
+            let refusal = self.refusal_of(error)?;
+            return self.hold_outside(record, refusal).await;
+        }
+        self.secondary
+            .batch_execute(&format!(
+                "UPDATE pgtandem.watermark SET outside = NULL WHERE epoch = {} AND round = {}",
+                self.config.epoch, self.round
+            ))
+            .await
+            .map_err(doing("record a finished DDL statement"))?;
+        self.outside = None;
+        self.sequences.forget();
+        self.tables = super::tables::Tables::load(&self.secondary).await?;
+        Ok(())
+    }
+
+    pub(super) async fn execute_outside(&mut self, record: &DdlRecord) -> Result<(), ApplyError> {
         let secondary = &self.secondary;
         let settings: Vec<String> = record
             .settings
@@ -257,14 +276,11 @@ impl Session {
             ))
             .await
             .map_err(doing("take over the settings of a DDL statement"))?;
-        if !becoming.is_empty() {
-            secondary
-                .batch_execute(&becoming)
-                .await
-                .map_err(doing("become the client's role"))?;
-        }
         // The extended protocol takes one statement only: nothing can follow it under our role.
-        let result = secondary.execute(&record.statement, &[]).await;
+        let result = match secondary.batch_execute(&becoming).await {
+            Ok(()) => secondary.execute(&record.statement, &[]).await,
+            Err(no_such_role) => Err(no_such_role),
+        };
         secondary
             .batch_execute(&format!(
                 "RESET ROLE; {PINNED_SETTINGS} SET session_replication_role = replica"
@@ -287,16 +303,6 @@ impl Session {
             }
             Err(error) => return Err(doing("run a DDL statement outside transactions")(error)),
         }
-        self.secondary
-            .batch_execute(&format!(
-                "UPDATE pgtandem.watermark SET outside = NULL WHERE epoch = {} AND round = {}",
-                self.config.epoch, self.round
-            ))
-            .await
-            .map_err(doing("record a finished DDL statement"))?;
-        self.outside = None;
-        self.sequences.forget();
-        self.tables = super::tables::Tables::load(&self.secondary).await?;
         Ok(())
     }
 }

@@ -67,6 +67,7 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         )
         .await
         .map_err(doing("read the old direction's tables"))?;
+    let left_behind = held_or_discarded(primary).await?;
     let old_round = read_watermark(primary).await?.map_or(0, |watermark| watermark.round);
 
     let transaction = secondary
@@ -93,6 +94,16 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
             .await
             .map_err(doing("record the new direction's tables"))?;
     }
+    // A forced flip leaves what is in quarantine, or was discarded, on the old primary only.
+    transaction
+        .execute(
+            "UPDATE pgtandem.seeding SET state = 'unseeded',
+                    note = 'a forced switchover left transactions behind that the new primary never had'
+              WHERE local = ANY ($1)",
+            &[&left_behind],
+        )
+        .await
+        .map_err(doing("record the new direction's tables"))?;
     transaction
         .execute(
             "INSERT INTO pgtandem.watermark AS w (epoch, primary_side, round, snapshot, position)
@@ -111,4 +122,21 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .await
         .map_err(doing("store the first watermark"))?;
     transaction.commit().await.map_err(doing("begin the new direction"))
+}
+
+/// The old primary's tables of which the new one lacks something. The entries stay there, under
+/// the old epoch, for whoever wants to look at them.
+async fn held_or_discarded(primary: &Client) -> Result<Vec<Oid>, ApplyError> {
+    let rows = primary
+        .query(
+            "SELECT c.rel FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q ON q.id = c.id
+              WHERE NOT c.void AND c.rel <> 0 AND q.epoch = (SELECT w.epoch FROM pgtandem.watermark w)
+             UNION
+             SELECT s.rel FROM pgtandem.seeding s JOIN pgtandem.divergence d ON (d.schema, d.name) = (s.schema, s.name)
+              WHERE d.kind = 'discarded'",
+            &[],
+        )
+        .await
+        .map_err(doing("look for what the old direction left behind"))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }

@@ -23,6 +23,25 @@ pub fn key(image: &[u8], positions: &[usize]) -> Option<Vec<u8>> {
     Some(key)
 }
 
+/// The same fields for people: `(5,abc)`.
+pub fn key_text(image: &[u8], positions: &[usize]) -> Option<String> {
+    let last = *positions.iter().max()?;
+    let mut reader = Fields::new(image)?;
+    let mut fields = Vec::with_capacity(last + 1);
+    while fields.len() <= last {
+        fields.push(reader.next_field()?);
+    }
+    let texts: Vec<String> = positions
+        .iter()
+        .map(|&position| {
+            fields[position]
+                .as_deref()
+                .map_or_else(String::new, |field| String::from_utf8_lossy(field).into_owned())
+        })
+        .collect();
+    Some(format!("({})", texts.join(",")))
+}
+
 /// Walks the fields of an image.
 struct Fields<'a> {
     rest: &'a [u8],
@@ -135,6 +154,8 @@ mod tests {
         assert_eq!(key(b"()", &[0]), None);
         assert_eq!(key(b"no image", &[0]), None);
         assert_eq!(key(b"(1)", &[]), None);
+        assert_eq!(key_text(b"(1,\"a b\",3)", &[1, 0]).as_deref(), Some("(a b,1)"));
+        assert_eq!(key_text(b"(1)", &[]), None);
     }
 
     proptest! {

@@ -17,6 +17,9 @@
 //! secondary equals the primary at S, so it equals it at T once the difference is written; rows
 //! and T commit together, so a crash leaves S or T and nothing between. (4) Before that commit
 //! the primary has its log on disk past T, so no crash of it can take T back.
+//!
+//! What the secondary refuses for good is put into quarantine, and the rest goes on: held.rs says
+//! what is exact then, isolate.rs how the refused is found, quarantine.rs how it is taken up again.
 
 mod bulk;
 mod ddl;
@@ -24,11 +27,16 @@ pub mod difference;
 mod direction;
 mod follower;
 mod guard;
+pub mod held;
 pub mod image;
+mod isolate;
 mod lease;
+mod memory;
 pub mod pipeline;
 pub mod plan;
+mod quarantine;
 mod refill;
+pub mod refusal;
 mod round;
 mod rows;
 mod seeding;
@@ -38,16 +46,19 @@ pub mod statements;
 mod status;
 mod tables;
 mod task;
+pub mod threshold;
+mod walk;
 
 use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
+pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
 pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
 pub use task::{Applier, Cut, HeldCut, Stopped, spawn};
 
 pub use crate::journal::read::ReadBy;
 
-use crate::config::{Journal, StrayWriters, Target};
+use crate::config::{Journal, StrayWriters, Target, Writes};
 use crate::control::Epoch;
 use crate::journal::JournalError;
 use crate::journal::read::RoundReadError;
@@ -69,6 +80,7 @@ pub struct ApplierConfig {
     pub read_by: ReadBy,
     pub stray_writers: StrayWriters,
     pub journal: Journal,
+    pub writes: Writes,
 }
 
 impl ApplierConfig {
@@ -78,6 +90,7 @@ impl ApplierConfig {
         secondary: Target,
         epoch: Epoch,
         journal: Journal,
+        writes: Writes,
         stray_writers: StrayWriters,
     ) -> Self {
         Self {
@@ -90,6 +103,7 @@ impl ApplierConfig {
             read_by: ReadBy::Snapshot,
             stray_writers,
             journal,
+            writes,
         }
     }
 
@@ -115,8 +129,6 @@ pub(crate) enum ApplyError {
     Read(#[from] RoundReadError),
     #[error(transparent)]
     Snapshot(#[from] crate::catalog::snapshot::NotASnapshot),
-    #[error(transparent)]
-    Ddl(#[from] plan::BadDdlRecord),
     #[error("the {0} does not answer")]
     Silent(&'static str),
     #[error("{0}")]
@@ -127,6 +139,9 @@ pub(crate) enum ApplyError {
     Privileges(String),
     #[error("the secondary refused a round: {0}")]
     Refused(String),
+    /// Too much was refused; an operator says when to go on.
+    #[error("mirroring has stopped: {0}")]
+    Halted(String),
     #[error("{0}")]
     Inconsistent(String),
 }

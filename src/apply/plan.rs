@@ -20,11 +20,14 @@ use crate::journal::read::{Change, Operation};
 pub enum Step<'a> {
     Rows(BTreeMap<Oid, Difference<'a>>),
     Ddl(DdlRecord),
-    /// Runs outside a transaction: what came before is committed first, up to `position`.
-    Outside {
-        position: u64,
-        record: DdlRecord,
-    },
+}
+
+/// Changes that can be written in one transaction, and the DDL after them that cannot.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Segment<'a> {
+    pub changes: Vec<Change<'a>>,
+    /// Runs outside a transaction, after what came before is committed.
+    pub outside: Option<Change<'a>>,
 }
 
 /// A round's changes, ready to be written.
@@ -35,6 +38,8 @@ pub struct Plan<'a> {
     pub transactions: usize,
     /// Every table that a change names.
     pub rels: Vec<Oid>,
+    /// Transactions with a DDL record that cannot be read, and why. They have no step.
+    pub bad: BTreeMap<u64, String>,
 }
 
 impl Plan<'_> {
@@ -42,7 +47,7 @@ impl Plan<'_> {
     pub fn ddl(&self) -> impl Iterator<Item = &DdlRecord> {
         self.steps.iter().filter_map(|step| match step {
             Step::Ddl(record) => Some(record),
-            Step::Rows(_) | Step::Outside { .. } => None,
+            Step::Rows(_) => None,
         })
     }
 }
@@ -113,67 +118,111 @@ pub fn adds_label(change: &Change<'_>) -> bool {
     }
 }
 
-/// Plans a round. The changes come in any order.
-pub fn plan<'a>(changes: &[Change<'a>]) -> Result<Plan<'a>, BadDdlRecord> {
-    let mut places: HashMap<u64, u64> = HashMap::new();
-    let mut barriers: HashSet<u64> = HashSet::new();
-    let mut rels: HashSet<Oid> = HashSet::new();
-    for change in changes {
-        let top = places.entry(change.xid).or_default();
-        *top = (*top).max(change.position);
-        if change.operation.is_barrier() {
-            barriers.insert(change.xid);
+/// Where changes stand among others: those of a transaction with a barrier one by one, others at
+/// their transaction's highest position.
+struct Places {
+    tops: HashMap<u64, u64>,
+    barriers: HashSet<u64>,
+}
+
+impl Places {
+    fn of(changes: &[Change<'_>]) -> Self {
+        let mut places = Self {
+            tops: HashMap::new(),
+            barriers: HashSet::new(),
+        };
+        for change in changes {
+            let top = places.tops.entry(change.xid).or_default();
+            *top = (*top).max(change.position);
+            if change.operation.is_barrier() {
+                places.barriers.insert(change.xid);
+            }
         }
-        if change.rel != 0 {
-            rels.insert(change.rel);
+        places
+    }
+
+    fn ordered<'a>(&self, changes: &[Change<'a>]) -> Vec<Change<'a>> {
+        let mut ordered = changes.to_vec();
+        ordered.sort_by_key(|change| {
+            let place = if self.barriers.contains(&change.xid) {
+                change.position
+            } else {
+                self.tops[&change.xid]
+            };
+            (place, change.position)
+        });
+        ordered
+    }
+}
+
+/// Cuts a round where DDL must run outside of a transaction: the last segment has none after it.
+/// The changes come in any order.
+pub fn segments<'a>(changes: &[Change<'a>]) -> Vec<Segment<'a>> {
+    if !changes.iter().any(|change| change.operation == Operation::DdlOutside) {
+        return vec![Segment {
+            changes: changes.to_vec(),
+            outside: None,
+        }];
+    }
+    let mut segments = vec![Segment::default()];
+    for change in Places::of(changes).ordered(changes) {
+        let Some(last) = segments.last_mut() else { break };
+        if change.operation == Operation::DdlOutside {
+            last.outside = Some(change);
+            segments.push(Segment::default());
+        } else {
+            last.changes.push(change);
         }
     }
+    segments
+}
+
+/// Plans what goes into one transaction; DDL outside of transactions is no part of it. The
+/// changes come in any order.
+pub fn plan<'a>(changes: &[Change<'a>]) -> Plan<'a> {
+    let places = Places::of(changes);
+    let rels: HashSet<Oid> = changes
+        .iter()
+        .map(|change| change.rel)
+        .filter(|&rel| rel != 0)
+        .collect();
     let mut rels: Vec<Oid> = rels.into_iter().collect();
     rels.sort_unstable();
     let mut plan = Plan {
         steps: Vec::new(),
         changes: changes.len(),
-        transactions: places.len(),
+        transactions: places.tops.len(),
         rels,
+        bad: BTreeMap::new(),
     };
-    let mut segment = Segment::default();
-    if barriers.is_empty() {
-        changes.iter().for_each(|change| segment.add(change));
-        plan.steps.extend(segment.finish());
-        return Ok(plan);
+    let mut stretch = Stretch::default();
+    if places.barriers.is_empty() {
+        changes.iter().for_each(|change| stretch.add(change));
+        plan.steps.extend(stretch.finish());
+        return plan;
     }
-    let mut ordered: Vec<&Change<'a>> = changes.iter().collect();
-    ordered.sort_by_key(|change| {
-        let place = if barriers.contains(&change.xid) {
-            change.position
-        } else {
-            places[&change.xid]
-        };
-        (place, change.position)
-    });
-    for change in ordered {
+    for change in &places.ordered(changes) {
         match change.operation {
-            Operation::Row | Operation::Truncate => segment.add(change),
-            Operation::Ddl => {
-                plan.steps.extend(std::mem::take(&mut segment).finish());
-                plan.steps.push(Step::Ddl(DdlRecord::from_change(change)?));
-            }
-            Operation::DdlOutside => {
-                plan.steps.extend(std::mem::take(&mut segment).finish());
-                plan.steps.push(Step::Outside {
-                    position: change.position,
-                    record: DdlRecord::from_change(change)?,
-                });
-            }
+            Operation::Row | Operation::Truncate => stretch.add(change),
+            Operation::Ddl => match DdlRecord::from_change(change) {
+                Ok(record) => {
+                    plan.steps.extend(std::mem::take(&mut stretch).finish());
+                    plan.steps.push(Step::Ddl(record));
+                }
+                Err(error) => {
+                    plan.bad.insert(change.xid, error.to_string());
+                }
+            },
+            Operation::DdlOutside => {}
         }
     }
-    plan.steps.extend(segment.finish());
-    Ok(plan)
+    plan.steps.extend(stretch.finish());
+    plan
 }
 
 /// The changes of a table between two barriers.
 #[derive(Default)]
-struct Segment<'a> {
+struct Stretch<'a> {
     tables: BTreeMap<Oid, TableChanges<'a>>,
 }
 
@@ -183,7 +232,7 @@ struct TableChanges<'a> {
     images: Vec<(Option<Image<'a>>, Option<Image<'a>>)>,
 }
 
-impl<'a> Segment<'a> {
+impl<'a> Stretch<'a> {
     fn add(&mut self, change: &Change<'a>) {
         let table = self.tables.entry(change.rel).or_default();
         if change.operation == Operation::Truncate {
@@ -238,29 +287,33 @@ mod tests {
     /// The plan as text: `7:-a+b` is table 7 losing a and gaining b, `7:!` cleared.
     fn check(short: &[Short], expected: &str) {
         let changes = changes(short);
-        let plan = plan(&changes).unwrap();
-        let text: Vec<String> = plan
-            .steps
-            .iter()
-            .map(|step| match step {
-                Step::Rows(tables) => tables
-                    .iter()
-                    .map(|(rel, difference)| {
-                        let mut text = format!("{rel}:{}", if difference.cleared { "!" } else { "" });
-                        for old in &difference.gone {
-                            text.push_str(&format!("-{}", String::from_utf8_lossy(old)));
-                        }
-                        for new in &difference.come {
-                            text.push_str(&format!("+{}", String::from_utf8_lossy(new)));
-                        }
-                        text
-                    })
-                    .collect::<Vec<_>>()
-                    .join(" "),
-                Step::Ddl(record) => format!("ddl({})", record.statement),
-                Step::Outside { position, record } => format!("outside({}@{position})", record.statement),
-            })
-            .collect();
+        let mut text: Vec<String> = Vec::new();
+        for segment in segments(&changes) {
+            let plan = plan(&segment.changes);
+            text.extend(plan.steps.iter().map(|step| {
+                match step {
+                    Step::Rows(tables) => tables
+                        .iter()
+                        .map(|(rel, difference)| {
+                            let mut text = format!("{rel}:{}", if difference.cleared { "!" } else { "" });
+                            for old in &difference.gone {
+                                text.push_str(&format!("-{}", String::from_utf8_lossy(old)));
+                            }
+                            for new in &difference.come {
+                                text.push_str(&format!("+{}", String::from_utf8_lossy(new)));
+                            }
+                            text
+                        })
+                        .collect::<Vec<_>>()
+                        .join(" "),
+                    Step::Ddl(record) => format!("ddl({})", record.statement),
+                }
+            }));
+            text.extend(segment.outside.map(|change| {
+                let record = DdlRecord::from_change(&change).unwrap();
+                format!("outside({}@{})", record.statement, change.position)
+            }));
+        }
         assert_eq!(text.join(" | "), expected);
     }
 
@@ -309,6 +362,14 @@ mod tests {
             "7:+a | ddl(alter) | 7:-a+b",
         );
         check(&[(2, 2, 0, 'O', CONTEXT, "index")], "outside(index@2)");
+        check(
+            &[
+                (1, 1, 7, 'I', "", "a"),
+                (2, 2, 0, 'O', CONTEXT, "index"),
+                (3, 3, 7, 'U', "a", "b"),
+            ],
+            "7:+a | outside(index@2) | 7:-a+b",
+        );
     }
 
     #[test]
@@ -347,8 +408,12 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_record_is_an_error() {
-        assert!(plan(&changes(&[(2, 2, 0, 'S', "{}", "alter")])).is_err());
-        assert!(plan(&changes(&[(2, 2, 0, 'S', "", "alter")])).is_err());
+    fn a_broken_record_is_said_and_the_rest_planned() {
+        for context in ["{}", ""] {
+            let changes = changes(&[(1, 1, 7, 'I', "", "a"), (2, 2, 0, 'S', context, "alter")]);
+            let plan = plan(&changes);
+            assert_eq!(plan.bad.keys().collect::<Vec<_>>(), [&2]);
+            assert_eq!(plan.steps.len(), 1);
+        }
     }
 }

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::pipeline::{Item, run};
-use super::plan::{DdlRecord, Plan, Step, plan};
+use super::plan::{DdlRecord, Plan, Segment, Step, plan, segments};
+use super::quarantine::EntryNumbers;
+use super::refusal::Refusal;
 use super::rows::{Mode, NotWritten, Writes, is_conflict};
 use super::session::{Session, Target};
 use super::status::Seeding;
@@ -14,17 +16,42 @@ use crate::catalog::Oid;
 use crate::catalog::quote::literal;
 use crate::catalog::snapshot::Snapshot;
 use crate::control::Epoch;
-use crate::journal::read::{Change, ReadBy, RoundRead, Shape, Unsigned, lsn};
+use crate::journal::read::{Change, Most, ReadBy, RoundRead, Shape, Unsigned, lsn};
 use crate::journal::{SideRole, SlotState};
 
-/// A round with more changes than this goes through the secondary's own tables (bulk.rs). So
-/// the proxy holds at most this many, or [`BYTES_MAX`] and one row.
-const CHANGES_MAX: i64 = 10_000;
-const BYTES_MAX: usize = 32 * 1024 * 1024;
+/// A round with more changes, or larger ones, goes through the secondary's own tables (bulk.rs):
+/// the proxy holds no more than this, and a small multiple of it while it writes.
+const IN_MEMORY: Most = Most {
+    rows: 10_000,
+    bytes: 16 * 1024 * 1024,
+};
+/// Without a bound, for the test that reads by position.
+const ANY: Most = Most {
+    rows: i64::MAX,
+    bytes: i64::MAX,
+};
 
 /// Definitions of at most this many tables are asked for with every round, before it is known
 /// which ones it concerns; a larger set is asked for afterwards.
 const SHAPES_ASKED_AHEAD: usize = 64;
+
+/// Where a transaction of the applier ends on the way to its target.
+#[derive(Clone, Copy)]
+pub(super) enum Stop<'a> {
+    /// A cut.
+    Target,
+    /// Whole transactions up to this position.
+    Piece(u64),
+    /// The same, and this statement is begun outside of transactions.
+    Outside(u64, &'a DdlRecord),
+}
+
+pub(super) struct Ending<'a> {
+    pub end: &'a Target,
+    pub stop: Stop<'a>,
+    /// How far the primary's log is known to be on disk.
+    pub flushed: u64,
+}
 
 /// What a round did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,26 +70,18 @@ impl Session {
             } else {
                 Vec::new()
             };
-            let rows_max = match self.config.read_by {
-                ReadBy::Snapshot => CHANGES_MAX + 1,
-                ReadBy::Position => i64::MAX,
+            let most = match self.config.read_by {
+                ReadBy::Snapshot => IN_MEMORY,
+                ReadBy::Position => ANY,
             };
             let read = self
                 .reader
-                .read(&self.primary, &self.since, self.position, rows_max, &asked)
+                .read(&self.primary, &self.since, self.position, most, &asked)
                 .await?;
             self.check_epoch(&read)?;
-            let changes = read
-                .rows
-                .iter()
-                .map(Change::from_row)
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
-            let bytes: usize = changes.iter().map(Change::size).sum();
-            let too_large = changes.len() as i64 > CHANGES_MAX || bytes > BYTES_MAX;
-            let in_pieces = too_large || changes.iter().any(super::plan::adds_label);
+            let adds_label = |row| Change::from_row(row).is_ok_and(|change| super::plan::adds_label(&change));
+            let in_pieces = read.too_large || read.rows.iter().any(adds_label);
             if in_pieces && self.config.read_by == ReadBy::Snapshot {
-                drop(changes);
                 self.end_read().await?;
                 let count = self
                     .apply_in_pieces(Target {
@@ -76,6 +95,12 @@ impl Session {
                 }
                 return Ok((RoundOutcome { changes: count }, None));
             }
+            let changes = read
+                .rows
+                .iter()
+                .map(Change::from_row)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
             let exported = if hold {
                 Some(self.export_snapshot().await?)
             } else {
@@ -128,9 +153,9 @@ impl Session {
         asked: &[Oid],
         hold: bool,
     ) -> Result<RoundOutcome, ApplyError> {
-        let plan = plan(changes)?;
-        let expected = shapes_after(plan.ddl());
-        let missing: Vec<Oid> = plan.rels.iter().copied().filter(|rel| !asked.contains(rel)).collect();
+        let whole = plan(changes);
+        let expected = shapes_after(whole.ddl());
+        let missing: Vec<Oid> = whole.rels.iter().copied().filter(|rel| !asked.contains(rel)).collect();
         let mut shapes = read.shapes.clone();
         shapes.extend(
             self.reader
@@ -141,27 +166,35 @@ impl Session {
         if !hold {
             self.end_read().await?;
         }
-        self.adopt_unknown(&plan.rels, plan.ddl()).await?;
-        self.pause_changed_tables(&plan.rels, &shapes, &expected).await?;
+        self.adopt_unknown(&whole.rels, whole.ddl()).await?;
+        self.pause_changed_tables(&whole.rels, &shapes, &expected).await?;
 
         let end = Target {
             snapshot: read.snapshot.clone(),
             position: read.position,
             piece: 0,
         };
-        if plan.steps.is_empty() {
+        let segments = segments(changes);
+        let nothing = whole.steps.is_empty() && whole.bad.is_empty() && segments.len() == 1 && self.held.is_empty();
+        if changes.is_empty() || nothing {
             self.advance(&end.snapshot, end.position);
+        } else if let [only] = &segments[..] {
+            self.apply_segment(only, &whole, &end, read.flushed).await?;
         } else {
-            self.apply_plan(&plan, &end, read.flushed).await?;
+            for segment in &segments {
+                self.apply_segment(segment, &plan(&segment.changes), &end, read.flushed)
+                    .await?;
+            }
         }
-        self.progress.changes += plan.changes as u64;
-        self.progress.transactions += plan.transactions as u64;
+        self.held_of_read.clear();
+        self.progress.changes += whole.changes as u64;
+        self.progress.transactions += whole.transactions as u64;
         if self.config.read_by == ReadBy::Position
             && let Some(last) = changes.iter().map(|change| change.position).max()
         {
             self.position = last;
         }
-        Ok(RoundOutcome { changes: plan.changes })
+        Ok(RoundOutcome { changes: whole.changes })
     }
 
     /// In memory only: nothing came, so the stored watermark is as good.
@@ -172,98 +205,143 @@ impl Session {
         }
     }
 
-    /// Writes the plan: one transaction, or several where DDL must run outside of one.
-    async fn apply_plan(&mut self, plan: &Plan<'_>, end: &Target, flushed: u64) -> Result<(), ApplyError> {
-        let mut rest = &plan.steps[..];
-        loop {
-            let outside = rest.iter().position(|step| matches!(step, Step::Outside { .. }));
-            let (chunk, after) = outside.map_or((rest, &[][..]), |at| (&rest[..at], &rest[at..]));
-            let stop = match after.first() {
-                Some(Step::Outside { position, record }) => Some((*position, record)),
-                _ => None,
-            };
-            match self.apply_chunk(chunk, Mode::Short, end, stop, flushed).await {
-                Ok(()) => {}
-                Err(NotWritten::Failed(error)) => return Err(error),
-                Err(NotWritten::Surprise(what)) => {
-                    self.roll_back().await?;
-                    tracing::warn!(
-                        what,
-                        round = self.round + 1,
-                        "the secondary is not as the last round left it, applying this round carefully"
-                    );
-                    match self.apply_chunk(chunk, Mode::Careful, end, stop, flushed).await {
-                        Ok(()) => {}
-                        Err(NotWritten::Failed(error)) => return Err(error),
-                        Err(NotWritten::Surprise(what)) => return Err(ApplyError::Refused(what)),
-                    }
-                }
-            }
-            let Some((_, record)) = stop else { return Ok(()) };
-            self.run_outside(record).await?;
-            rest = &after[1..];
+    /// Writes a segment in one transaction, then runs the DDL after it. While nothing is held and
+    /// nothing is refused that is one difference; otherwise transaction by transaction as far as
+    /// need be (isolate.rs).
+    async fn apply_segment(
+        &mut self,
+        segment: &Segment<'_>,
+        plan: &Plan<'_>,
+        end: &Target,
+        flushed: u64,
+    ) -> Result<(), ApplyError> {
+        let outside = segment
+            .outside
+            .as_ref()
+            .map(|change| (change, DdlRecord::from_change(change)));
+        let stop = match &outside {
+            Some((change, Ok(record))) => Stop::Outside(change.position, record),
+            Some((change, Err(_))) => Stop::Piece(change.position),
+            None => Stop::Target,
+        };
+        let ending = Ending { end, stop, flushed };
+        let clean = self.held.is_empty() && self.held_of_read.is_empty() && plan.bad.is_empty();
+        let refusal = if clean {
+            self.apply_or_repeat(plan, &ending).await?
+        } else {
+            None
+        };
+        if let Some(refusal) = &refusal {
+            tracing::warn!(%refusal, "the secondary refuses something of this round; looking for what");
+        }
+        if !clean || refusal.is_some() {
+            self.isolate(&segment.changes, &plan.bad, &ending).await?;
+        }
+        match outside {
+            Some((_, Ok(record))) => self.run_outside(&record).await,
+            Some((change, Err(error))) => self.hold_outside_change(change, &error.to_string()).await,
+            None => Ok(()),
         }
     }
 
-    async fn apply_chunk(
-        &mut self,
-        steps: &[Step<'_>],
-        mode: Mode,
-        end: &Target,
-        stop: Option<(u64, &DdlRecord)>,
-        flushed: u64,
-    ) -> Result<(), NotWritten> {
-        self.cleared_in_round.clear();
-        self.diverged_in_round.clear();
-        let mut writes = Writes::default();
-        writes.begin(self.watermark_sql(end, stop));
-        let mut has_ddl = false;
-        for step in steps {
-            match step {
-                Step::Rows(differences) => self.add_rows(&mut writes, differences, mode).await?,
-                Step::Ddl(record) => {
-                    has_ddl = true;
-                    self.write(&std::mem::take(&mut writes)).await?;
-                    self.run_ddl(record).await?;
+    /// The short way, then the careful one. A refusal leaves nothing done.
+    async fn apply_or_repeat(&mut self, plan: &Plan<'_>, ending: &Ending<'_>) -> Result<Option<Refusal>, ApplyError> {
+        let refusal = match self.apply_chunk(plan, Mode::Short, ending).await {
+            Ok(()) => return Ok(None),
+            Err(NotWritten::Failed(error)) => self.refusal_of(error)?,
+            Err(NotWritten::Surprise(what)) => {
+                self.roll_back().await?;
+                tracing::warn!(
+                    %what,
+                    round = self.round + 1,
+                    "the secondary is not as the last round left it, applying this round carefully"
+                );
+                self.learn_uniques(&plan.rels).await?;
+                match self.apply_chunk(plan, Mode::Careful, ending).await {
+                    Ok(()) => return Ok(None),
+                    Err(NotWritten::Failed(error)) => self.refusal_of(error)?,
+                    Err(NotWritten::Surprise(what)) => what,
                 }
-                Step::Outside { .. } => {}
             }
-        }
+        };
+        self.roll_back().await?;
+        Ok(Some(refusal))
+    }
+
+    async fn apply_chunk(&mut self, plan: &Plan<'_>, mode: Mode, ending: &Ending<'_>) -> Result<(), NotWritten> {
+        self.begin_counting(plan.transactions);
+        let mut writes = Writes::default();
+        writes.begin(self.watermark_sql(ending));
+        self.add_steps(&mut writes, &plan.steps, mode).await?;
         // Nothing may be committed here that a crash of the primary could still undo there.
         let (counts, on_disk) = tokio::join!(
             run(&self.secondary, writes.items()),
-            wait_flushed(&self.aside, end.position, flushed)
+            wait_flushed(&self.aside, ending.end.position, ending.flushed)
         );
         self.examine(&writes, counts)?;
         on_disk?;
         self.commit().await?;
-        if stop.is_none() {
-            self.since = end.snapshot.clone();
-            self.durable = end.snapshot.clone();
-            if self.config.read_by == ReadBy::Snapshot {
-                self.position = end.position;
-            }
-            self.target = None;
-        } else {
-            self.target = Some(Target {
-                piece: stop.map_or(0, |(position, _)| position),
-                ..end.clone()
-            });
-        }
-        if has_ddl {
+        self.reached(ending);
+        if plan.ddl().next().is_some() {
             self.tables = super::tables::Tables::load(&self.secondary).await?;
         }
         Ok(())
     }
 
+    /// Adds the statements of these steps; DDL, and what stands before it, is sent at once.
+    pub(super) async fn add_steps<'a>(
+        &mut self,
+        writes: &mut Writes<'a>,
+        steps: &[Step<'a>],
+        mode: Mode,
+    ) -> Result<(), NotWritten> {
+        for step in steps {
+            match step {
+                Step::Rows(differences) => self.add_rows(writes, differences, mode).await?,
+                Step::Ddl(record) => {
+                    self.write(&std::mem::take(writes)).await?;
+                    self.run_ddl(record).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A new transaction of the round has no effect yet.
+    pub(super) fn begin_counting(&mut self, transactions: usize) {
+        self.cleared_in_round.clear();
+        self.diverged_in_round.clear();
+        self.held_in_round = 0;
+        self.entries = EntryNumbers::default();
+        self.transactions_in_round = transactions as u64;
+    }
+
+    /// What was committed is where this session stands.
+    pub(super) fn reached(&mut self, ending: &Ending<'_>) {
+        let piece = match ending.stop {
+            Stop::Outside(position, _) | Stop::Piece(position) => Some(position),
+            Stop::Target => None,
+        };
+        self.target = piece.map(|piece| Target {
+            piece,
+            ..ending.end.clone()
+        });
+        if self.target.is_none() {
+            self.since = ending.end.snapshot.clone();
+            self.durable = ending.end.snapshot.clone();
+            if self.config.read_by == ReadBy::Snapshot {
+                self.position = ending.end.position;
+            }
+        }
+    }
+
     /// Commits, and takes over what the transaction did.
     pub(super) async fn commit(&mut self) -> Result<(), NotWritten> {
+        self.judge().await?;
         match self.secondary.batch_execute("COMMIT").await {
             Ok(()) => {}
             // A deferrable key is checked only here.
-            Err(error) if is_conflict(&error) => {
-                return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
-            }
+            Err(error) if is_conflict(&error) => return Err(NotWritten::Surprise(Refusal::of(&error))),
             Err(error) => return Err(NotWritten::Failed(doing("commit a round")(error))),
         }
         self.round += 1;
@@ -299,18 +377,19 @@ impl Session {
     }
 
     /// The watermark's part of a round's transaction.
-    pub(super) fn watermark_sql(&self, end: &Target, stop: Option<(u64, &DdlRecord)>) -> String {
-        let (assignments, outside) = match stop {
-            None => (
+    pub(super) fn watermark_sql(&self, ending: &Ending<'_>) -> String {
+        let (assignments, outside) = match ending.stop {
+            Stop::Target => (
                 format!(
                     "snapshot = {}, position = '{}', target = NULL, target_position = NULL, piece = NULL",
-                    literal(&end.snapshot.to_string()),
-                    lsn(end.position)
+                    literal(&ending.end.snapshot.to_string()),
+                    lsn(ending.end.position)
                 ),
                 "NULL".to_owned(),
             ),
-            Some((piece, record)) => (
-                target_assignments(end, piece),
+            Stop::Piece(piece) => (target_assignments(ending.end, piece), "NULL".to_owned()),
+            Stop::Outside(piece, record) => (
+                target_assignments(ending.end, piece),
                 literal(&super::ddl::record_text(record)),
             ),
         };

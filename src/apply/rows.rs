@@ -10,6 +10,7 @@ use tokio_postgres::error::SqlState;
 
 use super::difference::{Difference, pair};
 use super::pipeline::{ImageArray, Item, run};
+use super::refusal::Refusal;
 use super::session::Session;
 use super::statements::{Source, Writer};
 use super::status::Seeding;
@@ -77,7 +78,7 @@ impl<'a> Writes<'a> {
 /// Why rows were not written.
 pub(super) enum NotWritten {
     /// The secondary is not as it should be: once more, carefully.
-    Surprise(String),
+    Surprise(Refusal),
     Failed(ApplyError),
 }
 
@@ -114,6 +115,7 @@ impl Session {
         difference: &Difference<'a>,
         mode: Mode,
     ) -> Result<(), ApplyError> {
+        let theirs = self.room_for(rel);
         let Some((writer, state)) = self
             .tables
             .get(rel)
@@ -179,7 +181,7 @@ impl Session {
             }
             if !difference.come.is_empty() {
                 let images = || vec![ImageArray(difference.come.clone())];
-                for (recording, removing) in writer.make_room(Source::Parameter) {
+                for (recording, removing) in writer.make_room(Source::Parameter, &theirs) {
                     if synced {
                         let item = self.item(rel, recording, images()).await?;
                         writes.push(item, record);
@@ -284,7 +286,7 @@ impl Session {
         let counts = match counts {
             Ok(counts) => counts,
             Err(error) if is_conflict(&error) => {
-                return Err(NotWritten::Surprise(crate::upstream::control::error_chain(&error)));
+                return Err(NotWritten::Surprise(Refusal::of(&error)));
             }
             Err(error) => return Err(NotWritten::Failed(doing("apply a round")(error))),
         };
@@ -293,7 +295,7 @@ impl Session {
                 Expect::Anything => {}
                 Expect::Exactly(expected) if *count == expected => {}
                 Expect::Exactly(expected) => {
-                    return Err(NotWritten::Surprise(format!("{expected} rows expected, {count} found")));
+                    return Err(NotWritten::Surprise(Refusal::rows(expected, *count)));
                 }
                 Expect::Divergences(rel) => {
                     if *count > 0 {

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::held::HeldKeys;
 use super::lease::{Lease, end_leftovers};
+use super::memory::Memory;
+use super::quarantine::{EntryNumbers, QuarantineStatus};
 use super::sequences::Sequences;
 use super::tables::Tables;
 use super::{ApplierConfig, ApplyError, doing};
@@ -56,6 +59,17 @@ pub(super) struct Session {
     /// What this round's transaction will have changed once it commits.
     pub cleared_in_round: HashSet<Oid>,
     pub diverged_in_round: HashMap<Oid, u64>,
+    pub held_in_round: u64,
+    pub entries: EntryNumbers,
+    /// The error of the last transaction that was held.
+    pub last_refusal: Option<String>,
+    pub transactions_in_round: u64,
+    /// The keys of everything in quarantine.
+    pub held: HeldKeys,
+    /// Transactions of this read, or of the target that is being reached in pieces, that are held.
+    pub held_of_read: HashSet<u64>,
+    pub quarantine: QuarantineStatus,
+    pub memory: Arc<Memory>,
     pub progress: Progress,
 }
 
@@ -84,7 +98,11 @@ const PRIMARY_SETTINGS: &str = "\
 
 impl Session {
     /// Connects and reads how far the secondary is. The lease was taken before.
-    pub(super) async fn connect(config: Arc<ApplierConfig>, lease: &Lease) -> Result<Self, ApplyError> {
+    pub(super) async fn connect(
+        config: Arc<ApplierConfig>,
+        lease: &Lease,
+        memory: Arc<Memory>,
+    ) -> Result<Self, ApplyError> {
         end_leftovers(lease.connection(), config.epoch).await?;
         let mut secondary = connect_secondary(&config).await?;
         become_replica(&secondary).await?;
@@ -117,6 +135,14 @@ impl Session {
             sequences: Sequences::default(),
             cleared_in_round: HashSet::new(),
             diverged_in_round: HashMap::new(),
+            held_in_round: 0,
+            entries: EntryNumbers::default(),
+            last_refusal: None,
+            transactions_in_round: 0,
+            held: HeldKeys::default(),
+            held_of_read: HashSet::new(),
+            quarantine: QuarantineStatus::default(),
+            memory,
             progress: Progress::default(),
             config,
             primary,
@@ -128,6 +154,9 @@ impl Session {
         };
         session.load_watermark().await?;
         session.refill_after_a_crash().await?;
+        session.heed_halt().await?;
+        session.load_held(None).await?;
+        session.summarize_quarantine().await?;
         session.tables = Tables::load(&session.secondary).await?;
         Ok(session)
     }

@@ -7,6 +7,7 @@
 //! when they did not, the round is written again by the careful ones, which record what was
 //! different and end at the primary's image all the same.
 
+use super::held::KeyPlaces;
 use crate::catalog::quote::{identifier, literal};
 use crate::catalog::table::{Generated, Table, UniqueColumns};
 
@@ -38,6 +39,8 @@ pub struct Writer {
     row_text: String,
     /// Where the key's columns stand in an image.
     pub key_positions: Vec<usize>,
+    /// Where those of every unique constraint stand.
+    pub key_places: KeyPlaces,
     /// Whether an old and a new image with one key may be joined into an UPDATE.
     pub updates: bool,
 }
@@ -60,12 +63,16 @@ impl Writer {
                 .collect();
             format!("ROW({})::text", fields.join(", "))
         };
-        let key_positions: Vec<usize> = table
-            .key
-            .iter()
-            .flat_map(|key| &key.columns)
-            .filter_map(|name| image_columns.iter().position(|column| column == name))
-            .collect();
+        let places = |unique: &UniqueColumns| -> Vec<usize> {
+            let columns = unique.columns.iter();
+            columns
+                .filter_map(|name| image_columns.iter().position(|column| column == name))
+                .collect()
+        };
+        let key_positions: Vec<usize> = table.key.as_ref().map_or_else(Vec::new, places);
+        let key_places = KeyPlaces {
+            uniques: table.uniques.iter().map(places).collect(),
+        };
         // A GENERATED ALWAYS identity cannot be set by UPDATE; inside the key it keeps its value.
         let identity_outside_key = table.columns.iter().any(|column| {
             column.identity_always && !table.key.as_ref().is_some_and(|key| key.columns.contains(&column.name))
@@ -77,6 +84,7 @@ impl Writer {
             row_type,
             row_text,
             key_positions,
+            key_places,
             table,
         }
     }
@@ -263,12 +271,14 @@ impl Writer {
         }
     }
 
-    /// For every unique index: what records, and what removes, rows that stand where new ones
-    /// go.
-    pub fn make_room(&self, source: Source) -> Vec<(String, String)> {
+    /// For every unique index that the primary has as well: what records, and what removes, rows
+    /// that stand where new ones go. `theirs` are the columns of the primary's unique indexes. A
+    /// row in the way of an index that only the secondary has may be one that belongs there.
+    pub fn make_room(&self, source: Source, theirs: &[Vec<String>]) -> Vec<(String, String)> {
         self.table
             .uniques
             .iter()
+            .filter(|unique| theirs.iter().any(|columns| same_set(columns, &unique.columns)))
             .map(|unique| {
                 let record = format!(
                     "{} 'unexpected', {} FROM {} JOIN ONLY {} AS t ON {}",
@@ -300,6 +310,10 @@ impl Writer {
             literal(&self.table.name)
         )
     }
+}
+
+fn same_set(one: &[String], other: &[String]) -> bool {
+    one.len() == other.len() && one.iter().all(|column| other.contains(column))
 }
 
 fn key_text(key: &UniqueColumns) -> String {
@@ -445,6 +459,8 @@ mod tests {
         two.uniques.push(unique(&["a", "c"], false));
         let writer = Writer::new(two, &names(&["a", "b", "c"]));
         assert_eq!(writer.update(), None);
-        assert_eq!(writer.make_room(Source::Net).len(), 2);
+        let theirs = [names(&["b"]), names(&["c", "a"])];
+        assert_eq!(writer.make_room(Source::Net, &theirs).len(), 2);
+        assert_eq!(writer.make_room(Source::Net, &theirs[..1]).len(), 1);
     }
 }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::quarantine::QuarantineStatus;
 use crate::control::{Epoch, Side};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -17,6 +18,11 @@ pub enum ApplierState {
     Running,
     /// Connected, but rounds fail; retried with growing pauses. Nothing is lost.
     Failing {
+        error: String,
+    },
+    /// Too much was refused (`writes.error_threshold`): stands still until an operator says to go
+    /// on. Nothing is lost.
+    Halted {
         error: String,
     },
     Stopped,
@@ -123,6 +129,7 @@ pub struct ApplierStatus {
     pub changes_applied: u64,
     pub transactions_applied: u64,
     pub diverged: u64,
+    pub quarantine: QuarantineStatus,
     /// When the secondary last equalled the primary, for `lag.seconds`.
     #[serde(skip)]
     pub caught_up_at: Option<Instant>,
@@ -159,6 +166,14 @@ impl ApplierStatus {
             changes_applied: 0,
             transactions_applied: 0,
             diverged: 0,
+            quarantine: QuarantineStatus {
+                transactions: 0,
+                refused: 0,
+                changes: 0,
+                oldest: None,
+                oldest_seconds: 0,
+                error: None,
+            },
             caught_up_at: None,
             behind: false,
         }

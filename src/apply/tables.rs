@@ -28,6 +28,8 @@ pub(super) struct Mirrored {
     /// How to write it; `None` while paused.
     pub writer: Option<Writer>,
     pub diverged: u64,
+    /// The columns of the primary's unique indexes; read when a row stands in the way of one here.
+    pub theirs: Vec<Vec<String>>,
     prepared: HashMap<String, Statement>,
 }
 
@@ -100,6 +102,7 @@ impl Tables {
                 },
                 writer: None,
                 diverged: row.get::<_, i64>(11) as u64,
+                theirs: Vec::new(),
                 prepared: HashMap::new(),
             };
             by_rel.insert(mirrored.rel, mirrored);
@@ -212,7 +215,12 @@ impl Tables {
     }
 }
 
+/// What is held of the table in quarantine means nothing any more: it needs seeding as a whole.
 pub(super) async fn record_pause(secondary: &Client, rel: Oid, reason: &str) -> Result<(), ApplyError> {
+    secondary
+        .execute("SELECT pgtandem.void_held($1, $2)", &[&rel, &reason])
+        .await
+        .map_err(doing("void what is held of a paused table"))?;
     secondary
         .execute(
             "UPDATE pgtandem.seeding SET state = 'unseeded', paused = $2 WHERE rel = $1",

@@ -16,6 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::follower::{Follower, Sight, count_strays};
 use super::lease::{self, Lease, this_proxy};
+use super::memory::Memory;
+use super::quarantine::{Order, Outcome};
 use super::seeding::CatalogWatch;
 use super::session::Session;
 use super::status::{ApplierState, ApplierStatus, Lag, MIRRORING_STOPPED, WatermarkStatus};
@@ -85,6 +87,13 @@ pub(super) struct Shared {
     stop: CancellationToken,
     /// The guard had no answer from the primary: connections to it are not worth waiting for.
     pub(super) primary_silent: Notify,
+    memory: Arc<Memory>,
+}
+
+/// An operator's order, and where its outcome goes.
+struct Ordered {
+    order: Order,
+    answer: oneshot::Sender<Result<Outcome, String>>,
 }
 
 /// Up to which ticket rounds have been applied.
@@ -100,6 +109,7 @@ pub struct Applier {
     status: watch::Receiver<ApplierStatus>,
     done: watch::Receiver<Done>,
     cuts: mpsc::Sender<oneshot::Sender<HeldCut>>,
+    orders: mpsc::Sender<Ordered>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -109,18 +119,22 @@ pub fn spawn(config: ApplierConfig) -> Applier {
     let (status_sender, status) = watch::channel(ApplierStatus::new(config.primary.side, config.epoch));
     let (done_sender, done) = watch::channel(Done::default());
     let (cuts, cut_requests) = mpsc::channel(CUT_REQUESTS_MAX);
+    let (orders, order_requests) = mpsc::channel(1);
     let task = Task {
         config: Arc::new(config),
         shared: shared.clone(),
         status: Arc::new(status_sender),
         done: done_sender,
         cut_requests,
+        order_requests,
+        next_order: None,
     };
     Applier {
         shared,
         status,
         done,
         cuts,
+        orders,
         _task: AbortOnDropHandle::new(tokio::spawn(task.run())),
     }
 }
@@ -162,6 +176,28 @@ impl Applier {
         held.await.map_err(|_| Stopped)
     }
 
+    /// Has an operator's order about the quarantine carried out at the end of a round. A retry
+    /// also makes a halted applier go on.
+    ///
+    /// # Errors
+    /// Why it could not be carried out; then nothing of it was, or what was is in the quarantine's
+    /// history.
+    pub async fn order(&self, order: Order) -> Result<Outcome, String> {
+        let (answer, outcome) = oneshot::channel();
+        let sent = self.orders.send(Ordered { order, answer }).await;
+        sent.map_err(|_| Stopped.to_string())?;
+        self.shared.wake.notify_one();
+        outcome.await.map_err(|_| Stopped.to_string())?
+    }
+
+    /// Makes a halted applier go on; the others are not concerned.
+    pub fn go_on(&self) {
+        if matches!(self.status.borrow().state, ApplierState::Halted { .. }) {
+            self.shared.memory.say_go_on();
+            self.shared.wake.notify_one();
+        }
+    }
+
     /// Ends the task, wherever it is: a round that is not committed has not happened.
     pub async fn stop(&self) {
         self.shared.stop.cancel();
@@ -180,6 +216,9 @@ struct Task {
     status: Arc<watch::Sender<ApplierStatus>>,
     done: watch::Sender<Done>,
     cut_requests: mpsc::Receiver<oneshot::Sender<HeldCut>>,
+    order_requests: mpsc::Receiver<Ordered>,
+    /// Taken while halted, to be carried out once that has ended.
+    next_order: Option<Ordered>,
 }
 
 impl Task {
@@ -207,10 +246,13 @@ impl Task {
             }
             let text = error.to_string();
             let connecting = error.is_connection();
+            let halted = matches!(error, ApplyError::Halted(_));
             let state = if connecting {
                 ApplierState::Connecting {
                     error: Some(text.clone()),
                 }
+            } else if halted {
+                ApplierState::Halted { error: text.clone() }
             } else {
                 ApplierState::Failing { error: text.clone() }
             };
@@ -221,11 +263,48 @@ impl Task {
                 status.applier = None;
                 status.state = state;
             });
+            self.take_orders(halted, &text);
             tokio::select! {
                 () = sleep(backoff) => {}
                 () = self.shared.wake.notified() => sleep(BACKOFF_MIN).await,
             }
             backoff = (backoff * 2).min(if connecting { RECONNECT_MAX } else { BACKOFF_MAX });
+        }
+    }
+
+    /// Orders that come while no round is applied. A retry ends a halt; nothing else can be
+    /// carried out now.
+    fn take_orders(&mut self, halted: bool, why: &str) {
+        while let Ok(ordered) = self.order_requests.try_recv() {
+            if halted && matches!(ordered.order, Order::Retry { .. }) && self.next_order.is_none() {
+                self.shared.memory.say_go_on();
+                self.shared.wake.notify_one();
+                self.next_order = Some(ordered);
+            } else {
+                ordered.answer.send(Err(format!("not now: {why}"))).ok();
+            }
+        }
+        if !halted && let Some(ordered) = self.next_order.take() {
+            ordered.answer.send(Err(format!("not now: {why}"))).ok();
+        }
+    }
+
+    /// Carries out what an operator ordered, between two rounds.
+    async fn carry_out(&mut self, session: &mut Session, began: Instant) -> Result<(), ApplyError> {
+        let ordered = self.next_order.take().or_else(|| self.order_requests.try_recv().ok());
+        let Some(Ordered { order, answer }) = ordered else {
+            return Ok(());
+        };
+        match session.carry_out(&order).await {
+            Ok(outcome) => {
+                self.publish(session, began);
+                answer.send(Ok(outcome)).ok();
+                Ok(())
+            }
+            Err(error) => {
+                answer.send(Err(error.to_string())).ok();
+                Err(error)
+            }
         }
     }
 
@@ -259,6 +338,7 @@ impl Task {
             while self.cut_requests.try_recv().is_ok() {
                 // Dropping the request answers it: a cut can be held only by the lease's holder.
             }
+            self.take_orders(false, "another proxy applies; ask that one");
             let ticket = self.shared.wanted.load(Ordering::SeqCst);
             let wanted = ticket > self.done.borrow().ticket;
             let mut found = false;
@@ -306,7 +386,7 @@ impl Task {
     }
 
     async fn apply_rounds(&mut self, lease: &Lease) -> Result<Infallible, ApplyError> {
-        let mut session = Session::connect(self.config.clone(), lease).await?;
+        let mut session = Session::connect(self.config.clone(), lease, self.shared.memory.clone()).await?;
         journal::refuse_or_report(&mut session.secondary, self.config.stray_writers).await?;
         let mut watch = CatalogWatch::default();
         let mut next_watch = Instant::now();
@@ -343,6 +423,9 @@ impl Task {
                 ticket,
                 cut: Some(cut.clone()),
             });
+            if request.is_none() {
+                self.carry_out(&mut session, began).await?;
+            }
             if let (Some(request), Some(primary_snapshot)) = (request, exported) {
                 let (release, released) = oneshot::channel();
                 let held = HeldCut {
@@ -403,6 +486,7 @@ impl Task {
             session.tables = super::tables::Tables::load(&session.secondary).await?;
         }
         let strays = count_strays(&session.secondary).await?;
+        session.summarize_quarantine().await?;
         self.status.send_modify(|status| {
             status.strays = strays;
             status.tables = session.tables.status();
@@ -428,6 +512,7 @@ impl Task {
             status.caught_up_at = Some(began);
             status.tables = session.tables.status();
             status.diverged = status.tables.iter().map(|table| table.diverged).sum();
+            status.quarantine.clone_from(&session.quarantine);
             status.sequences = session.sequences.count();
             status.sequence_errors.clone_from(&session.sequences.errors);
             status.changes_applied = session.progress.changes;

@@ -4,6 +4,7 @@
 
 mod explain;
 mod mismatches;
+mod quarantine;
 mod status;
 mod switchover;
 mod wait;
@@ -121,6 +122,11 @@ enum Command {
         #[arg(long, value_name = "ID")]
         fingerprint: Option<String>,
     },
+    /// What the secondary refused: show it, apply it again, or drop it.
+    Quarantine {
+        #[command(subcommand)]
+        action: quarantine::Action,
+    },
     /// Show how a statement would be handled: class, tables, shadowed or not, mirrored how, why.
     Explain {
         #[command(flatten)]
@@ -188,6 +194,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             since,
             fingerprint,
         } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
+        Command::Quarantine { action } => quarantine::run(action).await,
         Command::Explain { common, output, sql } => explain::run(&client(&common)?, output.json, &sql).await,
         Command::Serve { .. } | Command::Demo { .. } => unreachable!("run() takes these"),
     }
@@ -257,5 +264,9 @@ mod tests {
         assert!(parse("pgtandem switchover --to new --force --reason checked").is_ok());
         assert!(parse("pgtandem switchover --to elsewhere").is_err());
         assert!(parse("pgtandem wait").is_err());
+        assert!(parse("pgtandem quarantine retry --json").is_ok());
+        assert!(parse("pgtandem quarantine retry 3").is_ok());
+        assert!(parse("pgtandem quarantine discard 3").is_err());
+        assert!(parse("pgtandem quarantine discard 3 --reason stale").is_ok());
     }
 }

@@ -75,6 +75,12 @@ fn problems(status: &Status) -> Vec<String> {
                 ));
             }
         }
+        if mirroring.quarantine.transactions > 0 {
+            problems.push(format!(
+                "{name}: {} transactions are in quarantine, {} of them refused by the secondary; see `pgtandem quarantine list`",
+                mirroring.quarantine.transactions, mirroring.quarantine.refused
+            ));
+        }
         if mirroring.divergences > 0 {
             problems.push(format!(
                 "{name}: {} rows were not as expected on the secondary (table pgtandem.divergence there)",
@@ -163,6 +169,12 @@ fn print_mirroring(mirroring: &Mirroring) {
         mirroring.lag.seconds,
         human_bytes(mirroring.journal.bytes)
     ));
+    if let Some(oldest) = &mirroring.quarantine.oldest {
+        say(&format!(
+            "  quarantine {} transactions ({} refused), {} changes, the oldest since {oldest}",
+            mirroring.quarantine.transactions, mirroring.quarantine.refused, mirroring.quarantine.changes
+        ));
+    }
     for object in &mirroring.not_mirrored {
         say(&format!("  not mirrored  {object}"));
     }

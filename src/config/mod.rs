@@ -112,12 +112,32 @@ pub struct Limits {
     pub worker_threads: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Writes {
     pub acknowledge: Acknowledge,
     /// How long a commit waits for the secondary, where both sides acknowledge it.
     pub both_timeout: Duration,
     pub when_late: WhenLate,
+    /// How often a round is tried again after an error of the secondary that is neither clearly
+    /// transient nor clearly permanent, before it is taken as permanent.
+    pub retry_attempts: u32,
+    /// Per cent of the transactions of `error_window`, above which mirroring stops rather than
+    /// fill the quarantine; 100 never stops.
+    pub error_threshold: f64,
+    pub error_window: Duration,
+}
+
+impl Default for Writes {
+    fn default() -> Self {
+        Self {
+            acknowledge: Acknowledge::Primary,
+            both_timeout: Duration::from_secs(5),
+            when_late: WhenLate::Degrade,
+            retry_attempts: 5,
+            error_threshold: 5.0,
+            error_window: Duration::from_secs(300),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -155,6 +155,9 @@ impl RawConfig {
                     RawWhenLate::Degrade => WhenLate::Degrade,
                     RawWhenLate::Error => WhenLate::Error,
                 },
+                retry_attempts: self.writes.retry_attempts,
+                error_threshold: self.writes.error_threshold.0,
+                error_window: self.writes.error_window.0,
             },
             journal: Journal {
                 max_bytes: self.journal.max_bytes.0,
@@ -322,14 +325,21 @@ struct RawWrites {
     acknowledge: RawAcknowledge,
     both_timeout: Seconds,
     when_late: RawWhenLate,
+    retry_attempts: u32,
+    error_threshold: Percent,
+    error_window: Seconds,
 }
 
 impl Default for RawWrites {
     fn default() -> Self {
+        let usual = Writes::default();
         Self {
             acknowledge: RawAcknowledge::Primary,
-            both_timeout: Seconds(Duration::from_secs(5)),
+            both_timeout: Seconds(usual.both_timeout),
             when_late: RawWhenLate::Degrade,
+            retry_attempts: usual.retry_attempts,
+            error_threshold: Percent(usual.error_threshold),
+            error_window: Seconds(usual.error_window),
         }
     }
 }
@@ -599,6 +609,7 @@ databases:
         assert_eq!(config.mismatch_log.path, Path::new("/etc/mismatches.jsonl"));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
         assert_eq!(config.auth.method, AuthMethod::Scram);
+        assert_eq!(config.writes, Writes::default());
     }
 
     #[test]
@@ -617,6 +628,8 @@ databases:
             (format!("{MINIMAL}listen: here\n"), ":7:9: listen: "),
             (format!("{MINIMAL}journal: {{ max_bytes: lots }}\n"), "10GiB"),
             (format!("{MINIMAL}reads: {{ shadow_percent: 101 }}\n"), "0 to 100"),
+            (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
+            (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
             (
                 MINIMAL.replace("postgresql://pgtandem@new", "mysql://pgtandem@new"),

@@ -13,10 +13,11 @@ use crate::control::{Epoch, Side};
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
 const VERSION: i32 = 2;
 
-const SCRIPTS: [&str; 3] = [
+const SCRIPTS: [&str; 4] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     include_str!("sql/ddl.sql"),
+    include_str!("sql/quarantine.sql"),
 ];
 
 /// What [`install`] found or made.

@@ -156,7 +156,9 @@ pub fn window_sql(since: &Snapshot, until: Option<&Snapshot>) -> String {
 }
 
 /// The prepared form of the same for ordinary rounds: `$1` the earlier snapshot's xmax, `$2`
-/// what was in progress then, `$3` the most rows to read, `$4` where to begin to look.
+/// what was in progress then, `$3` the most rows to read, `$4` the most bytes of images: of what
+/// lies beyond, only that it is there (the last column), so that neither side has to hold it.
+/// (octet_length does not fetch a value that is stored apart.) `$5`: where to begin to look.
 fn window_statement(read_by: ReadBy) -> String {
     let condition = match read_by {
         ReadBy::Snapshot => "xid >= $1::text::xid8 OR xid = ANY ($2::text[]::xid8[])",
@@ -165,11 +167,17 @@ fn window_statement(read_by: ReadBy) -> String {
     let arms: Vec<String> = (0..3)
         .map(|slot| {
             format!(
-                "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE pos >= $4::text::pg_lsn AND ({condition})"
+                "SELECT pos, xid, rel, op, old, new FROM pgtandem.change_{slot} WHERE pos >= $5::text::pg_lsn AND ({condition})"
             )
         })
         .collect();
-    format!("SELECT * FROM ({}) w LIMIT $3::bigint", arms.join(" UNION ALL "))
+    format!(
+        "SELECT pos, xid, rel, op, CASE WHEN upto <= $4::bigint THEN old END, CASE WHEN upto <= $4::bigint THEN new END,
+                upto > $4::bigint
+           FROM (SELECT l.*, sum(COALESCE(octet_length(old), 0) + COALESCE(octet_length(new), 0)) OVER (ROWS UNBOUNDED PRECEDING) AS upto
+                   FROM (SELECT * FROM ({}) w LIMIT $3::bigint) l) s",
+        arms.join(" UNION ALL ")
+    )
 }
 
 /// The statements of an ordinary round, prepared once per connection to the primary.
@@ -182,6 +190,13 @@ pub struct RoundReader {
     pub horizons: Horizons,
 }
 
+/// How much a read may bring into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Most {
+    pub rows: i64,
+    pub bytes: i64,
+}
+
 /// What one read of the primary gave, all as of one snapshot.
 pub struct RoundRead {
     pub snapshot: Snapshot,
@@ -192,6 +207,8 @@ pub struct RoundRead {
     /// The state sequence's value.
     pub state: Option<i64>,
     pub rows: Vec<Row>,
+    /// There is more than was asked for: some rows are missing, or have no images.
+    pub too_large: bool,
     /// The definitions of the tables asked for.
     pub shapes: Vec<Shape>,
 }
@@ -231,7 +248,7 @@ impl RoundReader {
         client: &Client,
         since: &Snapshot,
         last_position: u64,
-        rows_max: i64,
+        most: Most,
         rels: &[Oid],
     ) -> Result<RoundRead, RoundReadError> {
         let first = match self.read_by {
@@ -240,7 +257,10 @@ impl RoundReader {
         };
         let listed: Vec<String> = since.in_progress().iter().map(u64::to_string).collect();
         let horizon = lsn(self.horizons.of(since));
-        let window_parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 4] = [&first, &listed, &rows_max, &horizon];
+        // One more shows that there are more.
+        let rows_max = most.rows.saturating_add(1);
+        let window_parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+            [&first, &listed, &rows_max, &most.bytes, &horizon];
         // Sent back to back in this order, answered in it: one round trip.
         let (begun, head, rows, shapes) = tokio::join!(
             biased;
@@ -251,6 +271,11 @@ impl RoundReader {
         );
         begun?;
         let head = head?;
+        let rows = rows?;
+        let mut too_large = rows.len() as i64 > most.rows;
+        for row in &rows {
+            too_large |= row.try_get::<_, bool>(6)?;
+        }
         let snapshot: Snapshot = head.try_get::<_, &str>(0)?.parse()?;
         let position = head.try_get::<_, Unsigned>(1)?.0;
         Ok(RoundRead {
@@ -258,7 +283,8 @@ impl RoundReader {
             position,
             flushed: head.try_get::<_, Unsigned>(2)?.0,
             state: head.try_get(3)?,
-            rows: rows?,
+            rows,
+            too_large,
             shapes: shapes?,
         })
     }

@@ -97,6 +97,20 @@ impl ValueWriter {
         bytes[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// Whether values may be seen.
+    pub fn shows_values(&self) -> bool {
+        self.values == LoggedValues::Plain
+    }
+
+    /// A value from elsewhere, as this log would write it; `None` where it writes none.
+    pub fn text(&self, value: &str) -> Option<String> {
+        match self.values {
+            LoggedValues::Plain => Some(value.to_owned()),
+            LoggedValues::Hashed => Some(self.hash(&[value.as_bytes()])),
+            LoggedValues::None => None,
+        }
+    }
+
     /// The values of DataRow bodies.
     pub(super) fn rows(&self, rows: &[Vec<u8>]) -> Vec<Vec<Option<String>>> {
         if self.values == LoggedValues::None {
@@ -141,6 +155,11 @@ impl MismatchLog {
             .run(messages),
         );
         (Self { queue, values }, writer)
+    }
+
+    /// How it writes values.
+    pub const fn values(&self) -> &ValueWriter {
+        &self.values
     }
 
     pub(super) fn write(&self, mismatch: Mismatch, counters: &Arc<Counters>) {

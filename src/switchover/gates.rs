@@ -49,6 +49,18 @@ fn of_database(database: &DatabaseStatus) -> Vec<Gate> {
     ));
     gates.push(not_synced(mirroring, &gate));
     gates.push(gate(
+        "quarantine",
+        match &mirroring.quarantine.error {
+            Some(error) => format!(
+                "{} transactions, the oldest: {error}",
+                mirroring.quarantine.transactions
+            ),
+            None => "empty".to_owned(),
+        },
+        "empty",
+        mirroring.quarantine.transactions == 0,
+    ));
+    gates.push(gate(
         "divergences",
         mirroring.divergences.to_string(),
         "0",
@@ -75,7 +87,7 @@ fn not_synced(mirroring: &Mirroring, gate: &dyn Fn(&str, String, &str, bool) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::api::{Journal, Lag, ServerStatus, ShadowReads, TableStatus};
+    use crate::admin::api::{Journal, Lag, Quarantine, ServerStatus, ShadowReads, TableStatus};
 
     fn healthy() -> DatabaseStatus {
         DatabaseStatus {
@@ -99,6 +111,7 @@ mod tests {
                 tables: vec![table("synced", None)],
                 divergences: 0,
                 stray_writes: 0,
+                quarantine: Quarantine::default(),
             }),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
@@ -139,6 +152,11 @@ mod tests {
         );
         assert_eq!(closed(|d| d.mirroring = None), ["shop: mirroring"]);
         assert_eq!(closed(|d| mirroring(d).state = "failing".into()), ["shop: mirroring"]);
+        assert_eq!(closed(|d| mirroring(d).state = "halted".into()), ["shop: mirroring"]);
+        assert_eq!(
+            closed(|d| mirroring(d).quarantine.transactions = 1),
+            ["shop: quarantine"]
+        );
         assert_eq!(closed(|d| mirroring(d).lag.seconds = 2.5), ["shop: lag"]);
         assert_eq!(closed(|d| mirroring(d).divergences = 1), ["shop: divergences"]);
         assert_eq!(

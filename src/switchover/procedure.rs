@@ -27,6 +27,8 @@ pub struct Flip<'a> {
     pub from: Control,
     pub to: Control,
     pub drain_timeout: Duration,
+    /// Closed gates are passed, also those that close meanwhile.
+    pub forced: bool,
 }
 
 /// What a flip that happened did.
@@ -154,7 +156,7 @@ impl Flip<'_> {
         let mut drained = Vec::new();
         for (tandem, fence) in fenced {
             let last = tandem
-                .last_round(fence, deadline)
+                .last_round(fence, deadline, self.forced)
                 .await
                 .map_err(|cause| failed(&tandem, "apply the last round", cause))?;
             drained.push((tandem, last));

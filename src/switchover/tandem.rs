@@ -13,7 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::recover::{Observed, Recorded};
 use crate::admin::api::{self, DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
-use crate::config::{DatabaseConfig, Journal, StrayWriters, Target};
+use crate::config::{DatabaseConfig, Journal, StrayWriters, Target, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
 use crate::reconcile;
@@ -35,6 +35,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 pub struct Tandem {
     pair: Arc<Pair>,
     journal: Journal,
+    writes: Writes,
     stray_writers: StrayWriters,
     applier: Mutex<Option<Arc<Applier>>>,
     servers: watch::Receiver<[ServerStatus; 2]>,
@@ -63,12 +64,13 @@ pub enum Turning {
 
 impl Tandem {
     /// Begins to watch the two servers; nothing else runs yet.
-    pub fn new(pair: Arc<Pair>, journal: Journal, stray_writers: StrayWriters) -> Arc<Self> {
+    pub fn new(pair: Arc<Pair>, journal: Journal, writes: Writes, stray_writers: StrayWriters) -> Arc<Self> {
         let (report, servers) = watch::channel(Default::default());
         let watching = tokio::spawn(watch_servers(pair.config.clone(), report));
         Arc::new(Self {
             pair,
             journal,
+            writes,
             stray_writers,
             applier: Mutex::default(),
             servers,
@@ -164,6 +166,7 @@ impl Tandem {
             self.targets().target(control.secondary()).clone(),
             control.epoch,
             self.journal,
+            self.writes,
             self.stray_writers,
         ));
         let applier = Arc::new(applier);
@@ -269,10 +272,49 @@ impl Tandem {
     }
 
     /// Applies what the fenced side has committed, sequences included.
-    pub async fn last_round(&self, fenced: Fenced, deadline: Instant) -> Result<Drained, String> {
+    ///
+    /// # Errors
+    /// It took too long; or, unless `forced`, the secondary is not equal after it: something was
+    /// put into quarantine since the gates were measured.
+    pub async fn last_round(&self, fenced: Fenced, deadline: Instant, forced: bool) -> Result<Drained, String> {
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_ROUND_MIN);
         self.catch_up(left).await?;
+        let applier = self.applier().ok_or("nothing is mirrored")?;
+        let (held, diverged) = {
+            let status = applier.status();
+            let status = status.borrow();
+            (status.quarantine.transactions, status.diverged)
+        };
+        if !forced && (held > 0 || diverged > 0) {
+            return Err(format!(
+                "after it {held} transactions are in quarantine and {diverged} rows have diverged"
+            ));
+        }
         Ok(Drained { fenced })
+    }
+
+    /// What is in quarantine on the secondary, oldest first.
+    pub async fn quarantine(&self, primary: Side) -> Result<Vec<apply::Entry>, String> {
+        let target = self.targets().target(primary.other());
+        let client = connect(target, "quarantine").await.map_err(|error| error.to_string())?;
+        apply::list_quarantine(&client)
+            .await
+            .map_err(|error| error_chain(&error))
+    }
+
+    /// Has an order about the quarantine carried out.
+    pub async fn order(&self, order: apply::Order, timeout: Duration) -> Result<apply::Outcome, String> {
+        let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
+        tokio::time::timeout(timeout, applier.order(order))
+            .await
+            .map_err(|_elapsed| format!("not within {timeout:?}: {}", describe_delay(&applier.status().borrow())))?
+    }
+
+    /// Makes an applier go on that stopped because too much was refused.
+    pub fn go_on(&self) {
+        if let Some(applier) = self.applier() {
+            applier.go_on();
+        }
     }
 
     /// Turns the roles: first the old side, then the new one, which is the point of no return.
@@ -402,6 +444,7 @@ fn describe_delay(status: &ApplierStatus) -> String {
         ApplierState::Waiting => "another proxy holds the applier's lease".into(),
         ApplierState::Running => format!("{} transactions behind", status.lag.transactions),
         ApplierState::Failing { error } => format!("rounds fail: {error}"),
+        ApplierState::Halted { error } => error.clone(),
         ApplierState::Stopped => "the applier is stopped".into(),
     }
 }
@@ -413,6 +456,7 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
         ApplierState::Waiting => ("waiting", None),
         ApplierState::Running => ("running", None),
         ApplierState::Failing { error } => ("failing", Some(error.clone())),
+        ApplierState::Halted { error } => ("halted", Some(error.clone())),
         ApplierState::Stopped => ("stopped", None),
     };
     let lag = status.lag_now();
@@ -455,6 +499,14 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
         sequence_errors: status.sequence_errors.clone(),
         divergences: status.diverged,
         stray_writes: status.strays,
+        quarantine: api::Quarantine {
+            transactions: status.quarantine.transactions,
+            refused: status.quarantine.refused,
+            changes: status.quarantine.changes,
+            oldest: status.quarantine.oldest.clone(),
+            oldest_seconds: status.quarantine.oldest_seconds,
+            error: status.quarantine.error.clone(),
+        },
     }
 }
 

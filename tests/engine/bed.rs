@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus, Cut, ReadBy, Seeding};
 use pgtandem::catalog::compare::{TableDifference, rows_different};
-use pgtandem::config::{Journal, StrayWriters, Target, WhenFull};
+use pgtandem::config::{Journal, StrayWriters, Target, WhenFull, Writes};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{self, SideRole};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
@@ -181,6 +181,7 @@ impl Bed {
                 max_bytes: 10 << 30,
                 when_full: WhenFull::Block,
             },
+            writes: Writes::default(),
         }
     }
 
@@ -212,11 +213,12 @@ impl Bed {
     }
 }
 
-/// Waits for a round after now; a round that the secondary refuses fails the test.
+/// Waits for a round after now; an applier that fails or stands still fails the test.
 pub async fn caught_up(applier: &Applier) -> Cut {
+    let stands = |state: &ApplierState| matches!(state, ApplierState::Failing { .. } | ApplierState::Halted { .. });
     tokio::select! {
         cut = applier.catch_up() => cut.unwrap(),
-        status = until(applier, |status| matches!(status.state, ApplierState::Failing { .. })) => panic!("{status:#?}"),
+        status = until(applier, |status| stands(&status.state)) => panic!("{status:#?}"),
     }
 }
 

@@ -10,4 +10,5 @@ mod ddl;
 mod dml;
 mod failures;
 mod fence;
+mod quarantine;
 mod storm;
