@@ -157,10 +157,12 @@ async fn where_the_primary_acknowledges_the_secondary_is_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_secondary_is_an_error_or_an_alarm() {
-    let mut rig = serving("writes: { acknowledge: both, both_timeout: 300ms, when_late: error }").await;
+    let mut rig = serving(BOTH).await;
     let mut client = rig.client().await;
     let primary = rig.direct(Side::Legacy, APP).await;
     rig.new.stop("immediate").unwrap();
+    rig.extra = "writes: { acknowledge: both, both_timeout: 300ms, when_late: error }".into();
+    rig.set_phase(Phase::DualWrite).await.unwrap();
 
     for (id, statements) in [
         (1, &["INSERT INTO t VALUES (1, 'x')"][..]),
@@ -204,6 +206,8 @@ async fn a_late_secondary_is_an_error_or_an_alarm() {
     for id in 1..=4 {
         assert!(is_there(&secondary, id).await, "{id}");
     }
+    rig.extra = BOTH.into();
+    rig.set_phase(Phase::DualWrite).await.unwrap();
     write(&mut client, "simple", 5).await;
     assert!(is_there(&secondary, 5).await);
 }

@@ -391,8 +391,15 @@ impl World {
         if old.journal != new.journal {
             return fixed("journal");
         }
-        if old.writes != new.writes {
-            return fixed("writes");
+        let of_quarantine = |config: &Config| {
+            (
+                config.writes.retry_attempts,
+                config.writes.error_threshold,
+                config.writes.error_window,
+            )
+        };
+        if of_quarantine(old) != of_quarantine(new) {
+            return fixed("writes: retry_attempts, error_threshold, error_window");
         }
         if old.stray_writers != new.stray_writers {
             return fixed("stray_writers");

@@ -124,6 +124,8 @@ async fn check(rig: &Rig, case: &Case, schema: &str) {
                         .await
                         .unwrap();
                     dba.batch_execute(sql).await.unwrap();
+                    // An event trigger may have it mirrored: not at the same moment as by hand.
+                    caught_up(rig).await;
                 }
             }
             Step::Prepare(name, sql) => {
