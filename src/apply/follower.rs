@@ -9,12 +9,16 @@ use super::lease::Lease;
 use super::session::{WatermarkRow, connect_primary, read_watermark};
 use super::status::{ApplierStatus, Seeding, TableStatus, WatermarkStatus};
 use super::{ApplierConfig, ApplyError, doing};
+use crate::catalog::snapshot::Snapshot;
 use crate::journal::read::{lsn, window_sql};
 use crate::upstream::control::Control;
 
 pub(super) struct Follower<'a> {
     lease: &'a Lease,
     primary: Control,
+    /// The ticket of whoever waits for a cut, and the primary's snapshot after it was drawn. Under
+    /// load there may never be a moment at which nothing waits in the journal.
+    asked: Option<(u64, Snapshot)>,
 }
 
 /// How far the secondary was at one moment.
@@ -23,6 +27,8 @@ pub(super) struct Sight {
     pub watermark: Option<WatermarkRow>,
     /// Nothing waits in the journal beyond the watermark.
     pub caught_up: bool,
+    /// The ticket up to which a round that began after it has been applied.
+    pub reached: Option<u64>,
     looked: Instant,
 }
 
@@ -31,6 +37,7 @@ impl<'a> Follower<'a> {
         Ok(Self {
             lease,
             primary: connect_primary(config, "follower").await?,
+            asked: None,
         })
     }
 
@@ -45,8 +52,12 @@ impl<'a> Follower<'a> {
         Ok(row.get(0))
     }
 
-    pub(super) async fn look(&self, config: &ApplierConfig) -> Result<Sight, ApplyError> {
+    /// `ticket`: of whoever waits for a cut, where somebody does.
+    pub(super) async fn look(&mut self, config: &ApplierConfig, ticket: Option<u64>) -> Result<Sight, ApplyError> {
         let looked = Instant::now();
+        if let (None, Some(ticket)) = (&self.asked, ticket) {
+            self.asked = Some((ticket, self.snapshot_now().await?));
+        }
         let watermark = if self.is_installed().await? {
             read_watermark(self.lease.connection()).await?
         } else {
@@ -65,11 +76,33 @@ impl<'a> Follower<'a> {
             }
             _ => false,
         };
+        let passed = matches!(
+            (&watermark, &self.asked),
+            (Some(watermark), Some((_, asked))) if watermark.target.is_none() && watermark.snapshot.covers(asked)
+        );
+        let reached = if caught_up {
+            self.asked = None;
+            ticket
+        } else if passed {
+            self.asked.take().map(|(ticket, _)| ticket)
+        } else {
+            None
+        };
         Ok(Sight {
             watermark,
             caught_up,
+            reached,
             looked,
         })
+    }
+
+    async fn snapshot_now(&self) -> Result<Snapshot, ApplyError> {
+        let row = self
+            .primary
+            .query_one("SELECT pg_current_snapshot()::text", &[])
+            .await
+            .map_err(doing("take a snapshot of the primary"))?;
+        Ok(row.get::<_, &str>(0).parse()?)
     }
 
     /// What the secondary records, for the status.

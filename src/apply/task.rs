@@ -332,7 +332,7 @@ impl Task {
         if answered(lease.try_take()).await? {
             return Ok(lease);
         }
-        let follower = Follower::connect(&self.config, &lease).await?;
+        let mut follower = Follower::connect(&self.config, &lease).await?;
         let mut next_report = Instant::now();
         while !answered(lease.try_take()).await? {
             while self.cut_requests.try_recv().is_ok() {
@@ -343,8 +343,9 @@ impl Task {
             let wanted = ticket > self.done.borrow().ticket;
             let mut found = false;
             if wanted || Instant::now() >= next_report {
-                let sight = answered(follower.look(&self.config)).await?;
-                found = self.answer(ticket, &sight);
+                let asking = wanted.then_some(ticket);
+                let sight = answered(follower.look(&self.config, asking)).await?;
+                found = self.answer(&sight);
                 if Instant::now() >= next_report {
                     let report = answered(follower.report(&sight)).await?;
                     self.status.send_modify(|status| {
@@ -369,8 +370,8 @@ impl Task {
     }
 
     /// Tells whoever waits for a cut that another applier has reached one; whether it has.
-    fn answer(&self, ticket: u64, sight: &Sight) -> bool {
-        let Some(watermark) = sight.watermark.as_ref().filter(|_| sight.caught_up) else {
+    fn answer(&self, sight: &Sight) -> bool {
+        let (Some(watermark), Some(ticket)) = (&sight.watermark, sight.reached) else {
             return false;
         };
         self.done.send_replace(Done {

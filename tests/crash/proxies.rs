@@ -150,6 +150,35 @@ async fn every_proxy_tells_how_far_the_secondary_is() {
     stage.assert_exact().await;
 }
 
+/// Under load there need be no moment at which nothing waits in the journal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_does_not_apply_tells_under_load_what_is_applied() {
+    let mut stage = Stage::set(Phase::DualWrite).await;
+    stage.rig.until(|status| mirroring(status).state == "running").await;
+    let other = Another::beside(&stage.rig, Phase::DualWrite).await;
+    other.until(&stage.rig, is_waiting).await;
+    let client = stage.rig.client().await;
+    client
+        .batch_execute("CREATE TABLE marks (id int PRIMARY KEY)")
+        .await
+        .unwrap();
+    let secondary = stage.rig.direct(Side::New, APP).await;
+    let storm = stage.storm(|_| {}).await;
+    for mark in 1..=10 {
+        storm.rage(20).await;
+        client
+            .batch_execute(&format!("INSERT INTO marks VALUES ({mark})"))
+            .await
+            .unwrap();
+        other.wait_caught_up().await;
+        let found = secondary.query_one("SELECT max(id) FROM marks", &[]).await.unwrap();
+        assert_eq!(found.get::<_, i32>(0), mark);
+    }
+    stage.end(storm).await;
+    assert_eq!(stage.ledger.failures, Vec::<String>::new());
+    stage.assert_exact().await;
+}
+
 /// Its process lives and is cut off from the secondary; the other proxy is not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_holder_that_is_cut_off_is_deposed() {
