@@ -22,13 +22,18 @@ pub enum Glance {
 /// Looks at a text.
 pub fn glance(text: &[u8], settings: LexSettings) -> Glance {
     let mut tokens = Lexer::new(text, settings).filter(|token| token.kind != TokenKind::Blank);
-    let Some(first) = tokens.find(|token| token.kind != TokenKind::OpenParen) else {
+    let mut nested = false;
+    let Some(first) = tokens.find(|token| {
+        let opens = token.kind == TokenKind::OpenParen;
+        nested |= opens;
+        !opens
+    }) else {
         return Glance::Unclear;
     };
     let begins = |words: &[&str]| words.iter().any(|word| is_word(text, &first, word));
     let found = if begins(&["SELECT", "WITH", "VALUES", "TABLE"]) {
         Glance::Query
-    } else if begins(&["INSERT", "UPDATE", "DELETE", "MERGE"]) {
+    } else if !nested && begins(&["INSERT", "UPDATE", "DELETE", "MERGE"]) {
         Glance::Dml
     } else {
         return Glance::Unclear;
@@ -70,6 +75,9 @@ mod tests {
             ("begin", Unclear),
             ("", Unclear),
             ("(", Unclear),
+            // No statement at all: the full look must take such texts for the worst.
+            ("( insert ( into", Unclear),
+            ("( ( update into", Unclear),
         ] {
             assert_eq!(glance(text.as_bytes(), LexSettings::default()), expected, "{text}");
         }
