@@ -479,7 +479,7 @@ impl Session {
         let rels = self
             .secondary
             .query(
-                &format!("SELECT DISTINCT rel FROM pgtandem.staged WHERE op IN ('I', 'U', 'D') AND {between}"),
+                &format!("SELECT DISTINCT rel FROM pgtandem.staged WHERE op = 'R' AND {between}"),
                 &[],
             )
             .await
@@ -512,7 +512,7 @@ impl Session {
                  INSERT INTO pgtandem.net
                  SELECT i.img, sum(i.n) FROM pgtandem.staged s
                   CROSS JOIN LATERAL (VALUES (s.old, -1), (s.new, 1)) AS i(img, n)
-                  WHERE s.rel = {rel} AND s.op IN ('I', 'U', 'D') AND {between} AND i.img IS NOT NULL
+                  WHERE s.rel = {rel} AND s.op = 'R' AND {between} AND i.img IS NOT NULL
                   GROUP BY i.img HAVING sum(i.n) <> 0;
                  ANALYZE pgtandem.net"
             ))

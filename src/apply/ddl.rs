@@ -40,6 +40,8 @@ impl Session {
             ))
             .await
             .map_err(doing("take over the settings of a DDL statement"))?;
+        self.route_tables_of(record).await?;
+        let secondary = &self.secondary;
         let statement = &tolerant(&record.statement);
         if record.role == self.own_role {
             secondary.execute(&**statement, &[]).await.map(drop)
@@ -72,6 +74,21 @@ impl Session {
             .map_err(doing("forget dropped tables"))?;
         self.sequences.forget();
         self.tables = super::tables::Tables::load(&self.secondary).await?;
+        Ok(())
+    }
+
+    /// Capture stands here as well, and must not hinder a table from becoming a partition.
+    async fn route_tables_of(&self, record: &DdlRecord) -> Result<(), ApplyError> {
+        let script = sql::analyze(record.statement.as_bytes());
+        let Some(Class::Ddl(ddl)) = script.single().map(|statement| &statement.class) else {
+            return Ok(());
+        };
+        for table in &ddl.routes {
+            self.secondary
+                .execute("SELECT pgtandem.route(to_regclass($1))", &[&table.quoted()])
+                .await
+                .map_err(doing("make a table ready to become a partition"))?;
+        }
         Ok(())
     }
 

@@ -279,7 +279,7 @@ impl Session {
         self.secondary
             .execute(
                 "INSERT INTO pgtandem.quarantine_change (id, pos, rel, op, old, new, void)
-                 SELECT $1, s.pos, s.rel, s.op, s.old, s.new, s.op IN ('I', 'U', 'D', 'T') AND s.rel <> ALL ($2)
+                 SELECT $1, s.pos, s.rel, s.op, s.old, s.new, s.op IN ('R', 'T') AND s.rel <> ALL ($2)
                    FROM pgtandem.staged s WHERE s.op <> 'O'",
                 &[&id, &live],
             )
@@ -663,7 +663,7 @@ impl Session {
         writes.text("TRUNCATE pgtandem.staged");
         writes.text(format!(
             "INSERT INTO pgtandem.staged (rel, op, pos, old, new)
-             SELECT rel, op, pos, old, new FROM pgtandem.quarantine_change WHERE id = {id} AND NOT void AND op IN ('I', 'U', 'D', 'T')"
+             SELECT rel, op, pos, old, new FROM pgtandem.quarantine_change WHERE id = {id} AND NOT void AND op IN ('R', 'T')"
         ));
         writes.text("ANALYZE pgtandem.staged");
         self.write(&writes).await?;
@@ -764,13 +764,11 @@ impl Session {
 
 /// A row for COPY in text format.
 fn copy_change(out: &mut BytesMut, id: i64, change: &Change<'_>, void: bool) {
-    let op = match (change.operation, change.old, change.new) {
-        (Operation::Truncate, ..) => 'T',
-        (Operation::Ddl, ..) => 'S',
-        (Operation::DdlOutside, ..) => 'O',
-        (Operation::Row, None, _) => 'I',
-        (Operation::Row, _, None) => 'D',
-        (Operation::Row, ..) => 'U',
+    let op = match change.operation {
+        Operation::Row => 'R',
+        Operation::Truncate => 'T',
+        Operation::Ddl => 'S',
+        Operation::DdlOutside => 'O',
     };
     out.put_slice(format!("{id}\t{}\t{}\t{op}\t", lsn(change.position), change.rel).as_bytes());
     copy_text(out, change.old);

@@ -79,7 +79,7 @@ SELECT 'rule', r.name || '.' || quote_ident(w.rulename), concat_ws(' ', pg_get_r
 UNION ALL
 SELECT 'trigger', r.name || '.' || quote_ident(g.tgname), concat_ws(' ', pg_get_triggerdef(g.oid), g.tgenabled)
   FROM pg_trigger g JOIN relations r ON r.oid = g.tgrelid
- WHERE NOT g.tgisinternal AND g.tgname NOT IN ('zzz_pgtandem_row', 'zzz_pgtandem_truncate')
+ WHERE NOT g.tgisinternal AND g.tgname NOT LIKE 'zzz\_pgtandem\_%'
 UNION ALL
 SELECT 'policy', r.name || '.' || quote_ident(p.polname),
        concat_ws(' ', p.polcmd, p.polpermissive::text, (SELECT string_agg(COALESCE(NULLIF(x, 0)::regrole::text, 'public'), ',' ORDER BY 1) FROM unnest(p.polroles) x),

@@ -7,7 +7,7 @@ use tokio_postgres::error::SqlState;
 
 use super::state::{read_slot_state, write_slot_state};
 use super::{JournalError, LOCK_CLASS, LOCK_STATE, SideRole, SideState, SlotState, doing};
-use crate::catalog::{privileges, quote};
+use crate::catalog::privileges;
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
@@ -131,11 +131,12 @@ pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
     loop {
         let rows = client
             .query(
-                "SELECT DISTINCT n.nspname::text, c.relname::text
+                "SELECT pg_catalog.string_agg(pg_catalog.format('DROP TRIGGER IF EXISTS %I ON %I.%I', t.tgname, n.nspname, c.relname), '; ')
                    FROM pg_catalog.pg_trigger t
                    JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                  WHERE t.tgname IN ('zzz_pgtandem_row', 'zzz_pgtandem_truncate') AND NOT t.tgisinternal",
+                  WHERE t.tgname LIKE 'zzz\\_pgtandem\\_%' AND NOT t.tgisinternal
+                  GROUP BY c.oid",
                 &[],
             )
             .await
@@ -144,12 +145,10 @@ pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
             break;
         }
         for row in rows {
-            let table = quote::qualified(row.get(0), row.get(1));
+            let drop_triggers: String = row.get(0);
             let dropped = client
                 .batch_execute(&format!(
-                    "BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL client_min_messages = warning;
-                     DROP TRIGGER IF EXISTS zzz_pgtandem_row ON {table};
-                     DROP TRIGGER IF EXISTS zzz_pgtandem_truncate ON {table}; COMMIT"
+                    "BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL client_min_messages = warning; {drop_triggers}; COMMIT"
                 ))
                 .await;
             if let Err(error) = dropped {

@@ -39,7 +39,7 @@ pub enum Operation {
 impl Operation {
     fn from_byte(byte: u8) -> Option<Self> {
         match byte {
-            b'I' | b'U' | b'D' => Some(Self::Row),
+            b'R' => Some(Self::Row),
             b'T' => Some(Self::Truncate),
             b'S' => Some(Self::Ddl),
             b'O' => Some(Self::DdlOutside),

@@ -339,6 +339,8 @@ pub struct Ddl {
     /// The existing relations that it changes or drops: only the session can tell which of them
     /// are temporary.
     pub concerns: Vec<QualifiedName>,
+    /// The tables that it makes partitions or inheritance children of others.
+    pub routes: Vec<QualifiedName>,
 }
 
 impl Ddl {
@@ -359,6 +361,7 @@ impl Ddl {
             "from_query": from_query,
             "creates": creates.map(|name| name.name.as_str()),
             "concerns": self.concerns.iter().map(QualifiedName::quoted).collect::<Vec<_>>(),
+            "routes": self.routes.iter().map(QualifiedName::quoted).collect::<Vec<_>>(),
         })
         .to_string()
     }

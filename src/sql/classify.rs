@@ -122,6 +122,7 @@ fn select_into(statement: &[u8], settings: LexSettings) -> Option<Ddl> {
                 name,
                 computes_rows: true,
                 concerns: Vec::new(),
+                routes: Vec::new(),
             });
         }
         previous_makes_it_other =

@@ -51,6 +51,7 @@ fn transactional(tag: &str, name: Option<QualifiedName>) -> Ddl {
         name,
         computes_rows: false,
         concerns: Vec::new(),
+        routes: Vec::new(),
     }
 }
 
@@ -61,6 +62,7 @@ fn not_mirrored(tag: &str, reason: NotMirrored) -> Ddl {
         name: None,
         computes_rows: false,
         concerns: Vec::new(),
+        routes: Vec::new(),
     }
 }
 
@@ -207,8 +209,28 @@ fn alter(cursor: &mut Cursor<'_>) -> Ddl {
         if cursor.at("CONCURRENTLY") {
             ddl.kind = DdlKind::Outside;
         }
+    } else if object == "TABLE" && cursor.eat("ATTACH") {
+        cursor.eat("PARTITION");
+        ddl.routes.extend(cursor.name());
+    } else if object == "TABLE" && inherits(cursor) {
+        ddl.routes.extend(ddl.name.clone());
     }
     ddl
+}
+
+/// Whether one of ALTER TABLE's actions is INHERIT. NO INHERIT and a constraint's NO INHERIT count,
+/// too: more is no harm.
+fn inherits(cursor: &mut Cursor<'_>) -> bool {
+    while let Some(kind) = cursor.peek_kind() {
+        if kind == TokenKind::OpenParen {
+            cursor.skip_parens(|_| {});
+        } else if cursor.eat("INHERIT") {
+            return true;
+        } else {
+            cursor.next();
+        }
+    }
+    false
 }
 
 /// The relation that is named behind a word at the outermost level.

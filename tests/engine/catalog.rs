@@ -157,7 +157,7 @@ async fn switched_off_triggers_are_noticed() {
         .await
         .unwrap();
     client
-        .batch_execute("DROP TRIGGER zzz_pgtandem_row ON u; INSERT INTO u VALUES (1)")
+        .batch_execute("DROP TRIGGER zzz_pgtandem_insert ON u; INSERT INTO u VALUES (1)")
         .await
         .unwrap();
     let status = until(&applier, |status| {
@@ -234,7 +234,7 @@ async fn a_secondary_tampered_with_is_reported_and_mended() {
         .await
         .batch_execute("SET session_replication_role = replica; ALTER TABLE t DISABLE TRIGGER ALL; ALTER TABLE k DISABLE TRIGGER ALL;
              DELETE FROM t WHERE id = 1; UPDATE t SET v = 'other' WHERE id = 2; INSERT INTO t VALUES (30, 130, 'mine'); INSERT INTO t VALUES (40, 31, 'unique'); DELETE FROM k WHERE v = 'k3';
-             ALTER TABLE t ENABLE TRIGGER ALL; ALTER TABLE k ENABLE TRIGGER ALL; ALTER TABLE t ENABLE ALWAYS TRIGGER zzz_pgtandem_row, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate; ALTER TABLE k ENABLE ALWAYS TRIGGER zzz_pgtandem_row, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate")
+             ALTER TABLE t ENABLE TRIGGER ALL; ALTER TABLE k ENABLE TRIGGER ALL; ALTER TABLE t ENABLE REPLICA TRIGGER zzz_pgtandem_replica, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate; ALTER TABLE k ENABLE REPLICA TRIGGER zzz_pgtandem_replica, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate")
         .await
         .unwrap();
     client.batch_execute("UPDATE t SET v = 'y'; DELETE FROM t WHERE id = 20; INSERT INTO t VALUES (30, 30, 'ours'), (31, 31, 'ours'); DELETE FROM k").await.unwrap();

@@ -2,12 +2,13 @@
 
 use pgtandem::catalog::compare::TableDifference;
 use pgtandem::control::Side;
-use pgtandem::journal::{DDL_HOOK, DDL_HOOK_OUTSIDE};
+use pgtandem::journal::{DDL_HOOK, DDL_HOOK_BEFORE, DDL_HOOK_OUTSIDE};
+use pgtandem::sql::{self, Class};
 use pgtandem::upstream::control::{Control, error_chain};
 
 use crate::bed::{Bed, caught_up};
 
-/// What the proxy does: the statement, then the hook, in one transaction (the client's own, if
+/// What the proxy does: the statement between the hooks, in one transaction (the client's own, if
 /// it has one).
 async fn ddl(client: &Control, statement: &str) {
     client.batch_execute("BEGIN").await.unwrap();
@@ -17,6 +18,12 @@ async fn ddl(client: &Control, statement: &str) {
 
 async fn ddl_inside(client: &Control, statement: &str) {
     let failed = |error: tokio_postgres::Error| panic!("{statement}: {}", error_chain(&error));
+    let script = sql::analyze(statement.as_bytes());
+    let Some(Class::Ddl(ddl)) = script.single().map(|statement| &statement.class) else {
+        panic!("{statement} is no DDL")
+    };
+    let before = DDL_HOOK_BEFORE.replace("$1", &format!("'{}'", ddl.facts().replace('\'', "''")));
+    client.batch_execute(&before).await.unwrap_or_else(failed);
     client.batch_execute(statement).await.unwrap_or_else(failed);
     client
         .execute(DDL_HOOK, &[&statement])

@@ -74,6 +74,10 @@ DECLARE
     that_side text := CASE this_side WHEN 'new' THEN 'legacy' ELSE 'new' END;
     role integer := (state >> 2) & 7;
 BEGIN
+    -- The applier, where it may not run as replica.
+    IF role <> 0 AND session_user = current_user THEN
+        RETURN;
+    END IF;
     CASE role
     WHEN 0 THEN
         -- The primary, with a full journal.
@@ -100,16 +104,133 @@ BEGIN
 END
 $$;
 
--- Captures a table: generates its function, creates its triggers. Takes SHARE ROW EXCLUSIVE on
+-- The function of a capture trigger. `changes` is the query that makes the journal's rows of what
+-- it sees, `source` where a query finds that; `guard` is what else the function asks first.
+--
+-- Each expression of PL/pgSQL that is met in a transaction is prepared anew and costs its writer
+-- about a microsecond, hence constants instead of TG_RELID and TG_OP, and no variable more than it
+-- takes. Everything is named with its schema instead of pinning search_path, which would cost each
+-- row as much. The rows are of type record there, so a cast that a table's owner defines on his
+-- row type does not come into it. The lock is taken before the state is read (CASE guarantees the
+-- order): so whoever holds it exclusively can change the state knowing that nobody acts on the old
+-- one. To take it again in the same transaction is a look into a local table.
+CREATE OR REPLACE FUNCTION pgtandem.define_capture(function_name text, rel oid, pins text, guard text, changes text, source text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    EXECUTE format($f$
+CREATE OR REPLACE FUNCTION pgtandem.%1$I() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER %2$s
+AS $capture$
+DECLARE
+    state bigint := CASE WHEN pg_catalog.pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_catalog.pg_sequence_last_value(%3$s) END;
+BEGIN
+    %4$s
+    IF state OPERATOR(pg_catalog.&) 255 OPERATOR(pg_catalog.=) 0 THEN
+        INSERT INTO pgtandem.change_0 (rel, op, old, new) %5$s;
+    ELSIF state OPERATOR(pg_catalog.&) 255 OPERATOR(pg_catalog.=) 1 THEN
+        INSERT INTO pgtandem.change_1 (rel, op, old, new) %5$s;
+    ELSIF state OPERATOR(pg_catalog.&) 255 OPERATOR(pg_catalog.=) 2 THEN
+        INSERT INTO pgtandem.change_2 (rel, op, old, new) %5$s;
+    ELSE
+        PERFORM pgtandem.unusual(state, %6$s, TG_OP) %7$s;
+    END IF;
+    RETURN NULL;
+END
+$capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid, guard, changes, rel, source);
+    EXECUTE format('REVOKE ALL ON FUNCTION pgtandem.%I() FROM PUBLIC', function_name);
+END
+$$;
+
+-- Whether rows reach this table by another's name: then no trigger of its own that fires once for
+-- a statement sees them.
+CREATE OR REPLACE FUNCTION pgtandem.is_routed(rel oid) RETURNS boolean
+LANGUAGE sql STABLE
+AS $$
+    SELECT EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhrelid OPERATOR(pg_catalog.=) rel)
+$$;
+
+-- For DDL that makes a table a partition or an inheritance child: capture that does not depend on
+-- how rows get in. Takes the lock that such DDL takes. For whoever may run that DDL.
+CREATE OR REPLACE FUNCTION pgtandem.route(rel oid) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    target text := pgtandem.name_of(rel);
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_class c JOIN pg_trigger g ON g.tgrelid = c.oid
+                    WHERE c.oid = route.rel AND g.tgname = 'zzz_pgtandem_insert' AND pg_has_role(session_user, c.relowner, 'MEMBER')) THEN
+        RETURN;
+    END IF;
+    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', target);
+    PERFORM pgtandem.create_triggers(rel, target, true);
+END
+$$;
+
+-- The triggers of a captured table. Capture fires for everyone but the applier, which is the
+-- proxy's role running as replica:
+--   row       the rows of UPDATE and DELETE; of INSERT, too, where rows are routed to the table
+--   insert    the rows of an INSERT or COPY all at once, a third of what row by row costs in bulk
+--   replica   all of it for those who run as replica, for whom the two above do not fire
+--   truncate  TRUNCATE, whoever runs it
+-- A trigger with a transition table lets Postgres refuse to make the table a partition or a child,
+-- after which "insert" would miss rows; it is switched off and never fires. DDL that comes as a
+-- statement through the proxy is preceded by pgtandem.route().
+--
+-- No WHEN on the first two: it is read and planned anew for every statement, a quarter of what
+-- capture costs a short one. Where the applier may not run as replica, they need it.
+CREATE OR REPLACE FUNCTION pgtandem.create_triggers(rel oid, target text, routed boolean) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
+AS $$
+DECLARE
+    others text := format('WHEN (session_user <> %L)', current_user);
+    origin text := CASE WHEN pgtandem.may_run_as_replica() THEN '' ELSE others END;
+    name text := 'capture_' || rel;
+BEGIN
+    EXECUTE format('DROP TRIGGER IF EXISTS zzz_pgtandem_row ON %1$s; DROP TRIGGER IF EXISTS zzz_pgtandem_insert ON %1$s;
+                    DROP TRIGGER IF EXISTS zzz_pgtandem_replica ON %1$s; DROP TRIGGER IF EXISTS zzz_pgtandem_truncate ON %1$s;
+                    DROP TRIGGER IF EXISTS zzz_pgtandem_attach_by_a_statement_through_the_proxy ON %1$s', target);
+    EXECUTE format('CREATE TRIGGER zzz_pgtandem_row AFTER %s UPDATE OR DELETE ON %s FOR EACH ROW %s EXECUTE FUNCTION pgtandem.%I()',
+        CASE WHEN routed THEN 'INSERT OR' END, target, origin, name);
+    IF NOT routed THEN
+        EXECUTE format('CREATE TRIGGER zzz_pgtandem_insert AFTER INSERT ON %s REFERENCING NEW TABLE AS pgtandem_new FOR EACH STATEMENT %s EXECUTE FUNCTION pgtandem.%I()',
+            target, origin, name || '_insert');
+        EXECUTE format('CREATE TRIGGER zzz_pgtandem_attach_by_a_statement_through_the_proxy AFTER INSERT ON %s REFERENCING NEW TABLE AS pgtandem_new FOR EACH ROW EXECUTE FUNCTION pgtandem.capture_nothing()', target);
+        EXECUTE format('ALTER TABLE ONLY %s DISABLE TRIGGER zzz_pgtandem_attach_by_a_statement_through_the_proxy', target);
+    END IF;
+    EXECUTE format('CREATE TRIGGER zzz_pgtandem_replica AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW %s EXECUTE FUNCTION pgtandem.%I()',
+        target, others, name || '_replica');
+    EXECUTE format('CREATE TRIGGER zzz_pgtandem_truncate AFTER TRUNCATE ON %s FOR EACH STATEMENT %s EXECUTE FUNCTION pgtandem.%I()',
+        target, others, name || '_truncate');
+    EXECUTE format('ALTER TABLE ONLY %s ENABLE REPLICA TRIGGER zzz_pgtandem_replica, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate', target);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION pgtandem.capture_nothing() RETURNS trigger
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    RETURN NULL;
+END
+$$;
+
+-- By GRANT SET ON PARAMETER from Postgres 15 on, before that as superuser.
+CREATE OR REPLACE FUNCTION pgtandem.may_run_as_replica() RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF (SELECT r.rolsuper FROM pg_roles r WHERE r.rolname = current_user) THEN
+        RETURN true;
+    ELSIF current_setting('server_version_num')::integer < 150000 THEN
+        RETURN false;
+    END IF;
+    RETURN has_parameter_privilege('session_replication_role', 'SET');
+END
+$$;
+
+-- Captures a table: generates its functions, creates its triggers. Takes SHARE ROW EXCLUSIVE on
 -- the table; the caller sets lock_timeout. Answers 'kept' (all was there), 'new', or 'again'
 -- (captured before, but a trigger was dropped or switched off: changes may be lost).
---
--- The function names everything with its schema instead of pinning search_path, which would
--- cost each row a microsecond. NEW and OLD are of type record there, so a cast that a table's
--- owner defines on his row type does not come into it. The lock is taken before the state is
--- read (CASE guarantees the order): so whoever holds it exclusively can change the state
--- knowing that nobody acts on the old one. To take it again in the same transaction is a look
--- into a local table.
 CREATE OR REPLACE FUNCTION pgtandem.capture(rel oid) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
@@ -118,7 +239,7 @@ DECLARE
     known pgtandem.captured%ROWTYPE;
     pins text := pgtandem.settings_of(rel);
     target text := pgtandem.name_of(rel);
-    function_name text := 'capture_' || rel;
+    name text := 'capture_' || rel;
     outcome text;
     empty boolean;
 BEGIN
@@ -133,32 +254,14 @@ BEGIN
     IF t.capturing AND known.settings = pins THEN
         RETURN 'kept';
     END IF;
-    IF NOT t.capturing OR known.settings IS DISTINCT FROM pins THEN
-        EXECUTE format($f$
-CREATE OR REPLACE FUNCTION pgtandem.%1$I() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER %2$s
-AS $capture$
-DECLARE
-    state bigint := CASE WHEN pg_catalog.pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_catalog.pg_sequence_last_value(%3$s) END;
-    slot integer := state OPERATOR(pg_catalog.&) 255;
-BEGIN
-    IF slot OPERATOR(pg_catalog.=) 0 THEN
-        INSERT INTO pgtandem.change_0 (rel, op, old, new)
-        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
-    ELSIF slot OPERATOR(pg_catalog.=) 1 THEN
-        INSERT INTO pgtandem.change_1 (rel, op, old, new)
-        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
-    ELSIF slot OPERATOR(pg_catalog.=) 2 THEN
-        INSERT INTO pgtandem.change_2 (rel, op, old, new)
-        VALUES (TG_RELID, TG_OP::pg_catalog."char", OLD::pg_catalog.text, NEW::pg_catalog.text);
-    ELSE
-        PERFORM pgtandem.unusual(state, TG_RELID, TG_OP);
-    END IF;
-    RETURN NULL;
-END
-$capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid);
-        EXECUTE format('REVOKE ALL ON FUNCTION pgtandem.%I() FROM PUBLIC', function_name);
-    END IF;
+    PERFORM pgtandem.define_capture(name, rel, pins, '', format('VALUES (%s, ''R'', OLD::pg_catalog.text, NEW::pg_catalog.text)', rel), '');
+    PERFORM pgtandem.define_capture(name || '_insert', rel, pins, '',
+        format('SELECT %s, ''R'', NULL, (pgtandem_new.*)::pg_catalog.text FROM pgtandem_new', rel), 'FROM pgtandem_new');
+    -- It may have been switched on for everybody, by ALTER TABLE ... ENABLE TRIGGER.
+    PERFORM pgtandem.define_capture(name || '_replica', rel, pins,
+        'IF pg_catalog.current_setting(''session_replication_role'') OPERATOR(pg_catalog.<>) ''replica'' THEN RETURN NULL; END IF;',
+        format('VALUES (%s, ''R'', OLD::pg_catalog.text, NEW::pg_catalog.text)', rel), '');
+    PERFORM pgtandem.define_capture(name || '_truncate', rel, '', '', format('VALUES (%s, ''T'', NULL, NULL)', rel), '');
     IF t.capturing THEN
         UPDATE pgtandem.captured c SET settings = pins WHERE c.rel = capture.rel;
         RETURN 'kept';
@@ -172,15 +275,7 @@ $capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid);
     ELSE
         EXECUTE format('SELECT NOT EXISTS (SELECT FROM ONLY %s)', target) INTO empty;
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = capture.rel AND g.tgname = 'zzz_pgtandem_row') THEN
-        EXECUTE format('CREATE TRIGGER zzz_pgtandem_row AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW WHEN (session_user <> %L) EXECUTE FUNCTION pgtandem.%I()',
-            target, current_user, function_name);
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = capture.rel AND g.tgname = 'zzz_pgtandem_truncate') THEN
-        EXECUTE format('CREATE TRIGGER zzz_pgtandem_truncate AFTER TRUNCATE ON %s FOR EACH STATEMENT WHEN (session_user <> %L) EXECUTE FUNCTION pgtandem.%I()',
-            target, current_user, function_name);
-    END IF;
-    EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER zzz_pgtandem_row, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate', target);
+    PERFORM pgtandem.create_triggers(rel, target, pgtandem.is_routed(rel));
     outcome := CASE WHEN known.rel IS NULL THEN 'new' ELSE 'again' END;
     INSERT INTO pgtandem.captured AS c (rel, schema, name, was_empty, shape, filenode, attributes, attribute_count, settings, origin)
     SELECT s.rel, s.schema, s.name, empty AND outcome = 'new', s.shape, s.filenode, s.attributes, s.attribute_count, pins,
@@ -219,7 +314,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'append', 'unusual', 'settings_of')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'define_capture', 'create_triggers', 'capture_nothing', 'append', 'unusual', 'settings_of')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;

@@ -34,11 +34,16 @@ SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET qu
 AS $$
 DECLARE
     target text := pgtandem.name_of(rel);
-    row_image text;
     image_of text;
+    state bigint;
     forced boolean := (SELECT c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c WHERE c.oid = rel);
 BEGIN
     PERFORM pgtandem.append(rel, 'T', NULL, NULL);
+    state := pg_sequence_last_value('pgtandem.state');
+    IF state & 255 > 2 THEN
+        PERFORM pgtandem.unusual(state, rel, 'DDL');
+        RETURN;
+    END IF;
     SELECT CASE WHEN bool_or(a.attgenerated = 'v') THEN
                format('ROW(%s)::text', string_agg(CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('t.%I', a.attname) END, ', ' ORDER BY a.attnum))
            ELSE '(t.*)::text' END
@@ -47,9 +52,7 @@ BEGIN
     IF forced THEN
         EXECUTE format('ALTER TABLE ONLY %s NO FORCE ROW LEVEL SECURITY', target);
     END IF;
-    FOR row_image IN EXECUTE format('SELECT %s FROM ONLY %s AS t', image_of, target) LOOP
-        PERFORM pgtandem.append(rel, 'I', NULL, row_image);
-    END LOOP;
+    EXECUTE format('INSERT INTO pgtandem.change_%s (rel, op, old, new) SELECT %s, ''R'', NULL, %s FROM ONLY %s AS t', state & 3, rel, image_of, target);
     IF forced THEN
         EXECUTE format('ALTER TABLE ONLY %s FORCE ROW LEVEL SECURITY', target);
     END IF;
@@ -179,6 +182,9 @@ DECLARE
     temporary boolean := false;
     others jsonb := '[]';
 BEGIN
+    FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'routes') LOOP
+        PERFORM pgtandem.route(pg_catalog.to_regclass(concerned)::pg_catalog.oid);
+    END LOOP;
     IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid THEN
         FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') LOOP
             IF EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(concerned)::pg_catalog.oid

@@ -180,11 +180,20 @@ SELECT c.oid AS rel,
        (SELECT COALESCE(pg_catalog.json_agg(pg_catalog.json_build_array(a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attgenerated) ORDER BY a.attnum), '[]')::text
           FROM pg_catalog.pg_attribute a
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
-       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_trigger t
-         WHERE t.tgrelid = c.oid AND t.tgenabled = 'A' AND t.tgname IN ('zzz_pgtandem_row', 'zzz_pgtandem_truncate')
-           AND t.tgfoid = (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
-                            WHERE pn.nspname = 'pgtandem' AND p.proname = pg_catalog.concat('capture_', c.oid)
-                              AND p.pronargs = 0)) = 2 AS capturing
+       -- Every kind of write is seen: in tgtype, 1 is "for each row", 4 INSERT, 8 DELETE, 16 UPDATE,
+       -- 32 TRUNCATE. Whatever switches triggers on and off by ALTER TABLE leaves its trace in 'R' and 'A'.
+       (SELECT COALESCE(pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_row' AND t.tgenabled = 'O' AND t.tgtype & 25 = 25)
+                    AND (pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_row' AND t.tgtype & 4 = 4)
+                         OR pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_insert' AND t.tgenabled = 'O')
+                        AND pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_attach_by_a_statement_through_the_proxy'))
+                    AND pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_replica' AND t.tgenabled = 'R')
+                    AND pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_truncate' AND t.tgenabled = 'A'), false)
+          FROM pg_catalog.pg_trigger t
+         WHERE t.tgrelid = c.oid AND t.tgname LIKE 'zzz\_pgtandem\_%'
+           AND t.tgfoid IN (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
+                             WHERE pn.nspname = 'pgtandem' AND p.pronargs = 0
+                               AND p.proname IN ('capture_nothing', pg_catalog.concat('capture_', c.oid), pg_catalog.concat('capture_', c.oid, '_insert'),
+                                                 pg_catalog.concat('capture_', c.oid, '_replica'), pg_catalog.concat('capture_', c.oid, '_truncate')))) AS capturing
   FROM pg_catalog.pg_class c
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'r'
