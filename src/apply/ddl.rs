@@ -311,7 +311,7 @@ impl Session {
 /// statement could itself be a RESET ROLE, or a DO block with one inside. A function that
 /// belongs to the role and is SECURITY DEFINER forbids it. In language SQL, because PL/pgSQL's
 /// EXECUTE does not know SELECT INTO.
-async fn run_as(
+pub(super) async fn run_as(
     secondary: &Client,
     role: &str,
     statement: &str,

@@ -7,6 +7,7 @@
 pub mod compare;
 mod databases;
 pub mod definitions;
+pub mod objects;
 pub mod privileges;
 pub mod quote;
 pub mod snapshot;
