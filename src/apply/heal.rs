@@ -20,7 +20,6 @@ use super::tables::{Tables, record_pause};
 use super::{ApplyError, doing};
 use crate::catalog::definitions::definitions_different;
 use crate::catalog::objects::Objects;
-use crate::catalog::quote::qualified;
 use crate::journal::read::window_sql;
 use crate::reconcile::schema::{Script, Statement, statements};
 use crate::upstream::control::error_chain;
@@ -30,6 +29,10 @@ const ATTEMPTS: u32 = 20;
 
 /// Tries to get the locks under which tables are captured and their rows journaled.
 const LOCK_ATTEMPTS: u32 = 100;
+
+/// The applier's sessions search by index only; that is not how large catalogs are read.
+const PLAN_FREELY: &str = "SET enable_seqscan = on; SET enable_hashjoin = on; SET enable_mergejoin = on";
+const PLAN_BY_INDEX: &str = "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off";
 
 const REASON: &str = "its definition is brought in line";
 
@@ -66,7 +69,7 @@ impl Session {
                 self.round(false).await?;
                 continue;
             };
-            let secondary = Objects::read(&self.secondary, None)
+            let secondary = Objects::read_installed(&self.secondary)
                 .await
                 .map_err(doing("read the secondary's definitions"))?;
             let scope = match scope(&order.only, &primary, &secondary) {
@@ -118,7 +121,7 @@ impl Session {
             .await
             .map_err(doing("read the primary's definitions"))?;
         let waits = self.ddl_waits().await?;
-        let objects = Objects::read(&self.aside, None)
+        let objects = Objects::read_installed(&self.aside)
             .await
             .map_err(doing("read the primary's definitions"))?;
         self.aside
@@ -158,14 +161,10 @@ impl Session {
             .batch_execute("BEGIN; SET LOCAL check_function_bodies = off")
             .await
             .map_err(doing("begin to bring definitions in line"))?;
-        for (rel, target) in &concerned {
+        for (rel, _) in &concerned {
             record_pause(&self.secondary, *rel, REASON).await?;
-            if emptied && self.may_be_emptied(*rel).await? {
-                let delete = format!("DELETE FROM ONLY {target}");
-                self.secondary
-                    .batch_execute(&delete)
-                    .await
-                    .map_err(doing("empty a table whose rows are sent once more"))?;
+            if emptied && !self.is_too_large(*rel).await? {
+                self.empty(*rel).await?;
             }
         }
         self.secondary
@@ -232,16 +231,27 @@ impl Session {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    async fn may_be_emptied(&self, rel: u32) -> Result<bool, ApplyError> {
+    /// Deletes a table's rows, which are sent once more; unless row security hides them.
+    pub(super) async fn empty(&self, rel: u32) -> Result<(), ApplyError> {
         let row = self
             .secondary
-            .query_one(
-                "SELECT NOT c.relforcerowsecurity FROM pgtandem.seeding s JOIN pg_class c ON c.oid = s.local WHERE s.rel = $1",
+            .query_opt(
+                "SELECT pgtandem.name_of(c.oid) FROM pgtandem.seeding s JOIN pg_class c ON c.oid = s.local
+                  WHERE s.rel = $1 AND NOT c.relforcerowsecurity",
                 &[&rel],
             )
             .await
             .map_err(doing("look at a table's row security"))?;
-        Ok(row.get::<_, bool>(0) && !self.is_too_large(rel).await?)
+        let Some(target) = row.map(|row| row.get::<_, String>(0)) else {
+            return Ok(());
+        };
+        let delete = format!(
+            "SET LOCAL session_replication_role = replica; DELETE FROM ONLY {target}; SET LOCAL session_replication_role = origin"
+        );
+        self.secondary
+            .batch_execute(&delete)
+            .await
+            .map_err(doing("empty a table whose rows are sent once more"))
     }
 
     /// Has the tables concerned captured, taken up again, and their rows applied.
@@ -263,9 +273,8 @@ impl Session {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         watch.forget();
-        for table in self.tables.iter() {
-            let name = qualified(&table.schema, &table.name);
-            if script.tables.contains(&name) {
+        for (rel, name) in self.mirrored_of(script).await? {
+            if let Some(table) = self.tables.get(rel) {
                 let large = table.note.as_deref().is_some_and(|note| note.ends_with(TOO_LARGE));
                 if table.state == Seeding::Synced {
                     healed.tables.push(name);
@@ -318,9 +327,20 @@ impl Session {
 }
 
 async fn different(primary: &Client, secondary: &Client) -> Result<Vec<String>, ApplyError> {
-    let differences = definitions_different(primary, secondary)
-        .await
-        .map_err(doing("compare definitions"))?;
+    for client in [primary, secondary] {
+        client
+            .batch_execute(PLAN_FREELY)
+            .await
+            .map_err(doing("compare definitions"))?;
+    }
+    let differences = definitions_different(primary, secondary).await;
+    for (client, as_before) in [(primary, "SET enable_seqscan = off"), (secondary, PLAN_BY_INDEX)] {
+        client
+            .batch_execute(as_before)
+            .await
+            .map_err(doing("compare definitions"))?;
+    }
+    let differences = differences.map_err(doing("compare definitions"))?;
     Ok(differences
         .iter()
         .filter(|found| !found.is_about_order())

@@ -31,14 +31,22 @@ pub struct Objects {
 }
 
 impl Objects {
-    /// Reads all of them, or those that go with the given roots. The session has the
-    /// [pinned settings](super::PINNED_SETTINGS).
-    pub async fn read(client: &Client, roots: Option<&[Oid]>) -> Result<Self, tokio_postgres::Error> {
+    /// Reads all of them. The session has the [pinned settings](super::PINNED_SETTINGS).
+    pub async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        Self::read_by(client, SQL).await
+    }
+
+    /// The same by the function in schema `pgtandem`, which is planned well in any session.
+    pub async fn read_installed(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        Self::read_by(client, "SELECT * FROM pgtandem.objects($1)").await
+    }
+
+    async fn read_by(client: &Client, sql: &str) -> Result<Self, tokio_postgres::Error> {
         let major = client
             .query_one("SELECT current_setting('server_version_num')::int / 10000", &[])
             .await?
             .get::<_, i32>(0);
-        let rows = client.query(SQL, &[&roots]).await?;
+        let rows = client.query(sql, &[&None::<Vec<Oid>>]).await?;
         let rows = rows.iter().map(|row| {
             let texts: [String; 6] = std::array::from_fn(|index| row.get(index));
             texts

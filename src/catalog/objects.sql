@@ -74,6 +74,10 @@ nodes(classid, objid, objsubid, kind, name, root, root_name, owner) AS MATERIALI
     SELECT 'pg_statistic_ext'::regclass, x.oid, 0, 'statistics', s.name || '.' || quote_ident(x.stxname), x.stxrelid, r.name, x.stxowner
       FROM pg_statistic_ext x JOIN schemas s ON s.oid = x.stxnamespace JOIN relations r ON r.oid = x.stxrelid
 ),
+-- Nothing is described that nobody asked for: it may be gone by then.
+wanted AS MATERIALIZED (
+    SELECT * FROM nodes WHERE $1::oid[] IS NULL OR root = ANY ($1)
+),
 -- What stands for a node in pg_depend besides itself.
 map(classid, objid, objsubid, kind, name) AS MATERIALIZED (
     SELECT n.classid, n.objid, n.objsubid, n.kind, n.name FROM nodes n
@@ -102,16 +106,16 @@ edges AS (
       FROM pg_depend d
       JOIN map m ON m.classid = d.classid AND m.objid = d.objid AND (m.objsubid = d.objsubid OR (d.classid <> 'pg_class'::regclass AND m.objsubid = 0))
       JOIN map f ON f.classid = d.refclassid AND f.objid = d.refobjid AND f.objsubid IN (d.refobjsubid, 0)
-     WHERE d.deptype IN ('n', 'a', 'i') AND (m.kind, m.name) <> (f.kind, f.name)
+     WHERE d.deptype IN ('n', 'a', 'i') AND EXISTS (SELECT FROM wanted w WHERE w.kind = m.kind AND w.name = m.name) AND (m.kind, m.name) <> (f.kind, f.name)
        AND NOT (m.kind = 'sequence' AND f.kind IN ('table', 'column'))
        AND NOT (m.kind = 'table' AND f.kind = 'column' AND d.objid = d.refobjid)
      GROUP BY m.kind, m.name
 ),
 recipes(kind, name, recipe) AS (
-    SELECT n.kind, n.name, '{}'::jsonb FROM nodes n WHERE n.kind = 'schema'
+    SELECT n.kind, n.name, '{}'::jsonb FROM wanted n WHERE n.kind = 'schema'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('schema', e.extnamespace::regnamespace::text)
-      FROM nodes n JOIN pg_extension e ON e.oid = n.objid WHERE n.kind = 'extension'
+      FROM wanted n JOIN pg_extension e ON e.oid = n.objid WHERE n.kind = 'extension'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('form', t.typtype,
                'labels', (SELECT jsonb_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid),
@@ -125,24 +129,24 @@ recipes(kind, name, recipe) AS (
                'attributes', (SELECT jsonb_agg(jsonb_build_array(quote_ident(a.attname), format_type(a.atttypid, a.atttypmod)
                                   || CASE WHEN a.attcollation <> b.typcollation THEN ' COLLATE ' || a.attcollation::regcollation::text ELSE '' END) ORDER BY a.attnum)
                                 FROM pg_attribute a JOIN pg_type b ON b.oid = a.atttypid WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped)))
-      FROM nodes n JOIN pg_type t ON t.oid = n.objid WHERE n.kind = 'type'
+      FROM wanted n JOIN pg_type t ON t.oid = n.objid WHERE n.kind = 'type'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('persistence', c.relpersistence,
                'parameters', format('AS %s START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', format_type(q.seqtypid, NULL), q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
                    CASE WHEN q.seqcycle THEN '' ELSE 'NO ' END),
                'owned_by', (SELECT format('%s.%I', r.name, a.attname) FROM pg_depend d JOIN relations r ON r.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
                              WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'a')))
-      FROM nodes n JOIN pg_class c ON c.oid = n.objid JOIN pg_sequence q ON q.seqrelid = n.objid WHERE n.kind = 'sequence'
+      FROM wanted n JOIN pg_class c ON c.oid = n.objid JOIN pg_sequence q ON q.seqrelid = n.objid WHERE n.kind = 'sequence'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('create', pg_get_functiondef(p.oid), 'result', COALESCE(pg_get_function_result(p.oid), ''), 'is', p.prokind)
-      FROM nodes n JOIN pg_proc p ON p.oid = n.objid WHERE n.kind = 'function'
+      FROM wanted n JOIN pg_proc p ON p.oid = n.objid WHERE n.kind = 'function'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('ordinary', NULLIF(a.aggkind = 'n' AND a.aggmtransfn = 0, false),
                'parts', concat_ws(', ', 'SFUNC = ' || a.aggtransfn::text, 'STYPE = ' || format_type(a.aggtranstype, NULL), 'FINALFUNC = ' || NULLIF(a.aggfinalfn::oid, 0)::regproc::text,
                    'COMBINEFUNC = ' || NULLIF(a.aggcombinefn::oid, 0)::regproc::text, 'INITCOND = ' || quote_literal(a.agginitval),
                    'SORTOP = ' || (SELECT format('OPERATOR(%I.%s)', on_.nspname, o.oprname) FROM pg_operator o JOIN pg_namespace on_ ON on_.oid = o.oprnamespace WHERE o.oid = a.aggsortop),
                    'PARALLEL = ' || CASE p.proparallel WHEN 's' THEN 'SAFE' WHEN 'r' THEN 'RESTRICTED' END)))
-      FROM nodes n JOIN pg_proc p ON p.oid = n.objid JOIN pg_aggregate a ON a.aggfnoid = p.oid WHERE n.kind = 'aggregate'
+      FROM wanted n JOIN pg_proc p ON p.oid = n.objid JOIN pg_aggregate a ON a.aggfnoid = p.oid WHERE n.kind = 'aggregate'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('persistence', c.relpersistence, 'options', to_jsonb(c.reloptions), 'row_security', NULLIF(c.relrowsecurity, false),
                'forced', NULLIF(c.relforcerowsecurity, false), 'replica_identity', c.relreplident,
@@ -151,7 +155,7 @@ recipes(kind, name, recipe) AS (
                'partition_by', pg_get_partkeydef(c.oid), 'bound', pg_get_expr(c.relpartbound, c.oid), 'of_type', NULLIF(c.reloftype, 0)::regtype::text,
                'parents', (SELECT jsonb_agg(i.inhparent::regclass::text ORDER BY i.inhseqno) FROM pg_inherits i WHERE i.inhrelid = c.oid),
                'method', (SELECT m.amname FROM pg_am m WHERE m.oid = c.relam)))
-      FROM nodes n JOIN pg_class c ON c.oid = n.objid WHERE n.kind = 'table'
+      FROM wanted n JOIN pg_class c ON c.oid = n.objid WHERE n.kind = 'table'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('at', a.attnum, 'column', quote_ident(a.attname), 'type', format_type(a.atttypid, a.atttypmod),
                'collation', CASE WHEN a.attcollation <> t.typcollation THEN a.attcollation::regcollation::text END,
@@ -164,38 +168,38 @@ recipes(kind, name, recipe) AS (
                'storage', CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL' WHEN 'm' THEN 'MAIN' ELSE 'EXTENDED' END,
                'storage_usual', NULLIF(a.attstorage = t.typstorage, false),
                'compression', CASE a.attcompression WHEN 'p' THEN 'pglz' WHEN 'l' THEN 'lz4' END, 'statistics', NULLIF(a.attstattarget, -1), 'options', to_jsonb(a.attoptions)))
-      FROM nodes n JOIN pg_attribute a ON a.attrelid = n.objid AND a.attnum = n.objsubid JOIN pg_type t ON t.oid = a.atttypid
+      FROM wanted n JOIN pg_attribute a ON a.attrelid = n.objid AND a.attnum = n.objsubid JOIN pg_type t ON t.oid = a.atttypid
       LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum WHERE n.kind = 'column'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('column', quote_ident(a.attname), 'default', pg_get_expr(d.adbin, d.adrelid))
-      FROM nodes n JOIN pg_attrdef d ON d.oid = n.objid JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE n.kind = 'default'
+      FROM wanted n JOIN pg_attrdef d ON d.oid = n.objid JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE n.kind = 'default'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('constraint', quote_ident(k.conname), 'definition', pg_get_constraintdef(k.oid), 'form', k.contype,
                'of_domain', NULLIF(k.contypid <> 0, false), 'invalid', NULLIF(NOT k.convalidated, false)))
-      FROM nodes n JOIN pg_constraint k ON k.oid = n.objid WHERE n.kind = 'constraint'
+      FROM wanted n JOIN pg_constraint k ON k.oid = n.objid WHERE n.kind = 'constraint'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('definition', pg_get_indexdef(i.indexrelid), 'invalid', NULLIF(NOT i.indisvalid, false)))
-      FROM nodes n JOIN pg_index i ON i.indexrelid = n.objid WHERE n.kind = 'index'
+      FROM wanted n JOIN pg_index i ON i.indexrelid = n.objid WHERE n.kind = 'index'
     UNION ALL
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('is', c.relkind, 'query', rtrim(pg_get_viewdef(c.oid), '; '), 'options', to_jsonb(c.reloptions),
                'columns', (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0),
                'unpopulated', NULLIF(c.relkind = 'm' AND NOT c.relispopulated, false)))
-      FROM nodes n JOIN pg_class c ON c.oid = n.objid WHERE n.kind = 'view'
+      FROM wanted n JOIN pg_class c ON c.oid = n.objid WHERE n.kind = 'view'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('rule', quote_ident(w.rulename), 'definition', pg_get_ruledef(w.oid), 'enabled', w.ev_enabled)
-      FROM nodes n JOIN pg_rewrite w ON w.oid = n.objid WHERE n.kind = 'rule'
+      FROM wanted n JOIN pg_rewrite w ON w.oid = n.objid WHERE n.kind = 'rule'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('trigger', quote_ident(g.tgname), 'definition', pg_get_triggerdef(g.oid), 'enabled', g.tgenabled)
-      FROM nodes n JOIN pg_trigger g ON g.oid = n.objid WHERE n.kind = 'trigger'
+      FROM wanted n JOIN pg_trigger g ON g.oid = n.objid WHERE n.kind = 'trigger'
     UNION ALL
     SELECT n.kind, n.name, jsonb_build_object('policy', quote_ident(p.polname), 'definition', concat_ws(' ',
                'AS', CASE WHEN p.polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
                'FOR', CASE p.polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
                'TO', (SELECT string_agg(COALESCE(NULLIF(x, 0)::regrole::text, 'PUBLIC'), ', ' ORDER BY 1) FROM unnest(p.polroles) x),
                'USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', 'WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')'))
-      FROM nodes n JOIN pg_policy p ON p.oid = n.objid WHERE n.kind = 'policy'
+      FROM wanted n JOIN pg_policy p ON p.oid = n.objid WHERE n.kind = 'policy'
     UNION ALL
-    SELECT n.kind, n.name, jsonb_build_object('definition', pg_get_statisticsobjdef(n.objid)) FROM nodes n WHERE n.kind = 'statistics'
+    SELECT n.kind, n.name, jsonb_build_object('definition', pg_get_statisticsobjdef(n.objid)) FROM wanted n WHERE n.kind = 'statistics'
 ),
 grants AS (
     SELECT g.kind, g.name, g.root, g.root_name, g.owner, g.usual, g.acl
@@ -210,15 +214,14 @@ grants AS (
 described AS (
     SELECT i.type, i.identity, d.description, n.root, n.root_name, n.owner, n.kind, n.name
       FROM pg_description d
-      JOIN LATERAL (SELECT m.* FROM nodes m
+      JOIN LATERAL (SELECT m.* FROM wanted m
                      WHERE (m.classid, m.objid) = (d.classoid, d.objoid) AND m.objsubid IN (d.objsubid, 0) ORDER BY m.objsubid DESC LIMIT 1) n ON true
      CROSS JOIN LATERAL pg_identify_object(d.classoid, d.objoid, d.objsubid) i
      WHERE d.objoid >= 16384 AND d.classoid <> 'pg_extension'::regclass
 )
 SELECT n.kind::text, n.name, n.root_name, pg_get_userbyid(n.owner)::text, r.recipe::text, COALESCE(e.depends::text, '[]')
-  FROM nodes n JOIN recipes r ON r.kind = n.kind AND r.name = n.name
+  FROM wanted n JOIN recipes r ON r.kind = n.kind AND r.name = n.name
   LEFT JOIN edges e ON e.kind = n.kind AND e.name = n.name
- WHERE $1::oid[] IS NULL OR n.root = ANY ($1)
 UNION ALL
 SELECT 'grant', g.kind || ' ' || g.name, g.root_name, pg_get_userbyid(g.owner)::text,
        (SELECT jsonb_build_object('acl', (SELECT COALESCE(jsonb_agg(jsonb_build_array(COALESCE(NULLIF(x.grantee, 0)::regrole::text, 'PUBLIC'), x.privilege_type, x.is_grantable) ORDER BY x.grantee, x.privilege_type), '[]') FROM aclexplode(COALESCE(g.acl, g.usual)) x),
@@ -228,4 +231,4 @@ SELECT 'grant', g.kind || ' ' || g.name, g.root_name, pg_get_userbyid(g.owner)::
 UNION ALL
 SELECT 'comment', d.type || ' ' || d.identity, d.root_name, pg_get_userbyid(d.owner)::text,
        jsonb_build_object('type', d.type, 'identity', d.identity, 'text', d.description)::text, jsonb_build_array(jsonb_build_array(d.kind, d.name))::text
-  FROM described d WHERE $1::oid[] IS NULL OR d.root = ANY ($1)
+  FROM described d

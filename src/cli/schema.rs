@@ -154,8 +154,7 @@ async fn compare(config: &Config, database: String, [legacy, new]: &[Target; 2])
         .await
         .context("compare definitions")?;
     differences.retain(|found| !found.is_about_order());
-    let (here, there) =
-        tokio::try_join!(Objects::read(first, None), Objects::read(second, None)).context("read definitions")?;
+    let (here, there) = tokio::try_join!(Objects::read(first), Objects::read(second)).context("read definitions")?;
     let script = statements(&here, &there, None);
     Ok(Diff {
         database,

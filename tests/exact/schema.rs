@@ -164,7 +164,7 @@ async fn script(primary: &Client, secondary: &Client) -> Script {
     let mut objects = Vec::new();
     for client in [primary, secondary] {
         client.batch_execute(PINNED_SETTINGS).await.unwrap();
-        objects.push(Objects::read(client, None).await.unwrap());
+        objects.push(Objects::read(client).await.unwrap());
     }
     statements(&objects[0], &objects[1], None)
 }
