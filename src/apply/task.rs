@@ -340,6 +340,10 @@ impl Task {
         let Ok(HealOrdered { order, answer }) = self.heal_requests.try_recv() else {
             return Ok(());
         };
+        // Whoever asked has given up.
+        if answer.is_closed() {
+            return Ok(());
+        }
         match session.heal(&order, watch).await {
             Ok(outcome) => {
                 if !order.dry_run {

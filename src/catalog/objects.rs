@@ -70,6 +70,17 @@ impl Objects {
         Self { major, by_key }
     }
 
+    /// A table's columns, by name.
+    pub fn columns_of(&self, table: &str) -> impl Iterator<Item = &Object> {
+        let first = ("column".to_owned(), format!("{table}."));
+        let listed = self.by_key.range(first.clone()..);
+        let table = table.to_owned();
+        listed
+            .take_while(move |(key, _)| key.0 == first.0 && key.1.starts_with(&first.1))
+            .map(|(_, object)| object)
+            .filter(move |object| object.root == table)
+    }
+
     pub fn get(&self, kind: &str, name: &str) -> Option<&Object> {
         self.by_key.get(&(kind.to_owned(), name.to_owned()))
     }

@@ -91,8 +91,9 @@ map(classid, objid, objsubid, kind, name) AS MATERIALIZED (
     UNION ALL
     SELECT 'pg_type'::regclass, t.oid, 0, n.kind, n.name FROM pg_type t JOIN nodes n ON n.classid = 'pg_class'::regclass AND n.objid = t.typrelid AND n.objsubid = 0
     UNION ALL
-    SELECT 'pg_type'::regclass, t.typarray, 0, n.kind, n.name FROM pg_type t JOIN nodes n ON (n.classid = 'pg_type'::regclass AND n.objid = t.oid)
-        OR (n.classid = 'pg_class'::regclass AND n.objid = t.typrelid AND n.objsubid = 0) WHERE t.typarray <> 0
+    SELECT 'pg_type'::regclass, t.typarray, 0, n.kind, n.name FROM pg_type t JOIN nodes n ON n.classid = 'pg_type'::regclass AND n.objid = t.oid WHERE t.typarray <> 0
+    UNION ALL
+    SELECT 'pg_type'::regclass, t.typarray, 0, n.kind, n.name FROM pg_type t JOIN nodes n ON n.classid = 'pg_class'::regclass AND n.objid = t.typrelid AND n.objsubid = 0 WHERE t.typarray <> 0
     UNION ALL
     SELECT 'pg_type'::regclass, g.rngmultitypid, 0, n.kind, n.name FROM pg_range g JOIN nodes n ON n.classid = 'pg_type'::regclass AND n.objid = g.rngtypid
     UNION ALL
@@ -134,7 +135,7 @@ recipes(kind, name, recipe) AS (
     SELECT n.kind, n.name, jsonb_strip_nulls(jsonb_build_object('persistence', c.relpersistence,
                'parameters', format('AS %s START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', format_type(q.seqtypid, NULL), q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
                    CASE WHEN q.seqcycle THEN '' ELSE 'NO ' END),
-               'owned_by', (SELECT format('%s.%I', r.name, a.attname) FROM pg_depend d JOIN relations r ON r.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+               'owned_by', (SELECT format('%s.%I', d.refobjid::regclass, a.attname) FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
                              WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'a')))
       FROM wanted n JOIN pg_class c ON c.oid = n.objid JOIN pg_sequence q ON q.seqrelid = n.objid WHERE n.kind = 'sequence'
     UNION ALL
@@ -162,9 +163,9 @@ recipes(kind, name, recipe) AS (
                'not_null', NULLIF(a.attnotnull, false), 'inherited', NULLIF(NOT a.attislocal, false),
                'generated', CASE WHEN a.attgenerated <> '' THEN format('GENERATED ALWAYS AS (%s) %s', pg_get_expr(d.adbin, d.adrelid), CASE a.attgenerated WHEN 's' THEN 'STORED' ELSE 'VIRTUAL' END) END,
                'identity', CASE a.attidentity WHEN 'a' THEN 'ALWAYS' WHEN 'd' THEN 'BY DEFAULT' END,
-               'identity_sequence', (SELECT jsonb_build_object('name', r.name, 'parameters', format('START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
+               'identity_sequence', CASE WHEN a.attidentity <> '' THEN (SELECT jsonb_build_object('name', i.oid::regclass::text, 'parameters', format('START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
                         CASE WHEN q.seqcycle THEN '' ELSE 'NO ' END))
-                      FROM identity_sequences i JOIN pg_sequence q ON q.seqrelid = i.oid JOIN relations r ON r.oid = i.oid WHERE i.rel = a.attrelid AND i.attnum = a.attnum),
+                      FROM identity_sequences i JOIN pg_sequence q ON q.seqrelid = i.oid WHERE i.rel = a.attrelid AND i.attnum = a.attnum) END,
                'storage', CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL' WHEN 'm' THEN 'MAIN' ELSE 'EXTENDED' END,
                'storage_usual', NULLIF(a.attstorage = t.typstorage, false),
                'compression', CASE a.attcompression WHEN 'p' THEN 'pglz' WHEN 'l' THEN 'lz4' END, 'statistics', NULLIF(a.attstattarget, -1), 'options', to_jsonb(a.attoptions)))

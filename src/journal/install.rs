@@ -24,7 +24,7 @@ const SCRIPTS: [&str; 5] = [
 /// Where the query of catalog::objects becomes a function.
 const OBJECTS: &str = "\
 CREATE OR REPLACE FUNCTION pgtandem.objects(oid[]) RETURNS TABLE (kind text, name text, root text, owner text, recipe text, depends text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET quote_all_identifiers = off SET enable_seqscan = on SET enable_hashjoin = on SET enable_mergejoin = on
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET quote_all_identifiers = off SET enable_seqscan = on SET enable_hashjoin = on SET enable_mergejoin = on SET jit = off
 AS $objects$ {objects} $objects$";
 
 /// What [`install`] found or made.

@@ -235,6 +235,15 @@ async fn heals(new: &Binaries) {
         .unwrap();
     assert_identical(&rig).await;
     rig.until(|status| mirroring(status).different.is_empty()).await;
+    // What the trigger of no kind tells apart from something new: another name.
+    let direct = as_app(&rig, Side::Legacy).await;
+    direct
+        .batch_execute("ALTER TYPE mood RENAME TO feeling; ALTER VIEW seen RENAME TO looked; ALTER TABLE made RENAME TO done; ALTER TABLE done RENAME COLUMN at TO since")
+        .await
+        .unwrap();
+    let healed = rig.command(&["schema", "heal", "--json"]);
+    assert_eq!(healed.status.code(), Some(0), "{healed:?}\n{}", rig.log());
+    assert_identical(&rig).await;
     let again: HealAnswer = rig
         .admin()
         .post("/api/v1/schema/heal", &HealRequest::default())

@@ -381,7 +381,14 @@ fn of_column(to: &Object, from: &Object, default: Option<&Object>, old_default: 
         if old_default.is_some() {
             statements.push(alter("DROP DEFAULT".into()));
         }
-        statements.push(alter(format!("TYPE {written}{collation} USING {column}::{written}")));
+        // Between types of the application's own there is no cast but by way of text.
+        let own = [to, from]
+            .iter()
+            .any(|of| text(of, "type").is_some_and(|of| of.contains('.')));
+        let by_way = if own { "::text" } else { "" };
+        statements.push(alter(format!(
+            "TYPE {written}{collation} USING {column}{by_way}::{written}"
+        )));
         if let Some(default) = default {
             statements.push(alter(format!(
                 "SET DEFAULT {}",

@@ -138,12 +138,7 @@ fn create_type(name: &str, object: &Object) -> String {
 
 /// Without its defaults, which come once what they need is there.
 fn create_table(name: &str, object: &Object, objects: &Objects) -> Vec<String> {
-    let mut columns: Vec<&Object> = objects
-        .by_key
-        .iter()
-        .filter(|(key, of)| key.0 == "column" && of.root == name)
-        .map(|(_, column)| column)
-        .collect();
+    let mut columns: Vec<&Object> = objects.columns_of(name).collect();
     columns.sort_by_key(|column| column.recipe["at"].as_i64());
     let own = columns.iter().filter(|column| column.recipe["inherited"] != true);
     let written: Vec<String> = own.map(|of| column(of, None)).collect();

@@ -4,7 +4,8 @@
 //! Each object that differs gets a [verdict](change::Verdict). What cannot be altered while others
 //! rest on it (a view over a column whose type changes) takes those along: they are dropped
 //! before and made again after. Drops come first, from the leaves of the secondary's
-//! dependencies inwards; what is made or altered follows in the order of the primary's.
+//! dependencies inwards; what is made or altered follows in the order of the primary's. Types,
+//! schemas and extensions go last, when no column is of theirs any more.
 
 mod change;
 mod make;
@@ -163,8 +164,9 @@ impl<'a> Comparison<'a> {
 
     fn script(self) -> Script {
         let mut script = Script::default();
-        self.drops(&mut script);
+        let last = self.drops(&mut script);
         self.makes(&mut script);
+        script.statements.extend(last);
         self.words(&mut script);
         for (key, verdict) in &self.verdicts {
             let (kind, name) = (key.0.as_str(), &key.1);
@@ -189,7 +191,10 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    fn drops(&self, script: &mut Script) {
+    /// Returns what goes only when columns have changed that rest on it now.
+    fn drops(&self, script: &mut Script) -> Vec<Statement> {
+        let mut last = Vec::new();
+        script.statements.extend(self.sequences_that_stay());
         let gone: BTreeSet<&Key> = self
             .verdicts
             .iter()
@@ -210,8 +215,37 @@ impl<'a> Comparison<'a> {
                     continue;
                 }
             }
-            script.statements.push(plain(make::drop(key, object)));
+            if self.goes_last(key) {
+                last.push(plain(make::drop(key, object)));
+            } else {
+                script.statements.push(plain(make::drop(key, object)));
+            }
         }
+        last
+    }
+
+    /// A sequence goes with the column that owns it, unless it is set free before.
+    fn sequences_that_stay(&self) -> impl Iterator<Item = Statement> {
+        let stay = self.secondary.by_key.iter().filter(|(key, sequence)| {
+            let owner = make::text(sequence, "owned_by").and_then(|column| self.secondary.get("column", column));
+            let column = (
+                "column".to_owned(),
+                make::text(sequence, "owned_by").unwrap_or_default().to_owned(),
+            );
+            let owner_goes = owner.is_some_and(|owner| self.table_goes(owner) || self.goes(&column));
+            key.0 == "sequence" && owner_goes && !self.goes(key)
+        });
+        stay.map(|(key, _)| plain(format!("ALTER SEQUENCE {} OWNED BY NONE", key.1)))
+    }
+
+    fn goes_last(&self, key: &Key) -> bool {
+        let by_name = |kind: &str| self.verdicts.get(&(kind.to_owned(), key.1.clone()));
+        let makes_way = ["table", "view"]
+            .iter()
+            .any(|kind| matches!(by_name(kind), Some(Verdict::Create)));
+        ["type", "schema", "extension"].contains(&key.0.as_str())
+            && matches!(self.verdicts.get(key), Some(Verdict::Drop))
+            && !makes_way
     }
 
     fn root_of(&self, key: &Key) -> Option<&String> {

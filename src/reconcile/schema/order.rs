@@ -30,33 +30,44 @@ const RANKS: [&str; 17] = [
 pub(super) fn sorted<'a>(keys: &BTreeSet<&'a Key>, objects: &'a Objects) -> Vec<&'a Key> {
     let mut waits: BTreeMap<&'a Key, BTreeSet<&'a Key>> =
         keys.iter().map(|key| (*key, needs(key, keys, objects))).collect();
+    let mut waited_for: BTreeMap<&'a Key, Vec<&'a Key>> = BTreeMap::new();
+    for (key, needs) in &waits {
+        for need in needs {
+            waited_for.entry(need).or_default().push(key);
+        }
+    }
+    let placed = |key: &'a Key| (place(key, objects), key);
+    let mut free: BTreeSet<_> = waits
+        .iter()
+        .filter(|(_, needs)| needs.is_empty())
+        .map(|(key, _)| placed(key))
+        .collect();
     let mut sorted = Vec::with_capacity(keys.len());
-    let place = |key: &Key| {
-        let rank = RANKS.iter().position(|kind| *kind == key.0).unwrap_or(RANKS.len());
-        let refers = objects
-            .by_key
-            .get(key)
-            .and_then(|object| object.recipe["form"].as_str())
-            .is_some_and(|form| form == "f");
-        (
-            rank,
-            refers,
-            objects.by_key.get(key).and_then(|object| object.recipe["at"].as_i64()),
-        )
-    };
     while !waits.is_empty() {
-        let free = waits.iter().filter(|(_, needs)| needs.is_empty()).map(|(key, _)| *key);
-        let next = free
-            .min_by_key(|key| (place(key), *key))
-            .or_else(|| waits.keys().copied().min_by_key(|key| (place(key), *key)));
-        let Some(next) = next else { break };
-        waits.remove(next);
-        for needs in waits.values_mut() {
-            needs.remove(next);
+        let next = free.pop_first().or_else(|| waits.keys().map(|key| placed(key)).min());
+        let Some((_, next)) = next else { break };
+        if waits.remove(next).is_none() {
+            continue;
         }
         sorted.push(next);
+        for key in waited_for.remove(next).unwrap_or_default() {
+            if let Some(needs) = waits.get_mut(key) {
+                needs.remove(next);
+                if needs.is_empty() {
+                    free.insert(placed(key));
+                }
+            }
+        }
     }
     sorted
+}
+
+/// Where a key comes among those that may come now.
+fn place(key: &Key, objects: &Objects) -> (usize, bool, Option<i64>) {
+    let rank = RANKS.iter().position(|kind| *kind == key.0).unwrap_or(RANKS.len());
+    let recipe = objects.by_key.get(key).map(|object| &object.recipe);
+    let refers = recipe.is_some_and(|recipe| recipe["form"] == "f");
+    (rank, refers, recipe.and_then(|recipe| recipe["at"].as_i64()))
 }
 
 fn needs<'a>(key: &'a Key, keys: &BTreeSet<&'a Key>, objects: &'a Objects) -> BTreeSet<&'a Key> {
@@ -67,11 +78,7 @@ fn needs<'a>(key: &'a Key, keys: &BTreeSet<&'a Key>, objects: &'a Objects) -> BT
     let table = ("table".to_owned(), object.root.clone());
     if key.0 == "table" {
         // Its statement has its columns; of what their defaults need, sequences go when it goes.
-        let parts = objects
-            .by_key
-            .iter()
-            .filter(|(part, of)| part.0 == "column" && of.root == key.1);
-        needs.extend(parts.flat_map(|(_, column)| &column.depends));
+        needs.extend(objects.columns_of(&key.1).flat_map(|column| &column.depends));
     } else if key.0 == "column" {
         let default = objects.get("default", &key.1);
         needs.extend(default.into_iter().flat_map(|default| &default.depends));

@@ -158,6 +158,23 @@ fn what_goes_with_its_table_is_not_dropped_by_itself() {
 }
 
 #[test]
+fn a_sequence_that_stays_is_set_free_from_a_table_that_goes() {
+    let sequence = |owner: &str| {
+        let recipe = json!({"parameters": "AS int", "persistence": "p", "owned_by": owner});
+        ("sequence", "s.q", "s.q", recipe, &[][..])
+    };
+    check(
+        &[sequence("s.u.a")],
+        &[sequence("s.t.a"), table(), column("s.t.a", json!({"type": "integer"}))],
+        &[
+            "ALTER SEQUENCE s.q OWNED BY NONE",
+            "DROP TABLE IF EXISTS s.t",
+            "ALTER SEQUENCE s.q OWNED BY s.u.a",
+        ],
+    );
+}
+
+#[test]
 fn labels_of_an_enum() {
     for (to, from, expected) in [
         (
