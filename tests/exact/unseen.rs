@@ -332,3 +332,32 @@ async fn a_superuser_sees_what_is_hidden_from_15_to_18() {
 async fn a_superuser_sees_what_is_hidden_from_15_to_15() {
     mirrors(&Binaries::legacy().unwrap()).await;
 }
+
+/// The same storm where event triggers may be: nothing has to be healed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_superuser_sees_what_is_hidden_in_a_storm() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        let alter = format!("ALTER ROLE {OWN_ROLE} SUPERUSER");
+        rig.server(side).sql("postgres", &alter).unwrap();
+    }
+    rig.serve(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client.batch_execute(storm::SCHEMA).await.unwrap();
+    let storm = Storm::begin(&rig.url(), 1512, 4, false).await;
+    let direct = as_app(&rig, Side::Legacy).await;
+    for block in [
+        "ALTER TABLE accounts ADD COLUMN extra int NOT NULL DEFAULT 3; UPDATE accounts SET extra = id",
+        "ALTER TABLE notes ALTER COLUMN note TYPE varchar(2000)",
+        "CREATE TABLE late AS SELECT id, balance FROM accounts; CREATE INDEX ON late (id)",
+        "ALTER TABLE audit ADD COLUMN at timestamptz DEFAULT clock_timestamp()",
+        "DROP TABLE late; ALTER TABLE accounts RENAME COLUMN extra TO more",
+    ] {
+        let ddl = format!("DO $do$ BEGIN {block}; END $do$");
+        direct.batch_execute(&ddl).await.unwrap();
+        storm.rage(30).await;
+    }
+    let ledger = storm.end().await;
+    assert!(ledger.failures.is_empty(), "{:?}", ledger.failures);
+    assert_identical(&rig).await;
+}
