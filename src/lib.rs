@@ -28,7 +28,7 @@ pub mod apply;
 /// Reads repeated on the secondary, and the answers compared.
 pub mod shadow;
 
-/// Existing rows: compared at a cut.
+/// Existing rows, compared at a cut; definitions brought in line.
 pub mod reconcile;
 /// A client's session: handshake, authentication, relay, carrying over.
 pub mod session;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{Entry, Outcome};
+use crate::apply::{Entry, Healed, Outcome};
 use crate::control::{Epoch, Phase, Side};
 
 /// `GET /api/v1/status`
@@ -90,6 +90,9 @@ pub struct Mirroring {
     pub not_mirrored: Vec<String>,
     /// What a DBA must run, because the proxy's role may not.
     pub sql_for_dba: Vec<String>,
+    /// What the two sides define otherwise, by DDL that nobody saw: kind and name.
+    #[serde(default)]
+    pub different: Vec<String>,
     pub sequence_errors: Vec<String>,
     pub divergences: u64,
     pub stray_writes: u64,
@@ -265,6 +268,27 @@ pub struct DiscardRequest {
 pub struct QuarantineAnswer {
     pub databases: BTreeMap<String, Outcome>,
     /// Whether everything asked for was done.
+    pub done: bool,
+}
+
+/// `POST /api/v1/schema/heal`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct HealRequest {
+    /// Without it all.
+    #[serde(default)]
+    pub database: Option<String>,
+    /// Tables and other objects by name; without any all.
+    #[serde(default)]
+    pub tables: Vec<String>,
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was done, by database.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HealAnswer {
+    pub databases: BTreeMap<String, Healed>,
+    /// Whether nothing is left.
     pub done: bool,
 }
 

@@ -12,6 +12,7 @@
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
+//! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -35,8 +36,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
-    DiscardRequest, ExplainAnswer, Failure, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status,
-    SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    DiscardRequest, ExplainAnswer, Failure, HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer,
+    RetryRequest, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
 };
 use crate::config::Secret;
 
@@ -54,6 +55,7 @@ pub trait Operations: Send + Sync + 'static {
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn heal(&self, request: HealRequest) -> impl Future<Output = Result<HealAnswer, String>> + Send;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
 }
 
@@ -75,6 +77,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine", get(quarantine::<O>))
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
+        .route("/api/v1/schema/heal", post(heal::<O>))
         .route_layer(middleware::from_fn_with_state(token, authorize));
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -169,6 +172,14 @@ async fn discard_held<O: Operations>(
     Json(request): Json<DiscardRequest>,
 ) -> Response {
     answer_held(operations.discard_held(request).await)
+}
+
+async fn heal<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<HealRequest>) -> Response {
+    match operations.heal(request).await {
+        Ok(answer) if answer.done => Json(answer).into_response(),
+        Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
 }
 
 fn answer_held(answer: Result<QuarantineAnswer, String>) -> Response {

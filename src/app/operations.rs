@@ -10,10 +10,10 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    DatabaseStatus, DiscardRequest, ExplainAnswer, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer,
-    RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry,
+    QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
 };
-use crate::apply::{Entry, Order};
+use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
@@ -182,6 +182,25 @@ impl Operations for World {
             let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.done &= outcome.done.contains(&request.id);
             answer.databases.insert(tandem.name().to_owned(), outcome);
+        }
+        Ok(answer)
+    }
+
+    async fn heal(&self, request: HealRequest) -> Result<HealAnswer, String> {
+        let order = HealOrder {
+            only: request.tables,
+            dry_run: request.dry_run,
+        };
+        let tandems = self.chosen(request.database.as_deref(), !order.only.is_empty())?;
+        let mut answer = HealAnswer {
+            databases: BTreeMap::new(),
+            done: true,
+        };
+        for tandem in tandems {
+            let healed = tandem.heal(order.clone(), ORDER_MAX).await;
+            let healed = healed.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.done &= healed.left.is_empty() && healed.to_seed.is_empty();
+            answer.databases.insert(tandem.name().to_owned(), healed);
         }
         Ok(answer)
     }

@@ -1,6 +1,7 @@
 //! DDL on the secondary, at its place in the round, as the client's own role.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
@@ -9,8 +10,10 @@ use super::doing;
 use super::plan::{DdlRecord, TableRecord};
 use super::session::Session;
 use super::tables::record_pause;
+use crate::catalog::objects::Objects;
 use crate::catalog::quote::{identifier, literal, qualified};
 use crate::catalog::{Oid, PINNED_SETTINGS};
+use crate::reconcile::schema::{Statement, statements};
 use crate::sql::{self, Class, DdlKind};
 
 /// The record as `pgtandem.watermark.outside` keeps it.
@@ -27,34 +30,12 @@ pub(super) fn record_text(record: &DdlRecord) -> String {
 impl Session {
     /// Inside the round's transaction.
     pub(super) async fn run_ddl(&mut self, record: &DdlRecord) -> Result<(), ApplyError> {
-        let secondary = &self.secondary;
-        let settings: Vec<String> = record
-            .settings
-            .iter()
-            .map(|(name, value)| format!("SELECT set_config({}, {}, true)", literal(name), literal(value)))
-            .collect();
-        secondary
-            .batch_execute(&format!(
-                "SET LOCAL session_replication_role = origin; {}",
-                settings.join("; ")
-            ))
-            .await
-            .map_err(doing("take over the settings of a DDL statement"))?;
-        self.route_tables_of(record).await?;
-        let secondary = &self.secondary;
-        let statement = &tolerant(&record.statement);
-        if record.role == self.own_role {
-            secondary.execute(&**statement, &[]).await.map(drop)
-        } else {
-            let check_bodies = record
-                .settings
-                .get("check_function_bodies")
-                .map_or("on", String::as_str);
-            run_as(secondary, &record.role, statement, check_bodies).await
+        match &record.objects {
+            Some(objects) => self.bring_objects_in_line(record, objects).await?,
+            None => self.run_statement_of(record).await?,
         }
-        .map_err(doing("run a DDL statement on the secondary"))?;
         let restored = PINNED_SETTINGS.replace("SET ", "SET LOCAL ");
-        secondary
+        self.secondary
             .batch_execute(&format!("{restored} SET LOCAL session_replication_role = replica"))
             .await
             .map_err(doing("restore the applier's settings"))?;
@@ -77,19 +58,134 @@ impl Session {
         Ok(())
     }
 
+    async fn run_statement_of(&self, record: &DdlRecord) -> Result<(), ApplyError> {
+        let secondary = &self.secondary;
+        let settings: Vec<String> = record
+            .settings
+            .iter()
+            .map(|(name, value)| format!("SELECT set_config({}, {}, true)", literal(name), literal(value)))
+            .collect();
+        secondary
+            .batch_execute(&format!(
+                "SET LOCAL session_replication_role = origin; {}",
+                settings.join("; ")
+            ))
+            .await
+            .map_err(doing("take over the settings of a DDL statement"))?;
+        let check_bodies = record
+            .settings
+            .get("check_function_bodies")
+            .map_or("on", String::as_str);
+        self.run_for(&record.role, &tolerant(&record.statement), check_bodies)
+            .await
+            .map_err(doing("run a DDL statement on the secondary"))
+    }
+
+    /// Runs a statement with a role's privileges.
+    pub(super) async fn run_for(
+        &self,
+        role: &str,
+        statement: &str,
+        check_bodies: &str,
+    ) -> Result<(), tokio_postgres::Error> {
+        self.route_tables_of(statement).await?;
+        if role == self.own_role {
+            self.secondary.execute(statement, &[]).await.map(drop)
+        } else {
+            run_as(&self.secondary, role, statement, check_bodies).await
+        }
+    }
+
     /// Capture stands here as well, and must not hinder a table from becoming a partition.
-    async fn route_tables_of(&self, record: &DdlRecord) -> Result<(), ApplyError> {
-        let script = sql::analyze(record.statement.as_bytes());
+    async fn route_tables_of(&self, statement: &str) -> Result<(), tokio_postgres::Error> {
+        let script = sql::analyze(statement.as_bytes());
         let Some(Class::Ddl(ddl)) = script.single().map(|statement| &statement.class) else {
             return Ok(());
         };
         for table in &ddl.routes {
             self.secondary
                 .execute("SELECT pgtandem.route(to_regclass($1))", &[&table.quoted()])
-                .await
-                .map_err(doing("make a table ready to become a partition"))?;
+                .await?;
         }
         Ok(())
+    }
+
+    /// DDL inside something else: what it dropped and renamed is done here, and the objects that it
+    /// concerned are made as the record has them. Its place among the changes is exact, so nothing
+    /// else differs here.
+    async fn bring_objects_in_line(&self, record: &DdlRecord, objects: &[[String; 6]]) -> Result<(), ApplyError> {
+        self.secondary
+            .batch_execute("SET LOCAL session_replication_role = origin; SET LOCAL check_function_bodies = off")
+            .await
+            .map_err(doing("begin to bring definitions in line"))?;
+        let first = record.first.iter().map(|(role, sql)| Statement {
+            role: role.clone(),
+            sql: sql.clone(),
+            apart: false,
+        });
+        for statement in first {
+            self.run_statement(&statement)
+                .await
+                .map_err(doing("drop or refresh what was on the primary"))?;
+        }
+        for table in &record.changed {
+            self.rename(table).await?;
+            // A cast that the primary did by an expression need not go well here.
+            if table.filled {
+                self.empty(table.rel).await?;
+            }
+        }
+        let primary = Objects::from_rows(record.major, objects.iter().cloned());
+        let scope: BTreeSet<String> = primary.by_key.values().map(|object| object.root.clone()).collect();
+        let secondary = Objects::read_installed(&self.secondary)
+            .await
+            .map_err(doing("read the secondary's definitions"))?;
+        let script = statements(&primary, &secondary, Some(&scope));
+        for statement in &script.statements {
+            self.run_statement(statement)
+                .await
+                .map_err(doing("bring definitions in line"))?;
+        }
+        if !script.left.is_empty() {
+            return Err(ApplyError::Refused(script.left.join("; ")));
+        }
+        Ok(())
+    }
+
+    /// A table and its columns keep their rows under other names.
+    async fn rename(&self, table: &TableRecord) -> Result<(), ApplyError> {
+        let row = self
+            .secondary
+            .query_opt(
+                "SELECT n.nspname::text, c.relname::text FROM pgtandem.seeding s JOIN pg_class c ON c.oid = s.local
+                   JOIN pg_namespace n ON n.oid = c.relnamespace WHERE s.rel = $1",
+                &[&table.rel],
+            )
+            .await
+            .map_err(doing("look for a renamed table"))?;
+        let Some(row) = row else { return Ok(()) };
+        let (schema, name): (String, String) = (row.get(0), row.get(1));
+        let mut sql = Vec::new();
+        if schema != table.schema {
+            let target = identifier(&table.schema);
+            sql.push(format!("ALTER TABLE {} SET SCHEMA {target}", qualified(&schema, &name)));
+        }
+        if name != table.name {
+            let target = identifier(&table.name);
+            sql.push(format!(
+                "ALTER TABLE {} RENAME TO {target}",
+                qualified(&table.schema, &name)
+            ));
+        }
+        let target = qualified(&table.schema, &table.name);
+        sql.extend(table.renamed.iter().map(|(old, new)| {
+            let (old, new) = (identifier(old), identifier(new));
+            format!("ALTER TABLE {target} RENAME COLUMN {old} TO {new}")
+        }));
+        self.secondary
+            .batch_execute(&sql.join("; "))
+            .await
+            .map_err(doing("rename a table or its columns"))
     }
 
     /// A table that the proxy saw being created is equal from its first row. Where it is not

@@ -46,7 +46,7 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .batch_execute(
             "UPDATE pgtandem.captured c
                 SET schema = s.schema, name = s.name, shape = s.shape, filenode = s.filenode,
-                    attributes = s.attributes, attribute_count = s.attribute_count
+                    attributes = s.attributes, attribute_count = s.attribute_count, names = s.names
                FROM pgtandem.shape s WHERE s.rel = c.rel",
         )
         .await

@@ -27,6 +27,7 @@ pub mod difference;
 mod direction;
 mod follower;
 mod guard;
+mod heal;
 pub mod held;
 pub mod image;
 mod isolate;
@@ -52,6 +53,7 @@ mod walk;
 use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
+pub use heal::{HealOrder, Healed};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
 pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
 pub use task::{Applier, Cut, HeldCut, Stopped, spawn};

@@ -65,6 +65,16 @@ pub struct DdlRecord {
     pub created: Vec<TableRecord>,
     #[serde(default)]
     pub changed: Vec<TableRecord>,
+    /// Of DDL without a text of its own: the objects that it concerned, as rows of
+    /// [`crate::catalog::objects::SQL`] after it.
+    #[serde(default)]
+    pub objects: Option<Vec<[String; 6]>>,
+    /// What goes before: a role, where it is not the proxy's own, and a statement.
+    #[serde(default)]
+    pub first: Vec<(Option<String>, String)>,
+    /// The primary's version, where objects are given.
+    #[serde(default)]
+    pub major: u32,
 }
 
 /// A table as the primary had it right after the DDL.
@@ -81,6 +91,12 @@ pub struct TableRecord {
     /// Values that existing rows got for new columns without a rewrite.
     #[serde(default)]
     pub computed: Vec<ComputedColumn>,
+    /// Its rows follow, after a clear.
+    #[serde(default)]
+    pub filled: bool,
+    /// Columns that got another name.
+    #[serde(default)]
+    pub renamed: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

@@ -15,6 +15,9 @@ const REFILL_BYTES: i64 = 1 << 30;
 /// What a resumed table's note begins with until its rows are on their way.
 pub(super) const RESUMED: &str = "was paused: ";
 
+/// How its note ends where its rows are too many.
+pub(super) const TOO_LARGE: &str = "too large to be copied by itself";
+
 const MARKER: &str = "INSERT INTO pgtandem.intact DEFAULT VALUES ON CONFLICT DO NOTHING";
 
 impl Session {
@@ -65,14 +68,8 @@ impl Session {
             .collect();
         let mut all = true;
         for (rel, reason) in resumed {
-            let size = self
-                .aside
-                .query_one("SELECT COALESCE(pg_table_size($1::oid::regclass), 0)", &[&rel])
-                .await
-                .map_err(doing("measure a table"))?
-                .get::<_, i64>(0);
-            let note = if size > REFILL_BYTES {
-                format!("mirroring goes on after a pause ({reason}); too large to be copied by itself")
+            let note = if self.is_too_large(rel).await? {
+                format!("mirroring goes on after a pause ({reason}); {TOO_LARGE}")
             } else {
                 match self.refill(&[rel], "100ms", "").await {
                     Ok(()) => format!("mirroring goes on after a pause ({reason}); its rows are being copied"),
@@ -95,6 +92,16 @@ impl Session {
             }
         }
         Ok(all)
+    }
+
+    /// Whether the primary's table is too large for its rows to be sent by itself.
+    pub(super) async fn is_too_large(&self, rel: Oid) -> Result<bool, ApplyError> {
+        let row = self
+            .aside
+            .query_one("SELECT COALESCE(pg_table_size($1::oid::regclass), 0)", &[&rel])
+            .await
+            .map_err(doing("measure a table"))?;
+        Ok(row.get::<_, i64>(0) > REFILL_BYTES)
     }
 
     async fn refill(&self, rels: &[Oid], lock_timeout: &str, then: &str) -> Result<(), tokio_postgres::Error> {

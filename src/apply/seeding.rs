@@ -1,6 +1,9 @@
 //! Which tables are mirrored, and keeping that in step with both catalogs.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::plan::{DdlRecord, TableRecord};
 use super::session::Session;
@@ -9,7 +12,7 @@ use super::tables::{Tables, same_columns};
 use super::{ApplyError, doing};
 use crate::catalog::quote::qualified;
 use crate::catalog::{Oid, privileges};
-use crate::journal::read::{Shape, window_sql};
+use crate::journal::read::Shape;
 use crate::journal::{CaptureReport, capture_tables};
 
 /// What the last look at both catalogs found, besides the tables.
@@ -19,7 +22,24 @@ pub(super) struct CatalogWatch {
     fingerprint: Option<(String, String)>,
     pub not_mirrored: Vec<NotMirrored>,
     pub sql_for_dba: Vec<String>,
+    /// What is defined otherwise on the two sides and waits in no journal.
+    pub different: Vec<String>,
+    /// Of both sides' definitions when they were last compared.
+    compared: Option<(String, String)>,
+    next_comparison: Option<Instant>,
 }
+
+impl CatalogWatch {
+    /// The next look looks at everything.
+    pub(super) fn forget(&mut self) {
+        self.fingerprint = None;
+        self.compared = None;
+        self.next_comparison = None;
+    }
+}
+
+/// Definitions are compared at most this often, and only when a catalog has changed.
+const COMPARE_EVERY: Duration = Duration::from_secs(2);
 
 /// Cheap enough for every second: changes with every table, column, trigger or index created,
 /// changed or dropped. pg_class itself is updated in place by VACUUM and ANALYZE, which leaves
@@ -36,6 +56,24 @@ SELECT concat_ws(' ',
     (SELECT concat(count(*), ':', sum(hashint8(i.indexrelid::bigint * 4294967296 + i.xmin::text::bigint)::bigint))
        FROM pg_index i WHERE i.indexrelid >= 16384),
     (SELECT concat(count(*), ':', sum(hashint8(n.oid::bigint * 4294967296 + n.xmin::text::bigint)::bigint)) FROM pg_namespace n))";
+
+/// The same of everything that makes up definitions, but for what is temporary.
+const DEFINITIONS_FINGERPRINT: &str = "\
+SELECT concat_ws(' ',
+    (SELECT concat(count(*), ':', sum(hashint8(c.oid::bigint * 4294967296 + c.xmin::text::bigint)::bigint))
+       FROM pg_class c WHERE c.relpersistence <> 't' AND c.relkind <> 't' AND c.oid >= 16384),
+    (SELECT concat(count(*), ':', sum(hashint8(a.attrelid::bigint * 4294967296 + a.xmin::text::bigint)::bigint))
+       FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid WHERE c.relpersistence <> 't' AND a.attrelid >= 16384 AND a.attnum > 0),
+    (SELECT concat(count(*), ':', sum(hashint8(d.oid::bigint * 4294967296 + d.xmin::text::bigint)::bigint))
+       FROM (SELECT oid, xmin FROM pg_proc UNION ALL SELECT oid, xmin FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%'
+             UNION ALL SELECT oid, xmin FROM pg_type WHERE typtype IN ('e', 'd', 'r') UNION ALL SELECT oid, xmin FROM pg_enum
+             UNION ALL SELECT oid, xmin FROM pg_policy UNION ALL SELECT oid, xmin FROM pg_rewrite UNION ALL SELECT oid, xmin FROM pg_extension
+             UNION ALL SELECT oid, xmin FROM pg_statistic_ext UNION ALL SELECT oid, xmin FROM pg_default_acl UNION ALL SELECT oid, xmin FROM pg_trigger
+             UNION ALL SELECT objoid, xmin FROM pg_description UNION ALL SELECT oid, xmin FROM pg_operator UNION ALL SELECT oid, xmin FROM pg_cast
+             UNION ALL SELECT oid, xmin FROM pg_collation
+             UNION ALL SELECT d.oid, d.xmin FROM pg_attrdef d JOIN pg_class c ON c.oid = d.adrelid WHERE c.relpersistence <> 't'
+             UNION ALL SELECT i.indexrelid, i.xmin FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.relpersistence <> 't'
+             UNION ALL SELECT k.oid, k.xmin FROM pg_constraint k LEFT JOIN pg_class c ON c.oid = k.conrelid WHERE c.relpersistence IS DISTINCT FROM 't') d))";
 
 /// A table as both sides' catalogs have it.
 struct Found {
@@ -64,8 +102,49 @@ impl Session {
         Ok(())
     }
 
+    /// Looks whether the two sides define everything alike, where a catalog has changed since the
+    /// last look: DDL that nobody saw need not concern tables.
+    pub(super) async fn compare_everything(&self, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
+        if watch.next_comparison.is_some_and(|at| Instant::now() < at) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let (here, there) = tokio::try_join!(
+            self.aside.query_one(DEFINITIONS_FINGERPRINT, &[]),
+            self.secondary.query_one(DEFINITIONS_FINGERPRINT, &[])
+        )
+        .map_err(doing("look for changes of the definitions"))?;
+        let now: (String, String) = (here.get(0), there.get(0));
+        if watch.compared.as_ref() != Some(&now)
+            && let Some(different) = self.definitions_if_readable().await?
+        {
+            if !different.is_empty() && different != watch.different {
+                tracing::error!(
+                    objects = different.join(", "),
+                    "the two sides' definitions differ; `pgtandem schema heal` brings the secondary in line"
+                );
+            }
+            watch.different = different;
+            watch.compared = Some(now);
+        }
+        watch.next_comparison = Some(Instant::now() + COMPARE_EVERY.max(began.elapsed() * 50));
+        Ok(())
+    }
+
+    /// What a catalog function cannot describe because it is being dropped is read at the next look;
+    /// mirroring does not rest on it.
+    async fn definitions_if_readable(&self) -> Result<Option<Vec<String>>, ApplyError> {
+        match self.definitions_differ().await {
+            Err(error) if !error.is_connection() => {
+                tracing::warn!(%error, "the two sides' definitions cannot be compared now");
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
     /// False when something has to be looked at again.
-    async fn bring_in_step(&mut self, watch: &mut CatalogWatch) -> Result<bool, ApplyError> {
+    pub(super) async fn bring_in_step(&mut self, watch: &mut CatalogWatch) -> Result<bool, ApplyError> {
         let primary_report = capture_tables(&self.aside).await?;
         for &rel in &primary_report.again {
             self.note_lost_capture(rel).await?;
@@ -215,10 +294,7 @@ impl Session {
     /// resumes what agrees again. Only while no DDL waits in the journal: until that is
     /// applied, the two sides may differ.
     async fn compare_definitions(&mut self) -> Result<bool, ApplyError> {
-        let ddl_waits = format!(
-            "SELECT EXISTS (SELECT FROM {} c WHERE c.op IN ('S', 'O'))",
-            window_sql(&self.since, None)
-        );
+        let ddl_waits = self.ddl_waits_sql();
         let (begun, waiting, primary, ended) = tokio::join!(
             biased;
             self.aside.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),

@@ -122,6 +122,8 @@ pub struct ApplierStatus {
     pub not_mirrored: Vec<NotMirrored>,
     /// SQL that a DBA must run, because the proxy's role may not.
     pub sql_for_dba: Vec<String>,
+    /// What the two sides define otherwise, by DDL that nobody saw.
+    pub different: Vec<String>,
     pub sequences: usize,
     pub sequence_errors: Vec<String>,
     /// Writes of stray writers that the secondary recorded (`stray_writers: report`).
@@ -160,6 +162,7 @@ impl ApplierStatus {
             tables: Vec::new(),
             not_mirrored: Vec::new(),
             sql_for_dba: Vec::new(),
+            different: Vec::new(),
             sequences: 0,
             sequence_errors: Vec::new(),
             strays: 0,

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::follower::{Follower, Sight, count_strays};
+use super::heal::{HealOrder, Healed};
 use super::lease::{self, Lease, this_proxy};
 use super::memory::Memory;
 use super::quarantine::{Order, Outcome};
@@ -96,6 +97,12 @@ struct Ordered {
     answer: oneshot::Sender<Result<Outcome, String>>,
 }
 
+/// An order to bring definitions in line.
+struct HealOrdered {
+    order: HealOrder,
+    answer: oneshot::Sender<Result<Healed, String>>,
+}
+
 /// Up to which ticket rounds have been applied.
 #[derive(Debug, Clone, Default)]
 struct Done {
@@ -110,6 +117,7 @@ pub struct Applier {
     done: watch::Receiver<Done>,
     cuts: mpsc::Sender<oneshot::Sender<HeldCut>>,
     orders: mpsc::Sender<Ordered>,
+    heals: mpsc::Sender<HealOrdered>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -120,6 +128,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
     let (done_sender, done) = watch::channel(Done::default());
     let (cuts, cut_requests) = mpsc::channel(CUT_REQUESTS_MAX);
     let (orders, order_requests) = mpsc::channel(1);
+    let (heals, heal_requests) = mpsc::channel(1);
     let task = Task {
         config: Arc::new(config),
         shared: shared.clone(),
@@ -127,6 +136,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
         done: done_sender,
         cut_requests,
         order_requests,
+        heal_requests,
         next_order: None,
     };
     Applier {
@@ -135,6 +145,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
         done,
         cuts,
         orders,
+        heals,
         _task: AbortOnDropHandle::new(tokio::spawn(task.run())),
     }
 }
@@ -190,6 +201,18 @@ impl Applier {
         outcome.await.map_err(|_| Stopped.to_string())?
     }
 
+    /// Has the secondary's definitions brought in line with the primary's, at the end of a round.
+    ///
+    /// # Errors
+    /// Why not; then nothing was changed.
+    pub async fn heal(&self, order: HealOrder) -> Result<Healed, String> {
+        let (answer, outcome) = oneshot::channel();
+        let sent = self.heals.send(HealOrdered { order, answer }).await;
+        sent.map_err(|_| Stopped.to_string())?;
+        self.shared.wake.notify_one();
+        outcome.await.map_err(|_| Stopped.to_string())?
+    }
+
     /// Makes a halted applier go on; the others are not concerned.
     pub fn go_on(&self) {
         if matches!(self.status.borrow().state, ApplierState::Halted { .. }) {
@@ -217,6 +240,7 @@ struct Task {
     done: watch::Sender<Done>,
     cut_requests: mpsc::Receiver<oneshot::Sender<HeldCut>>,
     order_requests: mpsc::Receiver<Ordered>,
+    heal_requests: mpsc::Receiver<HealOrdered>,
     /// Taken while halted, to be carried out once that has ended.
     next_order: Option<Ordered>,
 }
@@ -275,6 +299,9 @@ impl Task {
     /// Orders that come while no round is applied. A retry ends a halt; nothing else can be
     /// carried out now.
     fn take_orders(&mut self, halted: bool, why: &str) {
+        while let Ok(ordered) = self.heal_requests.try_recv() {
+            ordered.answer.send(Err(format!("not now: {why}"))).ok();
+        }
         while let Ok(ordered) = self.order_requests.try_recv() {
             if halted && matches!(ordered.order, Order::Retry { .. }) && self.next_order.is_none() {
                 self.shared.memory.say_go_on();
@@ -299,6 +326,30 @@ impl Task {
             Ok(outcome) => {
                 self.publish(session, began);
                 answer.send(Ok(outcome)).ok();
+                Ok(())
+            }
+            Err(error) => {
+                answer.send(Err(error.to_string())).ok();
+                Err(error)
+            }
+        }
+    }
+
+    /// Brings definitions in line where an operator asked for it.
+    async fn heal(&mut self, session: &mut Session, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
+        let Ok(HealOrdered { order, answer }) = self.heal_requests.try_recv() else {
+            return Ok(());
+        };
+        // Whoever asked has given up.
+        if answer.is_closed() {
+            return Ok(());
+        }
+        match session.heal(&order, watch).await {
+            Ok(outcome) => {
+                if !order.dry_run {
+                    self.look_around(session, watch).await?;
+                }
+                answer.send(outcome).ok();
                 Ok(())
             }
             Err(error) => {
@@ -426,6 +477,7 @@ impl Task {
             });
             if request.is_none() {
                 self.carry_out(&mut session, began).await?;
+                self.heal(&mut session, &mut watch).await?;
             }
             if let (Some(request), Some(primary_snapshot)) = (request, exported) {
                 let (release, released) = oneshot::channel();
@@ -470,6 +522,7 @@ impl Task {
     /// What need not be looked at in every round.
     async fn look_around(&self, session: &mut Session, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
         session.keep_in_step(watch).await?;
+        session.compare_everything(watch).await?;
         let mut size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
         if size.waits_for_watermark && session.durable != session.since {
             session.store_watermark().await?;
@@ -493,6 +546,7 @@ impl Task {
             status.tables = session.tables.status();
             status.not_mirrored.clone_from(&watch.not_mirrored);
             status.sql_for_dba.clone_from(&watch.sql_for_dba);
+            status.different.clone_from(&watch.different);
         });
         Ok(())
     }

@@ -25,6 +25,18 @@ pub struct DefinitionDifference {
     pub second: Option<String>,
 }
 
+impl DefinitionDifference {
+    /// A column that stands elsewhere in its table, and differs in nothing else: rows are mirrored
+    /// by name, and no statement can move it.
+    pub fn is_about_order(&self) -> bool {
+        let rest = |side: &Option<String>| {
+            let (_, rest) = side.as_ref()?.split_once(' ')?;
+            Some(rest.to_owned())
+        };
+        self.kind == "column" && self.first.is_some() && rest(&self.first) == rest(&self.second)
+    }
+}
+
 impl std::fmt::Display for DefinitionDifference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let side = |text: &Option<String>| text.clone().unwrap_or_else(|| "absent".to_owned());
@@ -125,7 +137,7 @@ fn neutral(kind: &str, definition: &str) -> String {
 }
 
 /// The text without qualifications of names and without layout: `t.a` becomes `a`.
-fn unqualified(text: &str) -> String {
+pub(crate) fn unqualified(text: &str) -> String {
     let spaced = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut kept = String::with_capacity(spaced.len());
     for character in spaced.chars() {

@@ -1,12 +1,13 @@
 //! What the databases say of themselves: tables and their keys, transaction snapshots,
 //! privileges, and whether two databases hold the same rows and definitions.
 //!
-//! Used by the journal and the applier, and later by `check` and `schema diff`. Nothing here
+//! Used by the journal, the applier and `schema diff`, and later by `check`. Nothing here
 //! changes a database.
 
 pub mod compare;
 mod databases;
 pub mod definitions;
+pub mod objects;
 pub mod privileges;
 pub mod quote;
 pub mod snapshot;

@@ -5,6 +5,7 @@
 mod explain;
 mod mismatches;
 mod quarantine;
+mod schema;
 mod status;
 mod switchover;
 mod wait;
@@ -127,6 +128,11 @@ enum Command {
         #[command(subcommand)]
         action: quarantine::Action,
     },
+    /// The definitions of both sides: compare them, bring the secondary's in line.
+    Schema {
+        #[command(subcommand)]
+        action: schema::Action,
+    },
     /// Show how a statement would be handled: class, tables, shadowed or not, mirrored how, why.
     Explain {
         #[command(flatten)]
@@ -195,6 +201,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             fingerprint,
         } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
         Command::Quarantine { action } => quarantine::run(action).await,
+        Command::Schema { action } => schema::run(action).await,
         Command::Explain { common, output, sql } => explain::run(&client(&common)?, output.json, &sql).await,
         Command::Serve { .. } | Command::Demo { .. } => unreachable!("run() takes these"),
     }
@@ -264,6 +271,9 @@ mod tests {
         assert!(parse("pgtandem switchover --to new --force --reason checked").is_ok());
         assert!(parse("pgtandem switchover --to elsewhere").is_err());
         assert!(parse("pgtandem wait").is_err());
+        assert!(parse("pgtandem schema diff --sql").is_ok());
+        assert!(parse("pgtandem schema diff --sql --json").is_err());
+        assert!(parse("pgtandem schema heal --table public.a --table b --dry-run").is_ok());
         assert!(parse("pgtandem quarantine retry --json").is_ok());
         assert!(parse("pgtandem quarantine retry 3").is_ok());
         assert!(parse("pgtandem quarantine discard 3").is_err());

@@ -8,6 +8,9 @@ use crate::admin::client::AdminClient;
 /// Tables shown before the rest is only counted.
 const TABLES_MAX: usize = 20;
 
+/// Of the objects that differ, this many are named.
+const DIFFERENT_MAX: usize = 8;
+
 pub(super) async fn run(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
     let status: Status = client.get("/api/v1/status").await?;
     let problems = problems(&status);
@@ -70,10 +73,13 @@ fn problems(status: &Status) -> Vec<String> {
             }
             if let Some(why) = &table.paused {
                 problems.push(format!(
-                    "{name}: mirroring of {} is paused: {why}. Run the same DDL on the secondary; its rows then follow by themselves",
-                    table.name
+                    "{name}: mirroring of {} is paused: {why}. `pgtandem schema heal --table {}` brings it in line",
+                    table.name, table.name
                 ));
             }
+        }
+        if !mirroring.different.is_empty() {
+            problems.push(different(name, &mirroring.different));
         }
         if mirroring.quarantine.transactions > 0 {
             problems.push(format!(
@@ -95,6 +101,23 @@ fn problems(status: &Status) -> Vec<String> {
         }
     }
     problems
+}
+
+/// What was changed by DDL that nobody saw.
+fn different(database: &str, objects: &[String]) -> String {
+    let shown = objects
+        .iter()
+        .take(DIFFERENT_MAX)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let more = match objects.len().saturating_sub(DIFFERENT_MAX) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!(
+        "{database}: defined otherwise on the secondary: {shown}{more}. `pgtandem schema heal` brings it in line, `pgtandem schema diff` shows it"
+    )
 }
 
 fn print(status: &Status, problems: &[String]) {

@@ -7,18 +7,25 @@ use tokio_postgres::error::SqlState;
 
 use super::state::{read_slot_state, write_slot_state};
 use super::{JournalError, LOCK_CLASS, LOCK_STATE, SideRole, SideState, SlotState, doing};
-use crate::catalog::privileges;
+use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 2;
+const VERSION: i32 = 3;
 
-const SCRIPTS: [&str; 4] = [
+const SCRIPTS: [&str; 5] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
+    OBJECTS,
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),
 ];
+
+/// Where the query of catalog::objects becomes a function.
+const OBJECTS: &str = "\
+CREATE OR REPLACE FUNCTION pgtandem.objects(oid[]) RETURNS TABLE (kind text, name text, root text, owner text, recipe text, depends text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET quote_all_identifiers = off SET enable_seqscan = on SET enable_hashjoin = on SET enable_mergejoin = on SET jit = off
+AS $objects$ {objects} $objects$";
 
 /// What [`install`] found or made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +78,7 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
     if recorded.is_none_or(|row| row.get::<_, i32>(1) != VERSION) {
         for script in SCRIPTS {
             transaction
-                .batch_execute(script)
+                .batch_execute(&script.replace("{objects}", objects::SQL))
                 .await
                 .map_err(doing("install schema pgtandem"))?;
         }
@@ -106,7 +113,7 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
 async fn watch_ddl(client: &tokio_postgres::Transaction<'_>) -> Result<(), JournalError> {
     let may = client
         .query_one(
-            "SELECT rolsuper AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'pgtandem_ddl')
+            "SELECT rolsuper AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'pgtandem_ddl_within')
                FROM pg_roles WHERE rolname = current_user",
             &[],
         )
@@ -116,8 +123,11 @@ async fn watch_ddl(client: &tokio_postgres::Transaction<'_>) -> Result<(), Journ
     if may {
         client
             .batch_execute(
-                "CREATE EVENT TRIGGER pgtandem_ddl ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_seen();
-                 CREATE EVENT TRIGGER pgtandem_drop ON sql_drop EXECUTE FUNCTION pgtandem.ddl_seen()",
+                "DROP EVENT TRIGGER IF EXISTS pgtandem_ddl; DROP EVENT TRIGGER IF EXISTS pgtandem_drop;
+                 CREATE EVENT TRIGGER pgtandem_ddl ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_seen();
+                 CREATE EVENT TRIGGER pgtandem_drop ON sql_drop EXECUTE FUNCTION pgtandem.ddl_seen();
+                 CREATE EVENT TRIGGER pgtandem_ddl_within ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_within();
+                 CREATE EVENT TRIGGER pgtandem_drop_within ON sql_drop EXECUTE FUNCTION pgtandem.ddl_within()",
             )
             .await
             .map_err(doing("create event triggers"))?;

@@ -2,7 +2,9 @@
 //! cut, and those that are equal count as synced from there on.
 //!
 //! Called by the app for each applier that it starts. Nothing here changes a row of a table.
+//! [`schema`] is pure, and used by the applier and the commands as well.
 
+pub mod schema;
 mod verify;
 
 pub use verify::{VerifyError, verify_unseeded};

@@ -105,6 +105,7 @@ mod tests {
                 journal: Journal::default(),
                 not_mirrored: Vec::new(),
                 sql_for_dba: Vec::new(),
+                different: Vec::new(),
                 sequence_errors: Vec::new(),
                 position: None,
                 transactions_applied: 0,

@@ -310,6 +310,14 @@ impl Tandem {
             .map_err(|_elapsed| format!("not within {timeout:?}: {}", describe_delay(&applier.status().borrow())))?
     }
 
+    /// Has the secondary's definitions brought in line.
+    pub async fn heal(&self, order: apply::HealOrder, timeout: Duration) -> Result<apply::Healed, String> {
+        let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
+        tokio::time::timeout(timeout, applier.heal(order))
+            .await
+            .map_err(|_elapsed| format!("not within {timeout:?}: {}", describe_delay(&applier.status().borrow())))?
+    }
+
     /// Makes an applier go on that stopped because too much was refused.
     pub fn go_on(&self) {
         if let Some(applier) = self.applier() {
@@ -496,6 +504,7 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
             .map(|object| format!("{}: {}", object.what, object.reason))
             .collect(),
         sql_for_dba: status.sql_for_dba.clone(),
+        different: status.different.clone(),
         sequence_errors: status.sequence_errors.clone(),
         divergences: status.diverged,
         stray_writes: status.strays,

@@ -11,6 +11,7 @@ mod rig;
 mod bench;
 mod ddl;
 mod dml;
+mod schema;
 mod sequences;
 mod unseen;
 mod values;

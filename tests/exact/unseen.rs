@@ -1,9 +1,12 @@
 //! What no trigger and no proxy sees: DDL past the proxy, and crashes that empty unlogged tables.
 
+use pgtandem::admin::api::{HealAnswer, HealRequest, Mirroring};
 use pgtandem::control::{Phase, Side};
+use pgtandem::servers::Binaries;
 
 use crate::bench::{as_app, assert_identical};
-use crate::rig::Rig;
+use crate::rig::storm::{self, Storm};
+use crate::rig::{OWN_ROLE, Rig};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_of_either_server_empties_unlogged_tables() {
@@ -147,14 +150,214 @@ async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
         .await
         .unwrap();
     assert_identical(&rig).await;
-    // Inside something else it is not this trigger's: the table is paused, as everywhere.
+    // What has no text of its own is mirrored by what it left.
     direct
-        .batch_execute("DO $$ BEGIN ALTER TABLE c ADD COLUMN hidden int; END $$")
+        .batch_execute("DO $$ BEGIN ALTER TABLE c ADD COLUMN hidden int; END $$; ALTER TABLE c ADD COLUMN other int DEFAULT 4; INSERT INTO c (id) VALUES (12)")
         .await
         .unwrap();
+    assert_identical(&rig).await;
+}
+
+fn mirroring(status: &pgtandem::admin::api::Status) -> &Mirroring {
+    status.databases[0].mirroring.as_ref().unwrap()
+}
+
+/// What nobody sees, of every kind, in blocks, in a function, and by a direct connection.
+const HIDDEN: [&str; 3] = [
+    "DO $$ BEGIN
+        ALTER TABLE a ADD COLUMN more int NOT NULL DEFAULT 7; ALTER TABLE a ALTER COLUMN v TYPE int USING length(v);
+        INSERT INTO a (id, v) SELECT g, g FROM generate_series(100, 110) g; ALTER TABLE a DROP COLUMN gone; ALTER TABLE a RENAME COLUMN old TO fresh;
+        CREATE TABLE made (id serial PRIMARY KEY, at timestamptz DEFAULT clock_timestamp()); INSERT INTO made (at) SELECT now() FROM generate_series(1, 20);
+        DROP TABLE dropped; CREATE TABLE copied AS SELECT id, random() AS r FROM a; CREATE INDEX ON a (more); DROP INDEX a_v;
+     END $$",
+    "SELECT run_ddl($$ CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE TABLE typed (m mood, n numeric); INSERT INTO typed VALUES ('ok', 1.5);
+        CREATE VIEW seen AS SELECT id, more FROM a; CREATE FUNCTION f(x int) RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN x; END';
+        COMMENT ON FUNCTION f(int) IS 'new'; GRANT SELECT ON seen TO reader; DROP VIEW unseen; ALTER TABLE b ADD CHECK (id > 0) $$)",
+    "CALL act()",
+];
+
+const BEFORE: &str = "CREATE TABLE a (id int PRIMARY KEY, v text, gone int, old text); CREATE INDEX a_v ON a (v); INSERT INTO a SELECT g, repeat('x', g) FROM generate_series(1, 50) g;
+    CREATE TABLE b (id serial PRIMARY KEY); INSERT INTO b DEFAULT VALUES; CREATE TABLE dropped (id int); CREATE VIEW unseen AS SELECT id FROM b;
+    CREATE FUNCTION run_ddl(text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE $1; END $$;
+    CREATE PROCEDURE act() LANGUAGE plpgsql AS $$ BEGIN ALTER TABLE b ADD COLUMN c text DEFAULT 'c'; COMMIT; INSERT INTO b (c) VALUES ('d');
+        CREATE TABLE parts (id int) PARTITION BY LIST (id); CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1); INSERT INTO parts VALUES (1); END $$";
+
+async fn hidden_ddl(new: &Binaries, attributes: &str) -> Rig {
+    let mut rig = Rig::between(&Binaries::legacy().unwrap(), new);
+    for side in [Side::Legacy, Side::New] {
+        let alter = format!("ALTER ROLE {OWN_ROLE} LOGIN {attributes}; CREATE ROLE reader");
+        rig.server(side).sql("postgres", &alter).unwrap();
+    }
+    rig.serve(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client.batch_execute(BEFORE).await.unwrap();
+    assert_identical(&rig).await;
+    for statement in HIDDEN {
+        client.batch_execute(statement).await.unwrap();
+    }
+    let direct = as_app(&rig, Side::Legacy).await;
+    direct
+        .batch_execute("ALTER TABLE b ADD COLUMN direct float8; UPDATE b SET direct = 0.1")
+        .await
+        .unwrap();
+    client
+        .batch_execute("UPDATE a SET more = id WHERE id < 10; DELETE FROM b WHERE id = 1")
+        .await
+        .unwrap();
+    rig
+}
+
+async fn heals(new: &Binaries) {
+    let rig = hidden_ddl(new, "").await;
     rig.until(|status| {
-        let mirroring = status.databases[0].mirroring.as_ref();
-        mirroring.is_some_and(|mirroring| mirroring.tables.iter().any(|table| table.paused.is_some()))
+        !mirroring(status).different.is_empty() && mirroring(status).tables.iter().any(|table| table.paused.is_some())
     })
     .await;
+    let told = rig.command(&["status"]);
+    let text = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(text.contains("pgtandem schema heal --table public.a"), "{text}");
+    assert!(
+        text.contains("function public.f(x integer)") || text.contains("defined otherwise on the secondary"),
+        "{text}"
+    );
+    let differs = rig.command(&["schema", "diff"]);
+    assert_eq!(differs.status.code(), Some(1), "{differs:?}");
+    let dry = rig.command(&["schema", "heal", "--dry-run", "--json"]);
+    let dry: HealAnswer = serde_json::from_slice(&dry.stdout).unwrap();
+    assert!(!dry.databases["shop"].statements.is_empty());
+    let healed = rig.command(&["schema", "heal", "--json"]);
+    assert_eq!(healed.status.code(), Some(0), "{healed:?}\n{}", rig.log());
+    assert_identical(&rig).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("UPDATE a SET more = 0; INSERT INTO made DEFAULT VALUES; INSERT INTO typed VALUES ('sad', 2)")
+        .await
+        .unwrap();
+    assert_identical(&rig).await;
+    rig.until(|status| mirroring(status).different.is_empty()).await;
+    // What the trigger of no kind tells apart from something new: another name.
+    let direct = as_app(&rig, Side::Legacy).await;
+    direct
+        .batch_execute("ALTER TYPE mood RENAME TO feeling; ALTER VIEW seen RENAME TO looked; ALTER TABLE made RENAME TO done; ALTER TABLE done RENAME COLUMN at TO since")
+        .await
+        .unwrap();
+    let healed = rig.command(&["schema", "heal", "--json"]);
+    assert_eq!(healed.status.code(), Some(0), "{healed:?}\n{}", rig.log());
+    assert_identical(&rig).await;
+    let again: HealAnswer = rig
+        .admin()
+        .post("/api/v1/schema/heal", &HealRequest::default())
+        .await
+        .unwrap();
+    assert!(again.done && again.databases["shop"].statements.is_empty(), "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_command_heals_what_nobody_saw_from_15_to_18() {
+    heals(&Binaries::new_side().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_command_heals_what_nobody_saw_from_15_to_15() {
+    heals(&Binaries::legacy().unwrap()).await;
+}
+
+/// DDL by a direct connection in the middle of a storm, and the command in the middle of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn healing_in_a_storm_ends_identical() {
+    let rig = Rig::serving(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client.batch_execute(storm::SCHEMA).await.unwrap();
+    assert_identical(&rig).await;
+    let storm = Storm::begin(&rig.url(), 1511, 4, false).await;
+    let direct = as_app(&rig, Side::Legacy).await;
+    for ddl in [
+        "ALTER TABLE accounts ADD COLUMN extra int NOT NULL DEFAULT 3",
+        "ALTER TABLE names ADD COLUMN length int GENERATED ALWAYS AS (length(name)) STORED",
+        "ALTER TABLE notes ALTER COLUMN note TYPE varchar(2000)",
+        "CREATE TABLE late AS SELECT id, balance FROM accounts",
+        "ALTER TABLE audit ADD COLUMN at timestamptz DEFAULT clock_timestamp()",
+    ] {
+        direct.batch_execute(ddl).await.unwrap();
+        storm.rage(30).await;
+        let healed: HealAnswer = rig
+            .admin()
+            .post("/api/v1/schema/heal", &HealRequest::default())
+            .await
+            .unwrap();
+        assert!(!healed.databases["shop"].statements.is_empty(), "{ddl}: {healed:?}");
+    }
+    let ledger = storm.end().await;
+    assert!(ledger.failures.is_empty(), "{:?}", ledger.failures);
+    assert_identical(&rig).await;
+}
+
+/// With event triggers nothing has to be healed.
+async fn mirrors(new: &Binaries) {
+    let rig = hidden_ddl(new, "SUPERUSER").await;
+    assert_identical(&rig).await;
+    let client = rig.client().await;
+    for block in [
+        "ALTER TABLE a RENAME TO z; ALTER TABLE z RENAME COLUMN v TO w; INSERT INTO z (id, w) VALUES (1000, 1); CREATE SCHEMA s; ALTER TABLE z SET SCHEMA s; UPDATE s.z SET w = 2 WHERE id = 1000",
+        "ALTER TYPE mood ADD VALUE 'late'; COMMENT ON TABLE b IS 'b'; GRANT INSERT ON b TO reader; GRANT UPDATE (c) ON b TO reader",
+        "CREATE TEMP TABLE mine (id int); ALTER TABLE mine ADD COLUMN x int; DROP TABLE mine",
+        "CREATE MATERIALIZED VIEW mv AS SELECT count(*) FROM b; INSERT INTO b DEFAULT VALUES; REFRESH MATERIALIZED VIEW mv",
+        "ALTER TABLE parts DETACH PARTITION parts_1; CREATE TABLE parts_2 PARTITION OF parts FOR VALUES IN (2); INSERT INTO parts VALUES (2); ALTER TABLE parts ADD COLUMN note text DEFAULT 'n'",
+        "ALTER TABLE b ALTER COLUMN c TYPE varchar(10); ALTER TABLE b ADD COLUMN r float8 DEFAULT random(); ALTER TABLE b DROP COLUMN direct CASCADE; DROP VIEW seen CASCADE",
+        "DROP FUNCTION f(int); DROP TABLE typed; DROP TYPE mood; DROP SCHEMA s CASCADE",
+    ] {
+        client
+            .batch_execute(&format!("DO $do$ BEGIN {block}; END $do$"))
+            .await
+            .unwrap();
+        client.batch_execute("INSERT INTO b DEFAULT VALUES").await.unwrap();
+        assert_identical(&rig).await;
+    }
+    // Rolled back, it never was.
+    client
+        .batch_execute("DO $$ BEGIN BEGIN ALTER TABLE b ADD COLUMN gone int; RAISE 'no'; EXCEPTION WHEN OTHERS THEN NULL; END; ALTER TABLE b ADD COLUMN kept int; END $$")
+        .await
+        .unwrap();
+    assert_identical(&rig).await;
+    let status = rig.status().await.unwrap();
+    assert!(mirroring(&status).different.is_empty(), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_superuser_sees_what_is_hidden_from_15_to_18() {
+    mirrors(&Binaries::new_side().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_superuser_sees_what_is_hidden_from_15_to_15() {
+    mirrors(&Binaries::legacy().unwrap()).await;
+}
+
+/// The same storm where event triggers may be: nothing has to be healed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_superuser_sees_what_is_hidden_in_a_storm() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        let alter = format!("ALTER ROLE {OWN_ROLE} SUPERUSER");
+        rig.server(side).sql("postgres", &alter).unwrap();
+    }
+    rig.serve(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client.batch_execute(storm::SCHEMA).await.unwrap();
+    let storm = Storm::begin(&rig.url(), 1512, 4, false).await;
+    let direct = as_app(&rig, Side::Legacy).await;
+    for block in [
+        "ALTER TABLE accounts ADD COLUMN extra int NOT NULL DEFAULT 3; UPDATE accounts SET extra = id",
+        "ALTER TABLE notes ALTER COLUMN note TYPE varchar(2000)",
+        "CREATE TABLE late AS SELECT id, balance FROM accounts; CREATE INDEX ON late (id)",
+        "ALTER TABLE audit ADD COLUMN at timestamptz DEFAULT clock_timestamp()",
+        "DROP TABLE late; ALTER TABLE accounts RENAME COLUMN extra TO more",
+    ] {
+        let ddl = format!("DO $do$ BEGIN {block}; END $do$");
+        direct.batch_execute(&ddl).await.unwrap();
+        storm.rage(30).await;
+    }
+    let ledger = storm.end().await;
+    assert!(ledger.failures.is_empty(), "{:?}", ledger.failures);
+    assert_identical(&rig).await;
 }

@@ -277,14 +277,14 @@ BEGIN
     END IF;
     PERFORM pgtandem.create_triggers(rel, target, pgtandem.is_routed(rel));
     outcome := CASE WHEN known.rel IS NULL THEN 'new' ELSE 'again' END;
-    INSERT INTO pgtandem.captured AS c (rel, schema, name, was_empty, shape, filenode, attributes, attribute_count, settings, origin)
-    SELECT s.rel, s.schema, s.name, empty AND outcome = 'new', s.shape, s.filenode, s.attributes, s.attribute_count, pins,
+    INSERT INTO pgtandem.captured AS c (rel, schema, name, was_empty, shape, filenode, attributes, attribute_count, settings, names, origin)
+    SELECT s.rel, s.schema, s.name, empty AND outcome = 'new', s.shape, s.filenode, s.attributes, s.attribute_count, pins, s.names,
            jsonb_build_object('rel', s.rel::bigint, 'schema', s.schema, 'name', s.name, 'columns', s.columns,
                'shape', s.shape, 'filenode', s.filenode::bigint, 'attributes', s.attributes)
       FROM pgtandem.shape s WHERE s.rel = capture.rel
     ON CONFLICT ON CONSTRAINT captured_pkey DO UPDATE SET schema = EXCLUDED.schema, name = EXCLUDED.name,
         was_empty = EXCLUDED.was_empty, shape = EXCLUDED.shape, filenode = EXCLUDED.filenode,
-        attributes = EXCLUDED.attributes, attribute_count = EXCLUDED.attribute_count, settings = EXCLUDED.settings,
+        attributes = EXCLUDED.attributes, attribute_count = EXCLUDED.attribute_count, settings = EXCLUDED.settings, names = EXCLUDED.names,
         origin = EXCLUDED.origin;
     RETURN outcome;
 END

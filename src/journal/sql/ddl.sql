@@ -73,7 +73,7 @@ BEGIN
     PERFORM pgtandem.capture(rel);
     UPDATE pgtandem.captured c
        SET shape = s.shape, filenode = s.filenode, attributes = s.attributes, attribute_count = s.attribute_count,
-           schema = s.schema, name = s.name
+           schema = s.schema, name = s.name, names = s.names
       FROM pgtandem.shape s WHERE s.rel = refill.rel AND c.rel = refill.rel;
     PERFORM pgtandem.journal_rows(rel);
 END
@@ -123,7 +123,7 @@ BEGIN
     END LOOP;
 
     FOR t IN
-        SELECT s.*, c.filenode AS old_filenode, c.attributes AS old_attributes, c.attribute_count AS old_count, c.shape AS old_shape,
+        SELECT s.*, c.filenode AS old_filenode, c.attributes AS old_attributes, c.attribute_count AS old_count, c.shape AS old_shape, c.names AS old_names,
                pgtandem.name_of(s.rel) AS target
           FROM pgtandem.shape s JOIN pgtandem.captured c ON c.rel = s.rel
          WHERE (s.shape, s.filenode, s.attributes, s.schema, s.name) IS DISTINCT FROM (c.shape, c.filenode, c.attributes, c.schema, c.name)
@@ -147,10 +147,13 @@ BEGIN
              WHERE a.attrelid = t.rel AND a.attnum > t.old_count AND NOT a.attisdropped AND a.atthasmissing;
         END IF;
         changed := changed || jsonb_build_object('rel', t.rel::bigint, 'schema', t.schema, 'name', t.name, 'columns', t.columns,
-            'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes, 'computed', computed);
+            'shape', t.shape, 'filenode', t.filenode::bigint, 'attributes', t.attributes, 'computed', computed,
+            'filled', t.rel = ANY (filled),
+            'renamed', (SELECT COALESCE(jsonb_agg(jsonb_build_array(o.value, n.value)), '[]')
+                          FROM jsonb_each_text(t.old_names) o JOIN jsonb_each_text(t.names) n ON n.key = o.key WHERE n.value <> o.value));
         UPDATE pgtandem.captured c
            SET shape = t.shape, filenode = t.filenode, attributes = t.attributes, attribute_count = t.attribute_count,
-               schema = t.schema, name = t.name
+               schema = t.schema, name = t.name, names = t.names
          WHERE c.rel = t.rel;
     END LOOP;
 
@@ -290,26 +293,131 @@ AS $$
     SELECT (pg_sequence_last_value('pgtandem.state') >> 2) & 15 = 0
 $$;
 
--- Event triggers, where the proxy's role may have them: DDL by connections that do not come through
--- the proxy. Only what is the client's own single statement is recorded, since current_query() is
--- its text; what a function or a DO block does, or one of several statements, is left to the
--- catalog's watch, which pauses the table. With the client's own privileges, hence the names.
+-- Event triggers, where the proxy's role may have them: DDL that does not come through the proxy.
+-- Of the client's own single statement the text is known, current_query(), and recorded. What a
+-- function or a DO block does, or one of several statements, has no text of its own: there the
+-- objects are recorded as they are after it (ddl_within).
+
+-- Whether a statement is a client's own and the only one, from an event trigger's call stack.
+CREATE OR REPLACE FUNCTION pgtandem.is_single(context text, bare text) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+AS $$
+    SELECT pg_catalog.strpos(context, pg_catalog.chr(10)) OPERATOR(pg_catalog.=) 0
+       AND pg_catalog.strpos(bare, ';') OPERATOR(pg_catalog.=) 0
+       AND pg_catalog.strpos(bare, pg_catalog.chr(92)) OPERATOR(pg_catalog.=) 0
+$$;
+
+-- A statement without what stands in quotes, where a semicolon ends nothing.
+CREATE OR REPLACE FUNCTION pgtandem.bare(statement text) RETURNS text
+LANGUAGE sql IMMUTABLE
+AS $$
+    SELECT pg_catalog.regexp_replace(pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, '[;\s]+$', ''), '(\$[A-Za-z_]*\$).*?\1', '', 'g'), '''[^'']*''', '', 'g')
+$$;
+
+-- The roots (objects.sql) that the commands of an event concern, none of them temporary or ours.
+CREATE OR REPLACE FUNCTION pgtandem.touched(tag text) RETURNS oid[]
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    top_xid bigint := pg_current_xact_id()::text::bigint;
+BEGIN
+    RETURN ARRAY(
+        SELECT DISTINCT CASE c.classid
+                   WHEN 'pg_class'::regclass THEN COALESCE((SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = c.objid),
+                                                           (SELECT k.reltype FROM pg_class k WHERE k.oid = c.objid AND k.relkind = 'c'), c.objid)
+                   WHEN 'pg_constraint'::regclass THEN (SELECT COALESCE(NULLIF(k.conrelid, 0), k.contypid) FROM pg_constraint k WHERE k.oid = c.objid)
+                   WHEN 'pg_trigger'::regclass THEN (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = c.objid)
+                   WHEN 'pg_policy'::regclass THEN (SELECT p.polrelid FROM pg_policy p WHERE p.oid = c.objid)
+                   WHEN 'pg_rewrite'::regclass THEN (SELECT w.ev_class FROM pg_rewrite w WHERE w.oid = c.objid)
+                   WHEN 'pg_statistic_ext'::regclass THEN (SELECT x.stxrelid FROM pg_statistic_ext x WHERE x.oid = c.objid)
+                   ELSE c.objid END
+          FROM pg_event_trigger_ddl_commands() c
+         WHERE c.objid IS NOT NULL AND NOT c.in_extension AND c.schema_name IS DISTINCT FROM 'pg_temp' AND c.schema_name IS DISTINCT FROM 'pgtandem'
+        UNION
+        -- What ALTER TABLE did to children, partitions and what was one.
+        SELECT k.oid FROM pg_class k
+         WHERE tag LIKE 'ALTER %TABLE' AND k.relkind IN ('r', 'p', 'S') AND k.relpersistence <> 't' AND pgtandem.ours(k.xmin, top_xid)
+        UNION
+        -- A GRANT's event does not say on what.
+        SELECT g.oid FROM (SELECT oid, xmin, relnamespace AS schema FROM pg_class WHERE relpersistence <> 't' AND relkind IN ('r', 'p', 'v', 'm', 'S')
+                           UNION ALL SELECT c.oid, a.xmin, c.relnamespace FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+                                      WHERE a.attacl IS NOT NULL AND c.relpersistence <> 't' AND c.relkind IN ('r', 'p', 'v', 'm')
+                           UNION ALL SELECT oid, xmin, pronamespace FROM pg_proc UNION ALL SELECT oid, xmin, oid FROM pg_namespace
+                           UNION ALL SELECT oid, xmin, typnamespace FROM pg_type WHERE typtype IN ('e', 'd', 'r')) g
+         WHERE tag IN ('GRANT', 'REVOKE') AND g.schema <> 'pgtandem'::regnamespace AND pgtandem.ours(g.xmin, top_xid));
+END
+$$;
+
+-- Records what DDL without a text of its own did. Nobody can call it but an event, so what it
+-- records is true; the definitions are applied as their owners.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_within() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    stack text;
+    touched oid[];
+    objects jsonb := '[]';
+    first jsonb := '[]';
+BEGIN
+    GET DIAGNOSTICS stack = PG_CONTEXT;
+    -- Known already (the proxy's hooks stand around it), our own doing, recorded by its text, or
+    -- of one server only.
+    IF current_setting('pgtandem.ddl', true) <> ''
+        OR session_user = current_user
+        OR substr(stack, strpos(stack || chr(10), chr(10))) ~ '\mpgtandem\.'
+        OR pgtandem.is_single(stack, pgtandem.bare(current_query()))
+        OR TG_TAG ~ '^REINDEX|TABLESPACE|SUBSCRIPTION|LARGE OBJECT|DEFAULT PRIVILEGES|EVENT TRIGGER'
+        OR NOT pgtandem.is_captured_primary() THEN
+        RETURN;
+    END IF;
+    IF TG_EVENT = 'sql_drop' THEN
+        -- What an ALTER TABLE dropped of the table itself shows in the table.
+        SELECT jsonb_agg(jsonb_build_array(NULL, format('DROP %s IF EXISTS %s CASCADE', CASE d.object_type WHEN 'statistics object' THEN 'STATISTICS' ELSE upper(d.object_type) END, d.object_identity)))
+          INTO first
+          FROM pg_event_trigger_dropped_objects() d
+         WHERE NOT d.is_temporary AND d.schema_name IS DISTINCT FROM 'pgtandem'
+           AND CASE WHEN TG_TAG LIKE 'DROP %' THEN d.original ELSE NOT d.original END
+           AND (d.object_type IN ('view', 'materialized view', 'function', 'procedure', 'aggregate', 'trigger', 'policy', 'rule', 'sequence')
+                OR (d.original AND d.object_type IN ('table', 'index', 'type', 'schema', 'extension', 'statistics object')));
+        IF first IS NULL THEN
+            RETURN;
+        END IF;
+    ELSIF TG_TAG LIKE 'DROP %' THEN
+        RETURN;
+    ELSE
+        touched := pgtandem.touched(TG_TAG);
+        IF touched = '{}' THEN
+            RETURN;
+        END IF;
+        SELECT COALESCE(jsonb_agg(jsonb_build_array(o.kind, o.name, o.root, o.owner, o.recipe, o.depends)), '[]') INTO objects
+          FROM pgtandem.objects(touched) o;
+        IF TG_TAG = 'REFRESH MATERIALIZED VIEW' THEN
+            SELECT jsonb_agg(jsonb_build_array(pg_get_userbyid(c.relowner), format('REFRESH MATERIALIZED VIEW %s WITH %sDATA', pgtandem.name_of(c.oid),
+                       CASE WHEN c.relispopulated THEN '' ELSE 'NO ' END))) INTO first
+              FROM pg_class c WHERE c.oid = ANY (touched) AND c.relkind = 'm';
+        END IF;
+    END IF;
+    PERFORM pgtandem.ddl_effects(
+        format('-- %s, inside something else%s', TG_TAG, CASE TG_TAG WHEN 'ALTER TYPE' THEN ', which may be ADD VALUE' ELSE '' END),
+        jsonb_build_object('user', session_user, 'role', current_user, 'objects', objects, 'first', COALESCE(first, '[]'),
+            'major', current_setting('server_version_num')::int / 10000), false);
+END
+$$;
+
+-- With the client's own privileges, hence the names.
 CREATE OR REPLACE FUNCTION pgtandem.ddl_seen() RETURNS event_trigger
 LANGUAGE plpgsql
 AS $$
 DECLARE
     context text;
     statement text := pg_catalog.regexp_replace(pg_catalog.current_query(), '[;\s]+$', '');
-    -- Without what stands in quotes, where a semicolon ends nothing.
-    bare text := pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, '(\$[A-Za-z_]*\$).*?\1', '', 'g'), '''[^'']*''', '', 'g');
+    bare text := pgtandem.bare(statement);
     temporary boolean;
 BEGIN
     GET DIAGNOSTICS context = PG_CONTEXT;
     -- Known already (the proxy's hooks stand around it), inside something else, or several.
     IF pg_catalog.current_setting('pgtandem.ddl', true) OPERATOR(pg_catalog.<>) ''
-        OR pg_catalog.strpos(context, pg_catalog.chr(10)) OPERATOR(pg_catalog.>) 0
-        OR pg_catalog.strpos(bare, ';') OPERATOR(pg_catalog.>) 0
-        OR pg_catalog.strpos(bare, pg_catalog.chr(92)) OPERATOR(pg_catalog.>) 0
+        OR NOT pgtandem.is_single(context, bare)
         OR bare OPERATOR(pg_catalog.~*) '\mconcurrently\M|\mtablespace\M|\msubscription\M|\mlarge\s+object\M|^\s*reindex\M'
         OR NOT pgtandem.is_captured_primary() THEN
         RETURN;
@@ -338,7 +446,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill', 'touched', 'objects')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;

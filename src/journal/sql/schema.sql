@@ -85,6 +85,8 @@ CREATE TABLE IF NOT EXISTS pgtandem.captured (
     settings text NOT NULL,
     origin jsonb NOT NULL
 );
+-- The columns' names by their numbers, which survive a renaming.
+ALTER TABLE pgtandem.captured ADD COLUMN IF NOT EXISTS names jsonb;
 
 -- How far this side has followed, while it is the secondary. One row, written in the same
 -- transaction as the rows of a round.
@@ -193,7 +195,9 @@ SELECT c.oid AS rel,
            AND t.tgfoid IN (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
                              WHERE pn.nspname = 'pgtandem' AND p.pronargs = 0
                                AND p.proname IN ('capture_nothing', pg_catalog.concat('capture_', c.oid), pg_catalog.concat('capture_', c.oid, '_insert'),
-                                                 pg_catalog.concat('capture_', c.oid, '_replica'), pg_catalog.concat('capture_', c.oid, '_truncate')))) AS capturing
+                                                 pg_catalog.concat('capture_', c.oid, '_replica'), pg_catalog.concat('capture_', c.oid, '_truncate')))) AS capturing,
+       (SELECT COALESCE(pg_catalog.jsonb_object_agg(a.attnum, a.attname), '{}') FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS names
   FROM pg_catalog.pg_class c
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'r'
