@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{Entry, Outcome};
+use crate::apply::{Entry, Outcome, Verified};
 use crate::control::{Epoch, Phase, Side};
 
 /// `GET /api/v1/status`
@@ -139,6 +139,9 @@ pub struct TableStatus {
     /// Why a table that was synced no longer is.
     pub note: Option<String>,
     pub diverged: u64,
+    /// When, and at which cut, a verification last found both sides equal.
+    #[serde(default)]
+    pub verified: Option<Verified>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

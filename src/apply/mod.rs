@@ -32,6 +32,7 @@ pub mod image;
 mod isolate;
 mod lease;
 mod memory;
+mod mend;
 pub mod pipeline;
 pub mod plan;
 mod quarantine;
@@ -52,8 +53,11 @@ mod walk;
 use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
+pub use mend::{Mend, MendRows, Mended};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
-pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
+pub use status::{
+    ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, Verified, WatermarkStatus,
+};
 pub use task::{Applier, Cut, HeldCut, Stopped, spawn};
 
 pub use crate::journal::read::ReadBy;

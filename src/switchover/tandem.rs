@@ -16,7 +16,7 @@ use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
 use crate::config::{DatabaseConfig, Journal, StrayWriters, Target, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
-use crate::reconcile;
+use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
 use crate::upstream::control::{connect, error_chain};
 
@@ -181,7 +181,14 @@ impl Tandem {
         let secondary = self.targets().target(control.secondary()).clone();
         let database = self.name().to_owned();
         tokio::spawn(async move {
-            match reconcile::verify_unseeded(&applier, &primary, &secondary).await {
+            let sides = Sides {
+                database: &database,
+                applier: &applier,
+                primary: &primary,
+                secondary: &secondary,
+                epoch: control.epoch,
+            };
+            match reconcile::verify_unseeded(sides).await {
                 Ok(equal) if equal.is_empty() => {}
                 Ok(equal) => tracing::info!(database, tables = ?equal, "found equal at a cut and synced from there on"),
                 Err(error) => tracing::info!(database, %error, "existing rows were not compared to the end"),
@@ -488,6 +495,7 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
                 paused: table.paused,
                 note: table.note,
                 diverged: table.diverged,
+                verified: table.verified,
             })
             .collect(),
         not_mirrored: status

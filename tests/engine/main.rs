@@ -13,3 +13,4 @@ mod fence;
 mod keys;
 mod quarantine;
 mod storm;
+mod verify;
