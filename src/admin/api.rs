@@ -271,6 +271,28 @@ pub struct QuarantineAnswer {
     pub done: bool,
 }
 
+/// `POST /api/v1/verify`, answered by [`Event`](crate::reconcile::report::Event)s, a JSON line each.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VerifyRequest {
+    /// May be left out: all of them.
+    #[serde(default)]
+    pub database: Option<String>,
+    /// `schema.name` or `name`; none: all, with the sequences.
+    #[serde(default)]
+    pub tables: Vec<String>,
+    /// Differing rows are shown as they are, not as their hash.
+    #[serde(default)]
+    pub plain: bool,
+    #[serde(default)]
+    pub workers: Option<usize>,
+    /// Rows per second on each side.
+    #[serde(default)]
+    pub rate: Option<u64>,
+    /// `POST /api/v1/repair`: who asks, for the record.
+    #[serde(default)]
+    pub actor: Option<String>,
+}
+
 /// `GET /api/v1/explain?sql=…`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExplainAnswer {

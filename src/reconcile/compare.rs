@@ -184,23 +184,23 @@ async fn list(pair: &Pair, plan: &Plan, key: &WalkKey, condition: &str, outcome:
     );
     let (here, there) = tokio::try_join!(pair.primary.query(&sql, &[]), pair.secondary.query(&sql, &[]))?;
     let listed = |rows: Vec<Row>| rows.iter().map(|row| (row.get(0), row.get(1))).collect::<Vec<Listed>>();
-    for (kind, key_values, hashes) in differences(listed(here), listed(there)) {
-        outcome.differing.count(kind);
+    for unlike in differences(listed(here), listed(there)) {
+        outcome.differing.count(unlike.kind);
         if outcome.found.len() >= plan.keep {
             continue;
         }
         let (primary, secondary) = if plan.plain {
-            let condition = key.compare("=", &key_values);
+            let condition = key.compare("=", &unlike.key);
             tokio::try_join!(
                 row_text(&pair.primary, plan, &condition),
                 row_text(&pair.secondary, plan, &condition)
             )?
         } else {
-            (hashes.0.map(hex), hashes.1.map(hex))
+            (unlike.here.map(hex), unlike.there.map(hex))
         };
         outcome.found.push(DifferingRow {
-            kind,
-            key: Some(key_values),
+            kind: unlike.kind,
+            key: Some(unlike.key),
             primary,
             secondary,
             image: None,
@@ -209,22 +209,38 @@ async fn list(pair: &Pair, plan: &Plan, key: &WalkKey, condition: &str, outcome:
     Ok(())
 }
 
+/// A key whose row is not the same on both sides, with the hashes it has there.
+struct Unlike {
+    kind: DifferenceKind,
+    key: Boundary,
+    here: Option<i64>,
+    there: Option<i64>,
+}
+
 /// Which rows are on one side only, or differ; by key. Pure.
-fn differences(here: Vec<Listed>, there: Vec<Listed>) -> Vec<(DifferenceKind, Boundary, (Option<i64>, Option<i64>))> {
+fn differences(here: Vec<Listed>, there: Vec<Listed>) -> Vec<Unlike> {
     let mut theirs: HashMap<Boundary, i64> = there.into_iter().collect();
     let mut found = Vec::new();
     for (key, hash) in here {
-        match theirs.remove(&key) {
-            Some(other) if other == hash => {}
-            Some(other) => found.push((DifferenceKind::Different, key, (Some(hash), Some(other)))),
-            None => found.push((DifferenceKind::Missing, key, (Some(hash), None))),
-        }
+        let there = theirs.remove(&key);
+        let kind = match there {
+            Some(other) if other == hash => continue,
+            Some(_) => DifferenceKind::Different,
+            None => DifferenceKind::Missing,
+        };
+        let here = Some(hash);
+        found.push(Unlike { kind, key, here, there });
     }
-    let mut extra: Vec<_> = theirs
+    let mut extra: Vec<Unlike> = theirs
         .into_iter()
-        .map(|(key, hash)| (DifferenceKind::Extra, key, (None, Some(hash))))
+        .map(|(key, hash)| Unlike {
+            kind: DifferenceKind::Extra,
+            key,
+            here: None,
+            there: Some(hash),
+        })
         .collect();
-    extra.sort_by(|one, other| one.1.cmp(&other.1));
+    extra.sort_by(|one, other| one.key.cmp(&other.key));
     found.extend(extra);
     found
 }
@@ -400,7 +416,10 @@ mod tests {
             rows(&[("1", 10), ("2", 20), ("3", 30)]),
             rows(&[("4", 40), ("3", 31), ("1", 10)]),
         );
-        let found: Vec<(DifferenceKind, &str)> = found.iter().map(|(kind, key, _)| (*kind, key[0].as_str())).collect();
+        let found: Vec<(DifferenceKind, &str)> = found
+            .iter()
+            .map(|unlike| (unlike.kind, unlike.key[0].as_str()))
+            .collect();
         assert_eq!(
             found,
             [

@@ -23,8 +23,8 @@ mod verify;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-pub use repair::{RepairOptions, repair};
-pub use verify::{Chosen, Options, SecondarySnapshot, Sides, verify, verify_unseeded};
+pub use repair::repair;
+pub use verify::{Chosen, Options, SecondarySnapshot, Sides, verify, verify_over_and_over, verify_unseeded};
 
 use crate::apply::Stopped;
 use crate::upstream::control::{ConnectError, error_chain};

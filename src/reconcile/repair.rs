@@ -19,31 +19,21 @@ const AT_ONE_PASS: usize = 50_000;
 /// Further passes find what the one before had no room for.
 const PASSES_MAX: usize = 20;
 
-/// How a repair is done.
-#[derive(Debug, Clone)]
-pub struct RepairOptions {
-    pub verify: Options,
-    /// Only say what would be mended.
-    pub dry_run: bool,
-    /// Who asks, for the record.
-    pub actor: String,
-}
-
-/// Mends what differs; the report is of the last verification.
+/// Mends what differs; the report is of the last verification. A dry run is a verification.
 ///
 /// # Errors
 /// As [`verify`]; or a table's rows cannot be mended, and why.
 pub async fn repair(
     sides: Sides<'_>,
-    options: &RepairOptions,
+    options: &Options,
+    actor: &str,
     events: &mpsc::Sender<Event>,
 ) -> Result<DatabaseReport, VerifyError> {
-    let mut looking = options.verify.clone();
-    looking.keep = if options.dry_run { looking.keep } else { AT_ONE_PASS };
-    let mut report = verify(sides, &looking, events).await?;
-    if options.dry_run {
-        return Ok(report);
-    }
+    let mut looking = Options {
+        keep: AT_ONE_PASS,
+        ..options.clone()
+    };
+    let mut report = look(sides, &looking, events).await?;
     for _ in 0..PASSES_MAX {
         let differing: Vec<&TableReport> = report
             .tables
@@ -58,17 +48,46 @@ pub async fn repair(
             mend(sides, Mend::Sequences).await?;
         }
         for table in &differing {
-            mend_table(sides, table, &options.actor, events).await?;
+            mend_table(sides, table, actor, events).await?;
         }
-        looking.chosen = match options.verify.chosen {
+        looking.chosen = match options.chosen {
             Chosen::All if sequences => Chosen::All,
             _ => Chosen::Named(differing.iter().map(|table| table.qualified()).collect()),
         };
-        let again = verify(sides, &looking, events).await?;
+        let again = look(sides, &looking, events).await?;
         clear_divergences(sides, &again).await?;
         report = merged(report, again);
     }
+    let done = Event::Done {
+        report: Box::new(report.clone()),
+    };
+    events.send(done).await.map_err(|_| VerifyError::Abandoned)?;
     Ok(report)
+}
+
+/// A verification whose end is not the end of it all.
+async fn look(
+    sides: Sides<'_>,
+    options: &Options,
+    events: &mpsc::Sender<Event>,
+) -> Result<DatabaseReport, VerifyError> {
+    let (sender, mut heard) = mpsc::channel(8);
+    let relay = async {
+        while let Some(event) = heard.recv().await {
+            if !matches!(event, Event::Done { .. }) && events.send(event).await.is_err() {
+                // Dropping the receiver abandons the verification.
+                return;
+            }
+        }
+    };
+    let verified = async {
+        let sender = sender;
+        verify(sides, options, &sender).await
+    };
+    let (report, ()) = tokio::join!(verified, async {
+        relay.await;
+    });
+    report
 }
 
 /// The last word on each table.

@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -29,7 +29,7 @@ use super::report::{
 use super::{VerifyError, now, sequences};
 use crate::apply::{Applier, ApplierState, Seeding, Stopped, TableStatus};
 use crate::catalog::quote::{identifier, qualified};
-use crate::config::Target;
+use crate::config::{Target, Verify};
 use crate::control::Epoch;
 use crate::upstream::control::{Control, error_chain};
 
@@ -408,7 +408,7 @@ impl Verification<'_> {
                     report.now_synced = mark_synced(&self.secondary, &status).await?;
                     self.sides.applier.tables_changed();
                 }
-                TableResult::Different => report.note = held_note(&self.secondary, &status).await?,
+                TableResult::Different => report.note = Some(self.note_different(&report, &status).await?),
                 TableResult::NotCompared => {}
             }
             let event = Event::Table {
@@ -419,6 +419,30 @@ impl Verification<'_> {
             self.reports.push(report);
         }
         Ok(())
+    }
+
+    /// A table that was taken for synced and is not closes the flip's gate until it is mended;
+    /// unless it is only what is in quarantine.
+    async fn note_different(&self, report: &TableReport, status: &TableStatus) -> Result<String, VerifyError> {
+        if let Some(held) = held_note(&self.secondary, status).await? {
+            return Ok(held);
+        }
+        let note = format!(
+            "verification found {} rows different (round {}); see `pgtandem repair`",
+            report.differing.total(),
+            report.rounds.map_or(0, |(_, last)| last)
+        );
+        if status.seeding == Seeding::Synced && self.options.secondary_snapshot == SecondarySnapshot::AtTheCut {
+            self.secondary
+                .execute(
+                    "UPDATE pgtandem.seeding SET state = 'unseeded', note = $3
+                      WHERE schema = $1 AND name = $2 AND state = 'synced' AND paused IS NULL",
+                    &[&status.schema, &status.name, &note],
+                )
+                .await?;
+            self.sides.applier.tables_changed();
+        }
+        Ok(note)
     }
 
     /// On the secondary, where `status` finds it: when and at which cut a table was last equal.
@@ -526,6 +550,13 @@ impl Queue {
 
 /// Nobody listening means that nobody wants it any more.
 async fn say(events: &mpsc::Sender<Event>, event: Event) -> Result<(), VerifyError> {
+    if matches!(event, Event::Progress { .. }) {
+        // Snapshots do not wait for a slow listener.
+        return match events.try_send(event) {
+            Err(TrySendError::Closed(_)) => Err(VerifyError::Abandoned),
+            Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
+        };
+    }
     events.send(event).await.map_err(|_| VerifyError::Abandoned)
 }
 
@@ -710,20 +741,12 @@ async fn held_note(secondary: &Client, table: &TableStatus) -> Result<Option<Str
 
 /// Compares, at the start, the tables that held rows when their capture began; returns the names
 /// of those that were found equal.
+///
+/// # Errors
+/// As [`verify`].
 pub async fn verify_unseeded(sides: Sides<'_>) -> Result<Vec<String>, VerifyError> {
-    let (events, mut heard) = mpsc::channel(16);
-    let options = Options {
-        keep: 0,
-        ..Options::of(Chosen::Unseeded)
-    };
-    let listen = async { while heard.recv().await.is_some() {} };
-    let compare = async {
-        // Dropped at the end, which ends the listening.
-        let events = events;
-        verify(sides, &options, &events).await
-    };
-    let (report, ()) = tokio::join!(compare, listen);
-    let (equal, others): (Vec<TableReport>, Vec<TableReport>) = report?
+    let report = verify_unheard(sides, &Options::of(Chosen::Unseeded)).await?;
+    let (equal, others): (Vec<TableReport>, Vec<TableReport>) = report
         .tables
         .into_iter()
         .partition(|table| table.result == TableResult::Equal);
@@ -734,4 +757,55 @@ pub async fn verify_unseeded(sides: Sides<'_>) -> Result<Vec<String>, VerifyErro
         );
     }
     Ok(equal.iter().map(TableReport::qualified).collect())
+}
+
+/// All tables, pass after pass, at a rate that nobody feels; until the applier has stopped.
+pub async fn verify_over_and_over(sides: Sides<'_>, config: Verify) {
+    let options = Options {
+        workers: 1,
+        rate: Some(config.rate),
+        ..Options::of(Chosen::All)
+    };
+    loop {
+        match verify_unheard(sides, &options).await {
+            Err(VerifyError::Stopped(_)) => return,
+            Err(error) => {
+                tracing::info!(database = sides.database, %error, "a pass of the continuous verification ended early")
+            }
+            Ok(report) if report.equal => tracing::debug!(database = sides.database, "both sides were found equal"),
+            Ok(report) => {
+                for table in report.tables.iter().filter(|table| table.result != TableResult::Equal) {
+                    tracing::error!(
+                        database = sides.database,
+                        table = table.qualified(),
+                        differing = table.differing.total(),
+                        note = table.note,
+                        "the two sides are not equal; see `pgtandem verify` and `pgtandem repair`"
+                    );
+                }
+                for sequence in report.sequences.iter().filter(|sequence| !sequence.equal) {
+                    tracing::error!(database = sides.database, ?sequence, "a sequence is not equal");
+                }
+            }
+        }
+        tokio::time::sleep(config.pause).await;
+        if sides.applier.status().borrow().state == ApplierState::Stopped {
+            return;
+        }
+    }
+}
+
+async fn verify_unheard(sides: Sides<'_>, options: &Options) -> Result<DatabaseReport, VerifyError> {
+    let (events, mut heard) = mpsc::channel(16);
+    let options = Options {
+        keep: 0,
+        ..options.clone()
+    };
+    let verified = async {
+        // Dropped at the end, which ends the listening.
+        let events = events;
+        verify(sides, &options, &events).await
+    };
+    let (report, ()) = tokio::join!(verified, async { while heard.recv().await.is_some() {} });
+    report
 }
