@@ -10,7 +10,7 @@ use super::readers::Pair;
 use super::report::{DifferenceKind, Differing, DifferingRow};
 use crate::catalog::quote::identifier;
 
-/// Up to so many rows of a range are listed with their hashes; a larger one is split first.
+/// A range of up to so many rows is looked at by buckets; a larger one is split first.
 const LISTED_MAX: i64 = 20_000;
 /// Into how many parts.
 const PARTS: i64 = 16;
@@ -94,7 +94,7 @@ async fn read(pair: &Pair, plan: &Plan, range: &KeyRange) -> Result<Outcome, Err
     }
     match &plan.key {
         Some(key) if plan.ordered => narrow(pair, plan, key, range, (here, there), &mut outcome).await?,
-        Some(key) => by_bucket_of_key(pair, plan, key, here.0.max(there.0), &mut outcome).await?,
+        Some(key) => by_bucket_of_key(pair, plan, key, &condition, here.0.max(there.0), &mut outcome).await?,
         None => by_bucket_of_row(pair, plan, here.0.max(there.0), &mut outcome).await?,
     }
     Ok(outcome)
@@ -128,7 +128,7 @@ async fn narrow(
     while let Some((range, (here, there))) = left.pop() {
         let rows = here.0.max(there.0);
         if rows <= LISTED_MAX {
-            list(pair, plan, key, &key.within(&range), outcome).await?;
+            by_bucket_of_key(pair, plan, key, &key.within(&range), rows, outcome).await?;
             continue;
         }
         let larger = if here.0 >= there.0 {
@@ -271,9 +271,9 @@ fn bucket_mask(rows: i64) -> i64 {
 }
 
 /// The buckets in which the two sides differ.
-async fn differing_buckets(pair: &Pair, plan: &Plan, bucket: &str) -> Result<Vec<i64>, Error> {
+async fn differing_buckets(pair: &Pair, plan: &Plan, bucket: &str, condition: &str) -> Result<Vec<i64>, Error> {
     let sql = format!(
-        "SELECT {bucket}, count(*), sum({})::text FROM ONLY {} AS t GROUP BY 1",
+        "SELECT {bucket}, count(*), sum({})::text FROM ONLY {} AS t WHERE {condition} GROUP BY 1",
         plan.digest.row_hash(),
         plan.digest.table()
     );
@@ -298,22 +298,22 @@ fn in_buckets(bucket: &str, chosen: &[i64]) -> String {
     format!("{bucket} = ANY ('{{{}}}'::bigint[])", listed.join(","))
 }
 
-/// A key whose order is not known to be the same on both sides: its rows are grouped by a hash of
-/// it instead.
+/// Rows grouped by a hash of their key, in whatever order the two sides keep them: only the rows of
+/// buckets that differ are listed one by one.
 async fn by_bucket_of_key(
     pair: &Pair,
     plan: &Plan,
     key: &WalkKey,
+    condition: &str,
     rows: i64,
     outcome: &mut Outcome,
 ) -> Result<(), Error> {
-    let bucket = format!(
-        "({} & {})",
-        hash(&format!("({}::text)", key.as_text()), 1),
-        bucket_mask(rows)
-    );
-    for chosen in differing_buckets(pair, plan, &bucket).await?.chunks(BUCKETS_AT_ONCE) {
-        list(pair, plan, key, &in_buckets(&bucket, chosen), outcome).await?;
+    let text = format!("concat_ws(E'\\x1F', {})", key.listed());
+    let bucket = format!("({} & {})", hash(&text, 1), bucket_mask(rows));
+    let differing = differing_buckets(pair, plan, &bucket, condition).await?;
+    for chosen in differing.chunks(BUCKETS_AT_ONCE) {
+        let condition = format!("{condition} AND {}", in_buckets(&bucket, chosen));
+        list(pair, plan, key, &condition, outcome).await?;
     }
     Ok(())
 }
@@ -322,7 +322,10 @@ async fn by_bucket_of_key(
 async fn by_bucket_of_row(pair: &Pair, plan: &Plan, rows: i64, outcome: &mut Outcome) -> Result<(), Error> {
     let row_hash = plan.digest.row_hash();
     let bucket = format!("({row_hash} & {})", bucket_mask(rows));
-    for chosen in differing_buckets(pair, plan, &bucket).await?.chunks(BUCKETS_AT_ONCE) {
+    for chosen in differing_buckets(pair, plan, &bucket, "true")
+        .await?
+        .chunks(BUCKETS_AT_ONCE)
+    {
         let sql = format!(
             "SELECT {row_hash}, count(*) FROM ONLY {} AS t WHERE {} GROUP BY 1",
             plan.digest.table(),

@@ -219,3 +219,77 @@ async fn a_secondary_read_at_a_wrong_round_differs() {
     );
     bed.assert_same(&applier).await;
 }
+
+/// Tables that are not alike on both sides though they hold the same rows, and keys whose order is
+/// not known to be the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_column_orders_generated_columns_and_unordered_keys() {
+    let bed = Bed::new(
+        "verify_shapes",
+        "CREATE TABLE odd (k int[] PRIMARY KEY, v text);
+         CREATE TABLE bare ();
+         CREATE TABLE wide (id int PRIMARY KEY);
+         DO $$ BEGIN FOR i IN 1..150 LOOP EXECUTE format('ALTER TABLE wide ADD c%s text', i); END LOOP; END $$",
+    )
+    .await;
+    for (side, columns) in [
+        (
+            Side::Legacy,
+            "id int, a text, b int GENERATED ALWAYS AS (id * 2) STORED, c name",
+        ),
+        (
+            Side::New,
+            "c name, b int GENERATED ALWAYS AS (id * 2) STORED, a text, id int",
+        ),
+    ] {
+        bed.app(side)
+            .await
+            .batch_execute(&format!(
+                "CREATE TABLE turned ({columns}, PRIMARY KEY (id)); CREATE TABLE turned_bag ({columns})"
+            ))
+            .await
+            .unwrap();
+    }
+    bed.install().await;
+    let applier = apply::spawn(bed.config());
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute(
+            "INSERT INTO odd SELECT ARRAY[g, g % 7], 'v' FROM generate_series(1, 3000) g;
+             INSERT INTO bare SELECT FROM generate_series(1, 5);
+             INSERT INTO wide (id, c1, c150) SELECT g, 'x', E'\\x1F' FROM generate_series(1, 300) g;
+             INSERT INTO turned (id, a, c) SELECT g, CASE WHEN g % 2 = 0 THEN '' END, 'c' FROM generate_series(1, 3000) g;
+             INSERT INTO turned_bag (id, a, c) SELECT g % 100, 'a', 'c' FROM generate_series(1, 3000) g",
+        )
+        .await
+        .unwrap();
+    caught_up(&applier).await;
+    assert_equal(&verified(&bed, &applier, &options()).await);
+
+    plant(
+        &bed,
+        "UPDATE odd SET v = 'w' WHERE k = '{5,5}'; DELETE FROM odd WHERE k = '{6,6}'; INSERT INTO odd VALUES ('{}', NULL);
+         DELETE FROM bare WHERE ctid = (SELECT ctid FROM bare LIMIT 1);
+         UPDATE wide SET c75 = '' WHERE id = 7; UPDATE wide SET c149 = c150, c150 = NULL WHERE id = 8;
+         UPDATE turned SET a = '' WHERE id = 1; UPDATE turned SET a = NULL WHERE id = 2; UPDATE turned SET id = 9000 WHERE id = 3;
+         UPDATE turned_bag SET a = 'b' WHERE ctid = (SELECT ctid FROM turned_bag LIMIT 1)",
+    )
+    .await;
+    let report = verified(&bed, &applier, &options()).await;
+    for (name, missing, extra, different) in [
+        ("odd", 1, 1, 1),
+        ("bare", 1, 0, 0),
+        ("wide", 0, 0, 2),
+        ("turned", 1, 1, 2),
+        ("turned_bag", 1, 1, 0),
+    ] {
+        let found = table(&report, name).differing;
+        assert_eq!(
+            (found.missing, found.extra, found.different),
+            (missing, extra, different),
+            "{name}"
+        );
+    }
+    assert_equal(&repaired(&bed, &applier).await);
+    bed.assert_same(&applier).await;
+}
