@@ -170,12 +170,14 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_in_quarantine_is_named_and_not_mended_over() {
+async fn what_is_in_quarantine_is_mended_as_a_whole_or_not_at_all() {
     let mut rig = Rig::new();
     rig.serve(Phase::DualWrite).await;
     let client = rig.client().await;
     client
-        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v int)")
+        .batch_execute(
+            "CREATE TABLE t (id int PRIMARY KEY, v int); CREATE TABLE u (a text); INSERT INTO t VALUES (3, 3)",
+        )
         .await
         .unwrap();
     rig.wait_caught_up().await;
@@ -183,13 +185,39 @@ async fn what_is_in_quarantine_is_named_and_not_mended_over() {
     own.batch_execute("ALTER TABLE t ADD CONSTRAINT small CHECK (v < 100)")
         .await
         .unwrap();
-    client.batch_execute("INSERT INTO t VALUES (1, 200)").await.unwrap();
+    client
+        .batch_execute(
+            "BEGIN; INSERT INTO t VALUES (1, 200), (2, 2); INSERT INTO u VALUES ('x'), ('x'), ('y'); DELETE FROM t WHERE id = 3; COMMIT;
+             UPDATE t SET id = 4 WHERE id = 2; DELETE FROM u WHERE a = 'y'",
+        )
+        .await
+        .unwrap();
     rig.wait_caught_up().await;
-    check(&rig, &["verify"], 1, "1 transactions in quarantine concern it");
-    check(&rig, &["repair"], 2, "quarantine retry");
+    check(&rig, &["verify"], 1, "2 transactions in quarantine concern it");
+    check(&rig, &["repair", "--table", "t"], 2, "quarantine retry");
+    check(&rig, &["repair"], 2, "the secondary refuses");
+    assert_eq!(
+        rig.value(Side::New, "SELECT count(*) FROM pgtandem.quarantine").await,
+        "2"
+    );
     own.batch_execute("ALTER TABLE t DROP CONSTRAINT small").await.unwrap();
-    check(&rig, &["quarantine", "retry"], 0, "1 applied");
+    check(
+        &rig,
+        &["repair"],
+        0,
+        "all that was in quarantine: mended at the cut of round",
+    );
+    check(&rig, &["quarantine", "list"], 0, "the quarantine is empty");
+    let history = "SELECT count(*) FROM pgtandem.quarantine_history WHERE action = 'repaired'";
+    assert_eq!(rig.value(Side::New, history).await, "2");
+    // What comes next on the same keys is mirrored again.
+    client
+        .batch_execute("UPDATE t SET v = v + 1; INSERT INTO u VALUES ('x'); DELETE FROM t WHERE id = 4")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
     check(&rig, &["verify"], 0, "public.t: equal");
+    rig.assert_equal().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,21 +6,23 @@
 //! watermark are written in one transaction, as a round is: an applier that was deposed meanwhile
 //! mends nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::pipeline::ImageArray;
 use super::round::{Ending, Stop, wait_flushed};
-use super::rows::NotWritten;
+use super::rows::{NotWritten, Writes};
 use super::session::{Session, Target};
 use super::statements::Source;
 use super::tables::column_names;
-use super::{ApplyError, doing};
+use super::{ApplyError, doing, image};
 use crate::catalog::Oid;
 use crate::catalog::quote::{identifier, literal};
 use crate::catalog::table::Generated;
 
 /// Keys asked for by one statement.
 const AT_ONCE: usize = 500;
+/// Held changes that are mended at one cut; the applier stands still meanwhile.
+const HELD_MAX: usize = 20_000;
 
 /// What is to be mended.
 #[derive(Debug, Clone)]
@@ -32,6 +34,8 @@ pub enum Mend {
         /// Who asks, for the record.
         actor: String,
     },
+    /// Everything that quarantine concerns, which is empty then.
+    Held { actor: String },
     /// All sequences are copied, whatever this applier believes the secondary to have.
     Sequences,
 }
@@ -84,6 +88,7 @@ impl Session {
                 rows,
                 actor,
             } => self.mend_table(schema, name, rows, actor).await,
+            Mend::Held { actor } => self.mend_held(actor).await,
         }
     }
 
@@ -107,23 +112,118 @@ impl Session {
                     .into(),
             ));
         }
-        let exchange = match self.exchange(rel, rows).await {
-            Ok(exchange) => exchange,
-            Err(error) if error.is_connection() => return Err(error),
-            Err(error) => return Ok(Err(error.to_string())),
+        self.exchange_and_write(&[(rel, rows.clone())], &[], actor).await
+    }
+
+    /// Brings every row that a held transaction touches to what the primary has, and empties the
+    /// quarantine.
+    ///
+    /// Before, the secondary is the primary without the effects of what is held (held.rs). Each of
+    /// these effects is on a row whose key, or without a key whose image, is in a held change. So
+    /// with these rows as on the primary, all of them are; and there is nothing left to retry.
+    async fn mend_held(&mut self, actor: &str) -> Result<Result<Mended, String>, ApplyError> {
+        let (rows, entries) = match self.held_rows().await? {
+            Ok(found) => found,
+            Err(why) => return Ok(Err(why)),
         };
-        match self.write_exchange(rel, exchange, actor).await {
-            Ok(mended) => Ok(Ok(mended)),
-            Err(NotWritten::Surprise(refusal)) => {
-                self.roll_back().await?;
-                Ok(Err(refusal.to_string()))
+        if entries.is_empty() {
+            return Ok(Ok(Mended::default()));
+        }
+        let mended = self.exchange_and_write(&rows, &entries, actor).await?;
+        self.load_held(None).await?;
+        self.summarize_quarantine().await?;
+        Ok(mended)
+    }
+
+    /// The rows that everything in quarantine touches, and its entries; or why they cannot be
+    /// mended.
+    async fn held_rows(&self) -> Result<Result<(Vec<(Oid, MendRows)>, Vec<i64>), String>, ApplyError> {
+        let refused = |what: &str| {
+            Ok(Err(format!(
+                "the quarantine holds {what}; `pgtandem quarantine retry` or `pgtandem quarantine discard` it"
+            )))
+        };
+        let epoch = self.config.epoch.0 as i64;
+        let entries = self
+            .secondary
+            .query(
+                "SELECT q.id FROM pgtandem.quarantine q WHERE q.epoch = $1 ORDER BY q.id",
+                &[&epoch],
+            )
+            .await
+            .map_err(doing("read what is in quarantine"))?;
+        let changes = self
+            .secondary
+            .query(
+                "SELECT c.rel, c.op, c.old, c.new FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q USING (id)
+                  WHERE q.epoch = $1 AND NOT c.void LIMIT $2",
+                &[&epoch, &(HELD_MAX as i64 + 1)],
+            )
+            .await
+            .map_err(doing("read what is in quarantine"))?;
+        if changes.len() > HELD_MAX {
+            return refused("too many changes to be mended at one cut");
+        }
+        let mut images: BTreeMap<Oid, BTreeSet<String>> = BTreeMap::new();
+        for change in &changes {
+            if !matches!(change.get::<_, i8>(1) as u8, b'I' | b'U' | b'D') {
+                return refused("DDL or a TRUNCATE");
             }
-            Err(NotWritten::Failed(error)) => {
-                let refusal = self.refusal_of(error)?;
-                self.roll_back().await?;
-                Ok(Err(refusal.to_string()))
+            let both = [2, 3].into_iter().filter_map(|at| change.get::<_, Option<String>>(at));
+            images.entry(change.get(0)).or_default().extend(both);
+        }
+        let mut rows = Vec::with_capacity(images.len());
+        for (rel, images) in images {
+            let Some(touched) = self.rows_of_images(rel, images) else {
+                return refused("rows of a table that is not mirrored now");
+            };
+            rows.push((rel, touched));
+        }
+        Ok(Ok((rows, entries.iter().map(|row| row.get(0)).collect())))
+    }
+
+    fn rows_of_images(&self, rel: Oid, images: BTreeSet<String>) -> Option<MendRows> {
+        let writer = self.tables.get(rel)?.writer.as_ref()?;
+        let table = writer.table();
+        let Some(key) = &table.key else {
+            return Some(MendRows::Images(images.into_iter().collect()));
+        };
+        let type_of = |name: &String| {
+            let column = table.columns.iter().find(|column| column.name == *name)?;
+            Some((name.clone(), column.type_name.clone()))
+        };
+        let keys: Option<BTreeSet<Vec<String>>> = images
+            .iter()
+            .map(|image| image::key_fields(image.as_bytes(), &writer.key_positions))
+            .collect();
+        Some(MendRows::Keys {
+            columns: key.columns.iter().map(type_of).collect::<Option<_>>()?,
+            keys: keys?.into_iter().collect(),
+        })
+    }
+
+    /// Reads these rows on the primary and writes them here, all or nothing.
+    async fn exchange_and_write(
+        &mut self,
+        rows: &[(Oid, MendRows)],
+        entries: &[i64],
+        actor: &str,
+    ) -> Result<Result<Mended, String>, ApplyError> {
+        let mut exchanges = Vec::with_capacity(rows.len());
+        for (rel, rows) in rows {
+            match self.exchange(*rel, rows).await {
+                Ok(exchange) => exchanges.push((*rel, exchange)),
+                Err(error) if error.is_connection() => return Err(error),
+                Err(error) => return Ok(Err(error.to_string())),
             }
         }
+        let refusal = match self.write_exchanges(&exchanges, entries, actor).await {
+            Ok(mended) => return Ok(Ok(mended)),
+            Err(NotWritten::Surprise(refusal)) => refusal,
+            Err(NotWritten::Failed(error)) => self.refusal_of(error)?,
+        };
+        self.roll_back().await?;
+        Ok(Err(format!("the secondary refuses: {refusal}")))
     }
 
     /// What the primary has of these rows in the round's snapshot.
@@ -191,12 +291,12 @@ impl Session {
         Some(format!("ROW({})::text", fields.join(", ")))
     }
 
-    async fn write_exchange(&mut self, rel: Oid, exchange: Exchange, actor: &str) -> Result<Mended, NotWritten> {
-        let inconsistent = || ApplyError::Inconsistent(format!("table {rel} lost its definition inside a round"));
-        let table = self.tables.get(rel).ok_or_else(inconsistent)?;
-        let writer = table.writer.clone().ok_or_else(inconsistent)?;
-        let names = (literal(&table.schema), literal(&table.name));
-        let target = writer.table().qualified();
+    async fn write_exchanges(
+        &mut self,
+        exchanges: &[(Oid, Exchange)],
+        entries: &[i64],
+        actor: &str,
+    ) -> Result<Mended, NotWritten> {
         let end = Target {
             snapshot: self.since.clone(),
             position: self.position,
@@ -207,76 +307,84 @@ impl Session {
             stop: Stop::Target,
             flushed: 0,
         };
-        let failed = doing("mend rows");
         self.begin_counting(0);
+        let mut begin = Writes::default();
+        begin.begin(self.watermark_sql(&ending));
+        begin.text("SET LOCAL enable_hashjoin = on");
+        self.write(&begin).await?;
         let mut mended = Mended {
             round: self.round + 1,
             ..Mended::default()
         };
-        let mut begin = super::rows::Writes::default();
-        begin.begin(self.watermark_sql(&ending));
-        if let Some((off, _)) = writer.silence() {
-            begin.text(off);
+        for (rel, exchange) in exchanges {
+            let (deleted, inserted) = self.write_exchange(*rel, exchange, actor).await?;
+            mended.deleted += deleted;
+            mended.inserted += inserted;
         }
-        begin.text("SET LOCAL enable_hashjoin = on");
-        self.write(&begin).await?;
-        // All that goes comes first: unique values are free before they are given out again.
-        for condition in &exchange.delete {
-            let sql = format!("DELETE FROM ONLY {target} AS t WHERE {condition}");
-            mended.deleted += self
-                .secondary
-                .execute(&sql, &[])
-                .await
-                .map_err(failed_as("mend rows"))?;
+        for &id in entries {
+            self.leave(id, "repaired", actor, None).await?;
         }
-        for (images, sql, count) in [
-            (&exchange.gone, writer.delete(Source::Parameter), &mut mended.deleted),
-            (&exchange.come, writer.insert(Source::Parameter), &mut mended.inserted),
-        ] {
-            if images.is_empty() {
-                continue;
-            }
-            let images = ImageArray(images.iter().map(|image| image.as_bytes()).collect());
-            *count += self
-                .secondary
-                .execute(&sql, &[&images])
-                .await
-                .map_err(failed_as("mend rows"))?;
-        }
-        if let Some((_, on)) = writer.silence() {
-            self.secondary
-                .batch_execute(&on)
-                .await
-                .map_err(failed_as("mend rows"))?;
-        }
-        let record = format!(
-            "INSERT INTO pgtandem.mended (round, schema, name, deleted, inserted, actor) VALUES ({}, {}, {}, {}, {}, {})",
-            mended.round,
-            names.0,
-            names.1,
-            mended.deleted,
-            mended.inserted,
-            literal(actor)
-        );
-        self.secondary.batch_execute(&record).await.map_err(failed)?;
         // A crash of the primary must not take back what is now on the secondary.
         wait_flushed(&self.aside, end.position, 0).await?;
         self.commit().await?;
         self.reached(&ending);
-        tracing::warn!(
-            schema = names.0,
-            table = names.1,
-            deleted = mended.deleted,
-            inserted = mended.inserted,
-            round = mended.round,
-            "rows were mended from the primary"
-        );
         Ok(mended)
+    }
+
+    /// One table's rows, deleted and inserted.
+    async fn write_exchange(&self, rel: Oid, exchange: &Exchange, actor: &str) -> Result<(u64, u64), NotWritten> {
+        let inconsistent = || ApplyError::Inconsistent(format!("table {rel} lost its definition inside a round"));
+        let table = self.tables.get(rel).ok_or_else(inconsistent)?;
+        let writer = table.writer.as_ref().ok_or_else(inconsistent)?;
+        let target = writer.table().qualified();
+        let silence = writer.silence();
+        if let Some((off, _)) = &silence {
+            self.secondary.batch_execute(off).await.map_err(failed)?;
+        }
+        // All that goes comes first: unique values are free before they are given out again.
+        let mut deleted = 0;
+        for condition in &exchange.delete {
+            let sql = format!("DELETE FROM ONLY {target} AS t WHERE {condition}");
+            deleted += self.secondary.execute(&sql, &[]).await.map_err(failed)?;
+        }
+        deleted += self
+            .execute_with(&writer.delete(Source::Parameter), &exchange.gone)
+            .await?;
+        let inserted = self
+            .execute_with(&writer.insert(Source::Parameter), &exchange.come)
+            .await?;
+        if let Some((_, on)) = &silence {
+            self.secondary.batch_execute(on).await.map_err(failed)?;
+        }
+        let record = format!(
+            "INSERT INTO pgtandem.mended (round, schema, name, deleted, inserted, actor) VALUES ({}, {}, {}, {deleted}, {inserted}, {})",
+            self.round + 1,
+            literal(&table.schema),
+            literal(&table.name),
+            literal(actor)
+        );
+        self.secondary.batch_execute(&record).await.map_err(failed)?;
+        tracing::warn!(
+            schema = table.schema,
+            table = table.name,
+            deleted,
+            inserted,
+            "rows are mended from the primary"
+        );
+        Ok((deleted, inserted))
+    }
+
+    async fn execute_with(&self, sql: &str, images: &[String]) -> Result<u64, NotWritten> {
+        if images.is_empty() {
+            return Ok(0);
+        }
+        let images = ImageArray(images.iter().map(String::as_bytes).collect());
+        self.secondary.execute(sql, &[&images]).await.map_err(failed)
     }
 }
 
-fn failed_as(what: &'static str) -> impl FnOnce(tokio_postgres::Error) -> NotWritten {
-    move |error| NotWritten::Failed(doing(what)(error))
+fn failed(error: tokio_postgres::Error) -> NotWritten {
+    NotWritten::Failed(doing("mend rows")(error))
 }
 
 /// The condition that a row `t` has one of these keys.

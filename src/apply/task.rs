@@ -302,9 +302,17 @@ impl Task {
             return Ok(());
         };
         let mended = session.mend(&mend).await;
-        session.end_read().await?;
+        if mended.is_ok() {
+            session.end_read().await?;
+        }
         self.publish(session, began);
-        answer.send(mended?).ok();
+        match mended {
+            Ok(outcome) => answer.send(outcome).ok(),
+            Err(error) => {
+                answer.send(Err(error.to_string())).ok();
+                return Err(error);
+            }
+        };
         Ok(())
     }
 

@@ -33,6 +33,9 @@ pub async fn repair(
         keep: AT_ONE_PASS,
         ..options.clone()
     };
+    if options.chosen == Chosen::All {
+        mend_held(sides, actor, events).await?;
+    }
     let mut report = look(sides, &looking, events).await?;
     for _ in 0..PASSES_MAX {
         let differing: Vec<&TableReport> = report
@@ -149,6 +152,23 @@ async fn mend_table(
         events.send(event).await.map_err(|_| VerifyError::Abandoned)?;
     }
     Ok(())
+}
+
+/// What is in quarantine first: its rows differ, and can only be mended together.
+async fn mend_held(sides: Sides<'_>, actor: &str, events: &mpsc::Sender<Event>) -> Result<(), VerifyError> {
+    let actor = actor.to_owned();
+    let mended = mend(sides, Mend::Held { actor }).await?;
+    if mended.round == 0 {
+        return Ok(());
+    }
+    let event = Event::Mended {
+        database: sides.database.to_owned(),
+        table: "all that was in quarantine".into(),
+        round: mended.round,
+        deleted: mended.deleted,
+        inserted: mended.inserted,
+    };
+    events.send(event).await.map_err(|_| VerifyError::Abandoned)
 }
 
 async fn mend(sides: Sides<'_>, order: Mend) -> Result<Mended, VerifyError> {
