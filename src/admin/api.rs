@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{Entry, Healed, Outcome};
+use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::control::{Epoch, Phase, Side};
 
 /// `GET /api/v1/status`
@@ -142,6 +142,9 @@ pub struct TableStatus {
     /// Why a table that was synced no longer is.
     pub note: Option<String>,
     pub diverged: u64,
+    /// When, and at which cut, a verification last found both sides equal.
+    #[serde(default)]
+    pub verified: Option<Verified>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -290,6 +293,28 @@ pub struct HealAnswer {
     pub databases: BTreeMap<String, Healed>,
     /// Whether nothing is left.
     pub done: bool,
+}
+
+/// `POST /api/v1/verify`, answered by [`Event`](crate::reconcile::report::Event)s, a JSON line each.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VerifyRequest {
+    /// May be left out: all of them.
+    #[serde(default)]
+    pub database: Option<String>,
+    /// `schema.name` or `name`; none: all, with the sequences.
+    #[serde(default)]
+    pub tables: Vec<String>,
+    /// Differing rows are shown as they are, not as their hash.
+    #[serde(default)]
+    pub plain: bool,
+    #[serde(default)]
+    pub workers: Option<usize>,
+    /// Rows per second on each side.
+    #[serde(default)]
+    pub rate: Option<u64>,
+    /// `POST /api/v1/repair`: who asks, for the record.
+    #[serde(default)]
+    pub actor: Option<String>,
 }
 
 /// `GET /api/v1/explain?sql=…`

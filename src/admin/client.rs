@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, Connection, SendRequest};
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::api::Failure;
 use crate::config::{Admin, Secret};
@@ -56,9 +57,50 @@ impl AdminClient {
         self.ask(Method::POST, path, body.into()).await
     }
 
-    /// The answer's document, whether the status says yes (2xx) or no (408, 409): both carry
-    /// one. Anything else is a [`Failure`].
-    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<T, AdminError> {
+    /// Hands over each JSON line of the answer as it comes.
+    pub async fn post_for_lines<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl serde::Serialize,
+        mut each: impl FnMut(T),
+    ) -> Result<(), AdminError> {
+        let body = serde_json::to_vec(body).map_err(|error| self.unreadable(error))?;
+        let (mut sender, connection) = self.connect().await?;
+        // Ended with this call, whoever drops it.
+        let _driver = AbortOnDropHandle::new(tokio::spawn(async move {
+            connection.await.ok();
+        }));
+        let request = self.request(Method::POST, path, body.into())?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| self.unreadable(error))?;
+        let status = response.status();
+        let mut body = response.into_body();
+        let mut left: Vec<u8> = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| self.unreadable(error))?;
+            let Ok(data) = frame.into_data() else { continue };
+            left.extend_from_slice(&data);
+            while status.is_success()
+                && let Some(end) = left.iter().position(|byte| *byte == b'\n')
+            {
+                each(serde_json::from_slice(&left[..end]).map_err(|error| self.unreadable(error))?);
+                left.drain(..=end);
+            }
+        }
+        if status.is_success() {
+            return Ok(());
+        }
+        match serde_json::from_slice::<Failure>(&left) {
+            Ok(failure) => Err(AdminError::Refused(failure.error)),
+            Err(_) => Err(self.unreadable(format!("status {status}"))),
+        }
+    }
+
+    async fn connect(
+        &self,
+    ) -> Result<(SendRequest<Full<Bytes>>, Connection<TokioIo<TcpStream>, Full<Bytes>>), AdminError> {
         let not_running = |cause: String| AdminError::NotRunning {
             address: self.address,
             cause,
@@ -66,9 +108,12 @@ impl AdminClient {
         let stream = TcpStream::connect(self.address)
             .await
             .map_err(|error| not_running(error.to_string()))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| not_running(error.to_string()))?;
+            .map_err(|error| not_running(error.to_string()))
+    }
+
+    fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>, AdminError> {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -77,7 +122,18 @@ impl AdminClient {
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {}", token.expose()));
         }
-        let request = request.body(Full::new(body)).map_err(|error| self.unreadable(error))?;
+        request.body(Full::new(body)).map_err(|error| self.unreadable(error))
+    }
+
+    /// The answer's document, whether the status says yes (2xx) or no (408, 409): both carry
+    /// one. Anything else is a [`Failure`].
+    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<T, AdminError> {
+        let not_running = |cause: String| AdminError::NotRunning {
+            address: self.address,
+            cause,
+        };
+        let (mut sender, connection) = self.connect().await?;
+        let request = self.request(method, path, body)?;
         let exchange = async {
             let response = sender.send_request(request).await?;
             let status = response.status();

@@ -13,6 +13,7 @@
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
+//! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -20,9 +21,11 @@
 pub mod api;
 pub mod client;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
@@ -33,13 +36,15 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
     DiscardRequest, ExplainAnswer, Failure, HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer,
-    RetryRequest, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    RetryRequest, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
+use crate::reconcile::report::Event;
 
 /// What an operator may ask of the running proxy.
 pub trait Operations: Send + Sync + 'static {
@@ -56,6 +61,9 @@ pub trait Operations: Send + Sync + 'static {
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
     fn heal(&self, request: HealRequest) -> impl Future<Output = Result<HealAnswer, String>> + Send;
+    /// Compares existing rows, or mends them. Events until it is done; dropping the receiver ends
+    /// it.
+    fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String>;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
 }
 
@@ -74,6 +82,8 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/switchover", post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/explain", get(explain::<O>))
+        .route("/api/v1/verify", post(verify::<O>))
+        .route("/api/v1/repair", post(repair::<O>))
         .route("/api/v1/quarantine", get(quarantine::<O>))
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
@@ -154,6 +164,32 @@ struct ExplainQuery {
 
 async fn explain<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<ExplainQuery>) -> Response {
     Json(operations.explain(&query.sql).await).into_response()
+}
+
+async fn verify<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<VerifyRequest>) -> Response {
+    lines(operations.reconcile(request, false))
+}
+
+async fn repair<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<VerifyRequest>) -> Response {
+    lines(operations.reconcile(request, true))
+}
+
+/// A body that grows as events come.
+fn lines(events: Result<mpsc::Receiver<Event>, String>) -> Response {
+    let events = match events {
+        Ok(events) => events,
+        Err(why) => return failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    };
+    let lines = futures_util::stream::unfold(events, |mut events| async {
+        let mut line = serde_json::to_vec(&events.recv().await?).unwrap_or_default();
+        line.push(b'\n');
+        Some((Ok::<_, Infallible>(line), events))
+    });
+    (
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
 }
 
 async fn quarantine<O: Operations>(State(operations): State<Arc<O>>) -> Response {

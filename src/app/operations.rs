@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::shadows::Shadows;
@@ -11,15 +12,21 @@ use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
     DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry,
-    QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest,
+    WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
+use crate::reconcile::report::Event;
+use crate::reconcile::{Chosen, Options};
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
 
 /// An order is carried out at the end of a round; that may take as long as a backlog does.
 const ORDER_MAX: Duration = Duration::from_secs(60);
+
+/// Each takes a connection to both servers.
+const WORKERS_MAX: usize = 16;
 
 /// The admin server hands out clones of the one world.
 impl Operations for World {
@@ -203,6 +210,39 @@ impl Operations for World {
             answer.databases.insert(tandem.name().to_owned(), healed);
         }
         Ok(answer)
+    }
+
+    fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String> {
+        let control = self.control_now();
+        if !control.phase.mirrors() {
+            return Err(format!("phase {} mirrors nothing, so there are no cuts", control.phase));
+        }
+        let tandems = self.chosen(request.database.as_deref(), !request.tables.is_empty())?;
+        let chosen = match request.tables.is_empty() {
+            true => Chosen::All,
+            false => Chosen::Named(request.tables),
+        };
+        let usual = Options::of(chosen);
+        let options = Options {
+            workers: request.workers.unwrap_or(usual.workers).clamp(1, WORKERS_MAX),
+            rate: request.rate.filter(|rate| *rate > 0),
+            plain: request.plain,
+            ..usual
+        };
+        let actor = mend.then(|| request.actor.unwrap_or_else(|| "unknown".into()));
+        let (events, heard) = mpsc::channel(64);
+        tokio::spawn(async move {
+            for tandem in tandems {
+                let done = tandem.reconcile(control, &options, actor.clone(), &events).await;
+                if let Err(error) = done {
+                    let database = tandem.name().to_owned();
+                    // Nobody may listen any more.
+                    events.send(Event::Failed { database, error }).await.ok();
+                    return;
+                }
+            }
+        });
+        Ok(heard)
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

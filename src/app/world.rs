@@ -278,7 +278,7 @@ impl World {
 
     fn new_tandem(&self, pair: Arc<Pair>) -> Arc<Tandem> {
         let config = self.config.load();
-        Tandem::new(pair, config.journal, config.writes, config.stray_writers)
+        Tandem::new(pair, config.journal, config.writes, config.stray_writers, config.verify)
     }
 
     /// Under `"*"`, databases come and go: looks for them as long as the process lives.
@@ -390,6 +390,9 @@ impl World {
         }
         if old.journal != new.journal {
             return fixed("journal");
+        }
+        if old.verify != new.verify {
+            return fixed("verify");
         }
         let of_quarantine = |config: &Config| {
             (

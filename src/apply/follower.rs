@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::lease::Lease;
 use super::session::{WatermarkRow, connect_primary, read_watermark};
 use super::status::{ApplierStatus, Seeding, TableStatus, WatermarkStatus};
+use super::tables::{VERIFIED, verified};
 use super::{ApplierConfig, ApplyError, doing};
 use crate::catalog::snapshot::Snapshot;
 use crate::journal::read::{lsn, window_sql};
@@ -179,9 +180,11 @@ async fn age_of_watermark(secondary: &Control) -> Result<Duration, ApplyError> {
 async fn read_tables(secondary: &Control) -> Result<Vec<TableStatus>, ApplyError> {
     let rows = secondary
         .query(
-            "SELECT s.schema, s.name, s.state, s.paused, s.note,
-                    (SELECT count(*) FROM pgtandem.divergence d WHERE d.schema = s.schema AND d.name = s.name)
-               FROM pgtandem.seeding s ORDER BY s.schema, s.name",
+            &format!(
+                "SELECT s.schema, s.name, s.state, s.paused, s.note,
+                    (SELECT count(*) FROM pgtandem.divergence d WHERE d.schema = s.schema AND d.name = s.name), {VERIFIED}
+               FROM pgtandem.seeding s LEFT JOIN pgtandem.verified v USING (schema, name) ORDER BY s.schema, s.name"
+            ),
             &[],
         )
         .await
@@ -195,6 +198,7 @@ async fn read_tables(secondary: &Control) -> Result<Vec<TableStatus>, ApplyError
             paused: row.get(3),
             note: row.get(4),
             diverged: row.get::<_, i64>(5) as u64,
+            verified: verified(row, 6),
         })
         .collect())
 }

@@ -112,6 +112,7 @@ async fn captured_tables(primary: &Control) -> Result<Vec<TableStatus>, ApplyErr
             paused: None,
             note: Some(MIRRORING_STOPPED.into()),
             diverged: 0,
+            verified: None,
         })
         .collect())
 }

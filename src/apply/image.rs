@@ -23,6 +23,18 @@ pub fn key(image: &[u8], positions: &[usize]) -> Option<Vec<u8>> {
     Some(key)
 }
 
+/// The same fields one by one.
+pub fn key_fields(image: &[u8], positions: &[usize]) -> Option<Vec<String>> {
+    let last = *positions.iter().max()?;
+    let mut reader = Fields::new(image)?;
+    let mut fields = Vec::with_capacity(last + 1);
+    while fields.len() <= last {
+        fields.push(reader.next_field()?);
+    }
+    let texts = positions.iter().map(|&position| fields[position].clone());
+    texts.map(|field| String::from_utf8(field?).ok()).collect()
+}
+
 /// The same fields for people: `(5,abc)`.
 pub fn key_text(image: &[u8], positions: &[usize]) -> Option<String> {
     let last = *positions.iter().max()?;
@@ -156,6 +168,9 @@ mod tests {
         assert_eq!(key(b"(1)", &[]), None);
         assert_eq!(key_text(b"(1,\"a b\",3)", &[1, 0]).as_deref(), Some("(a b,1)"));
         assert_eq!(key_text(b"(1)", &[]), None);
+        let fields = key_fields(b"(1,\"a \"\"b\",)", &[1, 0]).unwrap();
+        assert_eq!(fields, ["a \"b", "1"]);
+        assert_eq!(key_fields(b"(1,)", &[1]), None);
     }
 
     proptest! {

@@ -33,6 +33,7 @@ pub mod image;
 mod isolate;
 mod lease;
 mod memory;
+mod mend;
 pub mod pipeline;
 pub mod plan;
 mod quarantine;
@@ -54,8 +55,11 @@ use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
 pub use heal::{HealOrder, Healed};
+pub use mend::{Mend, MendRows, Mended};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
-pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
+pub use status::{
+    ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, Verified, WatermarkStatus,
+};
 pub use task::{Applier, Cut, HeldCut, Stopped, spawn};
 
 pub use crate::journal::read::ReadBy;

@@ -705,7 +705,13 @@ impl Session {
         }
     }
 
-    async fn leave(&self, id: i64, action: &str, actor: &str, reason: Option<&str>) -> Result<(), ApplyError> {
+    pub(super) async fn leave(
+        &self,
+        id: i64,
+        action: &str,
+        actor: &str,
+        reason: Option<&str>,
+    ) -> Result<(), ApplyError> {
         self.secondary
             .execute(
                 "SELECT pgtandem.leave_quarantine($1, $2, $3, $4)",

@@ -89,6 +89,11 @@ impl Writer {
         }
     }
 
+    /// How the secondary writes a row `t` as the primary's image.
+    pub fn row_text(&self) -> &str {
+        &self.row_text
+    }
+
     pub fn table(&self) -> &Table {
         &self.table
     }

@@ -65,6 +65,18 @@ pub struct TableStatus {
     pub note: Option<String>,
     /// Old images that were not found as they should be, and rows found where none should be.
     pub diverged: u64,
+    /// When a verification last found both sides equal.
+    pub verified: Option<Verified>,
+}
+
+/// The cut at which a table was last proved equal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+pub struct Verified {
+    /// RFC 3339, UTC.
+    pub at: String,
+    pub round: u64,
+    /// The end of the primary's log there.
+    pub position: String,
 }
 
 /// A table or other object whose contents are not mirrored, and why.

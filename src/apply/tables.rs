@@ -7,7 +7,7 @@ use tokio_postgres::{Client, Statement};
 
 use super::ApplyError;
 use super::statements::Writer;
-use super::status::{Seeding, TableStatus};
+use super::status::{Seeding, TableStatus, Verified};
 use crate::apply::doing;
 use crate::catalog::{Oid, table};
 use crate::journal::read::Shape;
@@ -28,6 +28,7 @@ pub(super) struct Mirrored {
     /// How to write it; `None` while paused.
     pub writer: Option<Writer>,
     pub diverged: u64,
+    pub verified: Option<Verified>,
     /// The columns of the primary's unique indexes; read when a row stands in the way of one here.
     pub theirs: Vec<Vec<String>>,
     prepared: HashMap<String, Statement>,
@@ -60,6 +61,7 @@ impl Mirrored {
             paused: self.paused.clone(),
             note: self.note.clone(),
             diverged: self.diverged,
+            verified: self.verified.clone(),
         }
     }
 }
@@ -76,9 +78,11 @@ impl Tables {
     pub(super) async fn load(secondary: &Client) -> Result<Self, ApplyError> {
         let rows = secondary
             .query(
-                "SELECT s.rel, s.local, s.schema, s.name, s.state, s.paused, s.note, s.columns, s.shape, s.filenode, s.attributes,
-                        (SELECT count(*) FROM pgtandem.divergence d WHERE d.schema = s.schema AND d.name = s.name)
-                   FROM pgtandem.seeding s",
+                &format!(
+                    "SELECT s.rel, s.local, s.schema, s.name, s.state, s.paused, s.note, s.columns, s.shape, s.filenode, s.attributes,
+                        (SELECT count(*) FROM pgtandem.divergence d WHERE d.schema = s.schema AND d.name = s.name), {VERIFIED}
+                   FROM pgtandem.seeding s LEFT JOIN pgtandem.verified v USING (schema, name)"
+                ),
                 &[],
             )
             .await
@@ -102,6 +106,7 @@ impl Tables {
                 },
                 writer: None,
                 diverged: row.get::<_, i64>(11) as u64,
+                verified: verified(row, 12),
                 theirs: Vec::new(),
                 prepared: HashMap::new(),
             };
@@ -213,6 +218,19 @@ impl Tables {
         };
         mirrored.prepare(client, sql).await.map(Some)
     }
+}
+
+/// When and at which cut `v`, a row of `pgtandem.verified`, says that a table was equal.
+pub(super) const VERIFIED: &str =
+    r#"to_char(v.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), v.round, v.position::text"#;
+
+/// What [`VERIFIED`] gives, from this column on.
+pub(super) fn verified(row: &tokio_postgres::Row, column: usize) -> Option<Verified> {
+    Some(Verified {
+        at: row.get::<_, Option<String>>(column)?,
+        round: row.get::<_, i64>(column + 1) as u64,
+        position: row.get(column + 2),
+    })
 }
 
 /// What is held of the table in quarantine means nothing any more: it needs seeding as a whole.

@@ -18,6 +18,7 @@ use super::follower::{Follower, Sight, count_strays};
 use super::heal::{HealOrder, Healed};
 use super::lease::{self, Lease, this_proxy};
 use super::memory::Memory;
+use super::mend::{Mend, Mended};
 use super::quarantine::{Order, Outcome};
 use super::seeding::CatalogWatch;
 use super::session::Session;
@@ -103,6 +104,12 @@ struct HealOrdered {
     answer: oneshot::Sender<Result<Healed, String>>,
 }
 
+/// Rows to be mended, and where the outcome goes.
+struct Mending {
+    mend: Mend,
+    answer: oneshot::Sender<Result<Mended, String>>,
+}
+
 /// Up to which ticket rounds have been applied.
 #[derive(Debug, Clone, Default)]
 struct Done {
@@ -118,6 +125,7 @@ pub struct Applier {
     cuts: mpsc::Sender<oneshot::Sender<HeldCut>>,
     orders: mpsc::Sender<Ordered>,
     heals: mpsc::Sender<HealOrdered>,
+    mendings: mpsc::Sender<Mending>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -129,6 +137,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
     let (cuts, cut_requests) = mpsc::channel(CUT_REQUESTS_MAX);
     let (orders, order_requests) = mpsc::channel(1);
     let (heals, heal_requests) = mpsc::channel(1);
+    let (mendings, mending_requests) = mpsc::channel(1);
     let task = Task {
         config: Arc::new(config),
         shared: shared.clone(),
@@ -137,6 +146,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
         cut_requests,
         order_requests,
         heal_requests,
+        mending_requests,
         next_order: None,
     };
     Applier {
@@ -146,6 +156,7 @@ pub fn spawn(config: ApplierConfig) -> Applier {
         cuts,
         orders,
         heals,
+        mendings,
         _task: AbortOnDropHandle::new(tokio::spawn(task.run())),
     }
 }
@@ -213,6 +224,18 @@ impl Applier {
         outcome.await.map_err(|_| Stopped.to_string())?
     }
 
+    /// Mends rows of the secondary at the end of a round that begins after this call.
+    ///
+    /// # Errors
+    /// Why nothing was mended.
+    pub async fn mend(&self, mend: Mend) -> Result<Mended, String> {
+        let (answer, outcome) = oneshot::channel();
+        let sent = self.mendings.send(Mending { mend, answer }).await;
+        sent.map_err(|_| Stopped.to_string())?;
+        self.shared.wake.notify_one();
+        outcome.await.map_err(|_| Stopped.to_string())?
+    }
+
     /// Makes a halted applier go on; the others are not concerned.
     pub fn go_on(&self) {
         if matches!(self.status.borrow().state, ApplierState::Halted { .. }) {
@@ -241,6 +264,7 @@ struct Task {
     cut_requests: mpsc::Receiver<oneshot::Sender<HeldCut>>,
     order_requests: mpsc::Receiver<Ordered>,
     heal_requests: mpsc::Receiver<HealOrdered>,
+    mending_requests: mpsc::Receiver<Mending>,
     /// Taken while halted, to be carried out once that has ended.
     next_order: Option<Ordered>,
 }
@@ -296,6 +320,26 @@ impl Task {
         }
     }
 
+    /// Mends what somebody asked for, while the round's snapshot is open on the primary.
+    async fn mend(&self, session: &mut Session, mending: Option<Mending>, began: Instant) -> Result<(), ApplyError> {
+        let Some(Mending { mend, answer }) = mending else {
+            return Ok(());
+        };
+        let mended = session.mend(&mend).await;
+        if mended.is_ok() {
+            session.end_read().await?;
+        }
+        self.publish(session, began);
+        match mended {
+            Ok(outcome) => answer.send(outcome).ok(),
+            Err(error) => {
+                answer.send(Err(error.to_string())).ok();
+                return Err(error);
+            }
+        };
+        Ok(())
+    }
+
     /// Orders that come while no round is applied. A retry ends a halt; nothing else can be
     /// carried out now.
     fn take_orders(&mut self, halted: bool, why: &str) {
@@ -310,6 +354,9 @@ impl Task {
             } else {
                 ordered.answer.send(Err(format!("not now: {why}"))).ok();
             }
+        }
+        while let Ok(mending) = self.mending_requests.try_recv() {
+            mending.answer.send(Err(format!("not now: {why}"))).ok();
         }
         if !halted && let Some(ordered) = self.next_order.take() {
             ordered.answer.send(Err(format!("not now: {why}"))).ok();
@@ -448,6 +495,10 @@ impl Task {
             let ticket = self.shared.wanted.load(Ordering::SeqCst);
             let sequences_wanted = self.shared.wanted_sequences.swap(0, Ordering::SeqCst) > 0;
             let request = self.cut_requests.try_recv().ok().filter(|request| !request.is_closed());
+            let mending = match &request {
+                None => self.mending_requests.try_recv().ok(),
+                Some(_) => None,
+            };
             let began = Instant::now();
             if first {
                 // Tables must be known before their first changes are.
@@ -458,7 +509,7 @@ impl Task {
             if self.shared.tables_changed.swap(false, Ordering::SeqCst) {
                 session.tables = super::tables::Tables::load(&session.secondary).await?;
             }
-            let result = session.round(request.is_some()).await;
+            let result = session.round(request.is_some() || mending.is_some()).await;
             if result.is_err() && sequences_wanted {
                 self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
             }
@@ -475,6 +526,7 @@ impl Task {
                 ticket,
                 cut: Some(cut.clone()),
             });
+            self.mend(&mut session, mending, began).await?;
             if request.is_none() {
                 self.carry_out(&mut session, began).await?;
                 self.heal(&mut session, &mut watch).await?;
@@ -508,7 +560,10 @@ impl Task {
             } else {
                 (pause * 3 / 2).min(self.config.poll_max)
             };
-            if self.shared.wanted.load(Ordering::SeqCst) > ticket || !self.cut_requests.is_empty() {
+            if self.shared.wanted.load(Ordering::SeqCst) > ticket
+                || !self.cut_requests.is_empty()
+                || !self.mending_requests.is_empty()
+            {
                 // Somebody waits: rounds follow each other without a pause.
                 continue;
             }

@@ -5,6 +5,7 @@
 mod explain;
 mod mismatches;
 mod quarantine;
+mod reconcile;
 mod schema;
 mod status;
 mod switchover;
@@ -123,6 +124,29 @@ enum Command {
         #[arg(long, value_name = "ID")]
         fingerprint: Option<String>,
     },
+    /// Compare the rows of both sides, exactly, while applications write. Exit 1 on any difference
+    /// or where something could not be compared.
+    Verify {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        #[command(flatten)]
+        which: reconcile::Which,
+    },
+    /// Bring rows of the secondary that differ to what the primary has, and compare them again.
+    /// Exit 1 when something still differs.
+    Repair {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        #[command(flatten)]
+        which: reconcile::Which,
+        /// Show what would be mended and change nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// What the secondary refused: show it, apply it again, or drop it.
     Quarantine {
         #[command(subcommand)]
@@ -200,6 +224,21 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             since,
             fingerprint,
         } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
+        Command::Verify { common, output, which } => {
+            reconcile::run(&common, output.json, which, reconcile::Doing::Verify).await
+        }
+        Command::Repair {
+            common,
+            output,
+            which,
+            dry_run,
+        } => {
+            let doing = match dry_run {
+                true => reconcile::Doing::DryRun,
+                false => reconcile::Doing::Repair,
+            };
+            reconcile::run(&common, output.json, which, doing).await
+        }
         Command::Quarantine { action } => quarantine::run(action).await,
         Command::Schema { action } => schema::run(action).await,
         Command::Explain { common, output, sql } => explain::run(&client(&common)?, output.json, &sql).await,
@@ -245,6 +284,11 @@ fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// One JSON line; what cannot be written as JSON does not exist.
+fn print_line(value: &impl serde::Serialize) {
+    say(&serde_json::to_string(value).unwrap_or_default());
+}
+
 /// Facts go to stdout. A reader that went away (`pgtandem … | head`) is no error.
 fn say(line: &str) {
     use std::io::Write;
@@ -276,6 +320,9 @@ mod tests {
         assert!(parse("pgtandem schema heal --table public.a --table b --dry-run").is_ok());
         assert!(parse("pgtandem quarantine retry --json").is_ok());
         assert!(parse("pgtandem quarantine retry 3").is_ok());
+        assert!(parse("pgtandem verify --table a --table s.b --values plain --report r.json").is_ok());
+        assert!(parse("pgtandem verify --dry-run").is_err());
+        assert!(parse("pgtandem repair --dry-run --json").is_ok());
         assert!(parse("pgtandem quarantine discard 3").is_err());
         assert!(parse("pgtandem quarantine discard 3 --reason stale").is_ok());
     }

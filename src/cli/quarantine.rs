@@ -167,7 +167,7 @@ fn said(answer: Result<QuarantineAnswer, AdminError>, json: bool, done: &str) ->
 }
 
 /// Who is at the keyboard, as far as the environment says.
-fn actor() -> String {
+pub(super) fn actor() -> String {
     ["PGTANDEM_ACTOR", "SUDO_USER", "USER", "LOGNAME"]
         .iter()
         .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))

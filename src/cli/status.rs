@@ -224,6 +224,20 @@ fn print_mirroring(mirroring: &Mirroring) {
             table.name, table.seeding
         ));
     }
+    let proved: Vec<_> = mirroring
+        .tables
+        .iter()
+        .filter_map(|table| table.verified.as_ref())
+        .collect();
+    if let Some(oldest) = proved.iter().min_by_key(|verified| &verified.at) {
+        say(&format!(
+            "  verified   {} of {} tables, the longest ago at {} (round {})",
+            proved.len(),
+            mirroring.tables.len(),
+            oldest.at,
+            oldest.round
+        ));
+    }
     if remarkable.len() > TABLES_MAX {
         say(&format!("             and {} more", remarkable.len() - TABLES_MAX));
     }
@@ -245,7 +259,7 @@ fn print_shadow_reads(reads: &ShadowReads) {
 }
 
 /// `1.5 MiB`; powers of 1024.
-fn human_bytes(bytes: u64) -> String {
+pub(super) fn human_bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
     let mut unit = 0;

@@ -33,6 +33,7 @@ pub struct Config {
     pub reads: Reads,
     pub mismatch_log: MismatchLog,
     pub switchover: Switchover,
+    pub verify: Verify,
     pub stray_writers: StrayWriters,
 }
 
@@ -40,6 +41,26 @@ impl Config {
     /// Reads, substitutes `${NAME}`, parses and checks the file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         raw::load(path)
+    }
+}
+
+/// Comparing all tables over and over while the proxy runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verify {
+    pub continuous: bool,
+    /// Rows per second on each side.
+    pub rate: u64,
+    /// Between the end of one pass and the beginning of the next.
+    pub pause: Duration,
+}
+
+impl Default for Verify {
+    fn default() -> Self {
+        Self {
+            continuous: false,
+            rate: 20_000,
+            pause: Duration::from_secs(60),
+        }
     }
 }
 

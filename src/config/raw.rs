@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use serde::{Deserialize, de};
 
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits, LoggedValues,
-    MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, WhenFull, WhenLate, Writes,
+    MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -107,6 +108,8 @@ struct RawConfig {
     mismatch_log: RawMismatchLog,
     #[serde(default)]
     switchover: RawSwitchover,
+    #[serde(default)]
+    verify: RawVerify,
     #[serde(default = "default_stray_writers")]
     stray_writers: RawStrayWriters,
 }
@@ -179,6 +182,11 @@ impl RawConfig {
             },
             switchover: Switchover {
                 drain_timeout: self.switchover.drain_timeout.0,
+            },
+            verify: Verify {
+                continuous: self.verify.continuous,
+                rate: self.verify.rate.get(),
+                pause: self.verify.pause.0,
             },
             stray_writers: match self.stray_writers {
                 RawStrayWriters::Refuse => StrayWriters::Refuse,
@@ -437,6 +445,25 @@ impl Default for RawSwitchover {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawVerify {
+    continuous: bool,
+    rate: NonZeroU64,
+    pause: Seconds,
+}
+
+impl Default for RawVerify {
+    fn default() -> Self {
+        let usual = Verify::default();
+        Self {
+            continuous: usual.continuous,
+            rate: NonZeroU64::new(usual.rate).unwrap_or(NonZeroU64::MIN),
+            pause: Seconds(usual.pause),
+        }
+    }
+}
+
+#[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum RawStrayWriters {
     Refuse,
@@ -610,6 +637,7 @@ databases:
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
         assert_eq!(config.auth.method, AuthMethod::Scram);
         assert_eq!(config.writes, Writes::default());
+        assert_eq!(config.verify, Verify::default());
     }
 
     #[test]

@@ -1,10 +1,59 @@
-//! Existing rows. So far: tables that were not empty when their capture began are compared at a
-//! cut, and those that are equal count as synced from there on.
+//! Existing rows: comparing them, and mending what differs, at cuts.
 //!
-//! Called by the app for each applier that it starts. Nothing here changes a row of a table.
-//! [`schema`] is pure, and used by the applier and the commands as well.
+//! | file | holds |
+//! | --- | --- |
+//! | `key.rs` | by which key a table is walked, and ranges of it |
+//! | `digest.rs` | how a row becomes a checksum that both servers compute alike |
+//! | `readers.rs` | connections that read one cut |
+//! | `compare.rs` | one range, down to the rows that differ |
+//! | `verify.rs` | all tables, batch by batch |
+//! | `sequences.rs` | sequences, which no snapshot shows |
+//! | `repair.rs` | verify, mend, verify again |
+//! | `report.rs` | what is said of it |
+//! | `schema/` | definitions: which statements bring one side in line with the other; pure |
 
+mod compare;
+pub mod digest;
+pub mod key;
+mod readers;
+mod repair;
+pub mod report;
 pub mod schema;
+mod sequences;
 mod verify;
 
-pub use verify::{VerifyError, verify_unseeded};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+pub use repair::repair;
+pub use verify::{Chosen, Options, SecondarySnapshot, Sides, verify, verify_over_and_over, verify_unseeded};
+
+use crate::apply::Stopped;
+use crate::upstream::control::{ConnectError, error_chain};
+
+/// Why existing rows could not be compared or mended.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("{}", error_chain(.0))]
+    Postgres(#[from] tokio_postgres::Error),
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    #[error("the cut was released before both snapshots were taken")]
+    TooSlow,
+    #[error("no mirrored table is called {0}")]
+    NoSuchTable(String),
+    #[error("{0} is the name of several tables; say which schema")]
+    Ambiguous(String),
+    /// Nobody listens any more.
+    #[error("abandoned by whoever asked")]
+    Abandoned,
+    #[error("{0}")]
+    NotMended(String),
+}
+
+/// RFC 3339, UTC.
+fn now() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
+}

@@ -126,6 +126,7 @@ mod tests {
             paused: paused.map(str::to_owned),
             note: None,
             diverged: 0,
+            verified: None,
         }
     }
 

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_postgres::Client;
@@ -13,10 +13,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::recover::{Observed, Recorded};
 use crate::admin::api::{self, DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
-use crate::config::{DatabaseConfig, Journal, StrayWriters, Target, Writes};
+use crate::config::{DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
-use crate::reconcile;
+use crate::reconcile::report::Event;
+use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
 use crate::upstream::control::{connect, error_chain};
 
@@ -37,6 +38,7 @@ pub struct Tandem {
     journal: Journal,
     writes: Writes,
     stray_writers: StrayWriters,
+    verify: Verify,
     applier: Mutex<Option<Arc<Applier>>>,
     servers: watch::Receiver<[ServerStatus; 2]>,
     _watching: AbortOnDropHandle<()>,
@@ -64,7 +66,13 @@ pub enum Turning {
 
 impl Tandem {
     /// Begins to watch the two servers; nothing else runs yet.
-    pub fn new(pair: Arc<Pair>, journal: Journal, writes: Writes, stray_writers: StrayWriters) -> Arc<Self> {
+    pub fn new(
+        pair: Arc<Pair>,
+        journal: Journal,
+        writes: Writes,
+        stray_writers: StrayWriters,
+        verify: Verify,
+    ) -> Arc<Self> {
         let (report, servers) = watch::channel(Default::default());
         let watching = tokio::spawn(watch_servers(pair.config.clone(), report));
         Arc::new(Self {
@@ -72,6 +80,7 @@ impl Tandem {
             journal,
             writes,
             stray_writers,
+            verify,
             applier: Mutex::default(),
             servers,
             _watching: AbortOnDropHandle::new(watching),
@@ -171,22 +180,69 @@ impl Tandem {
         ));
         let applier = Arc::new(applier);
         *self.slot() = Some(applier.clone());
-        self.verify_unseeded(applier, control);
+        self.compare_existing_rows(applier, control);
     }
 
-    /// Tables that held rows when their capture began are compared once, beside everything else;
-    /// it ends with the applier.
-    fn verify_unseeded(&self, applier: Arc<Applier>, control: Control) {
+    /// Tables that held rows when their capture began are compared once, beside everything else,
+    /// and with `verify: continuous` all of them over and over; it ends with the applier.
+    fn compare_existing_rows(&self, applier: Arc<Applier>, control: Control) {
         let primary = self.targets().target(control.primary).clone();
         let secondary = self.targets().target(control.secondary()).clone();
         let database = self.name().to_owned();
+        let verify = self.verify;
         tokio::spawn(async move {
-            match reconcile::verify_unseeded(&applier, &primary, &secondary).await {
+            let sides = Sides {
+                database: &database,
+                applier: &applier,
+                primary: &primary,
+                secondary: &secondary,
+                epoch: control.epoch,
+            };
+            match reconcile::verify_unseeded(sides).await {
                 Ok(equal) if equal.is_empty() => {}
                 Ok(equal) => tracing::info!(database, tables = ?equal, "found equal at a cut and synced from there on"),
                 Err(error) => tracing::info!(database, %error, "existing rows were not compared to the end"),
             }
+            if verify.continuous {
+                reconcile::verify_over_and_over(sides, verify).await;
+            }
         });
+    }
+
+    /// Compares, or with `mend` also mends, existing rows; events tell how far it is.
+    ///
+    /// # Errors
+    /// Why it could not be done, or not to the end.
+    pub async fn reconcile(
+        &self,
+        control: Control,
+        options: &reconcile::Options,
+        mend: Option<String>,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<(), String> {
+        let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
+        {
+            let status = applier.status();
+            let status = status.borrow();
+            if status.state != ApplierState::Running {
+                return Err(match &status.applier {
+                    Some(other) => format!("{other} applies, and only that proxy has cuts: ask it"),
+                    None => describe_delay(&status),
+                });
+            }
+        }
+        let sides = Sides {
+            database: self.name(),
+            applier: &applier,
+            primary: self.targets().target(control.primary),
+            secondary: self.targets().target(control.secondary()),
+            epoch: control.epoch,
+        };
+        let done = match mend {
+            None => reconcile::verify(sides, options, events).await,
+            Some(actor) => reconcile::repair(sides, options, &actor, events).await,
+        };
+        done.map(|_| ()).map_err(|error| error.to_string())
     }
 
     /// Lets the applier finish its round and give its lease back.
@@ -496,6 +552,7 @@ fn mirroring(status: &ApplierStatus) -> Mirroring {
                 paused: table.paused,
                 note: table.note,
                 diverged: table.diverged,
+                verified: table.verified,
             })
             .collect(),
         not_mirrored: status

@@ -10,5 +10,7 @@ mod ddl;
 mod dml;
 mod failures;
 mod fence;
+mod keys;
 mod quarantine;
 mod storm;
+mod verify;

@@ -14,7 +14,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::bed::{Bed, caught_up, until};
 
-const SCHEMA: &str = "
+pub(crate) const SCHEMA: &str = "
     CREATE TABLE account (id serial PRIMARY KEY, balance bigint NOT NULL DEFAULT 0, at timestamptz DEFAULT clock_timestamp(), r float8 DEFAULT random());
     CREATE TABLE name (id int PRIMARY KEY, name text UNIQUE, slot int4range, EXCLUDE USING gist (slot WITH &&));
     CREATE TABLE parent (id serial PRIMARY KEY, v int);
@@ -34,7 +34,7 @@ const SCHEMA: &str = "
     INSERT INTO name SELECT g, 'n' || g, int4range(g * 10, g * 10 + 5) FROM generate_series(1, 20) g;
     TRUNCATE name";
 
-const FIRST_ROWS: &str = "
+pub(crate) const FIRST_ROWS: &str = "
     INSERT INTO account (balance) SELECT 100 FROM generate_series(1, 8);
     INSERT INTO name SELECT g, 'n' || g, int4range(g * 10, g * 10 + 5) FROM generate_series(1, 20) g;
     INSERT INTO parent (v) SELECT g FROM generate_series(1, 10) g;
@@ -105,7 +105,7 @@ async fn work(client: Control, worker: u64, seed: u64, transactions: u32, commit
     }
 }
 
-async fn storm(bed: &Bed, seed: u64, transactions: u32) -> u64 {
+pub(crate) async fn storm(bed: &Bed, seed: u64, transactions: u32) -> u64 {
     let committed = Arc::new(AtomicU64::new(0));
     let mut workers = Vec::new();
     for worker in 0..WORKERS {

@@ -128,6 +128,31 @@ CREATE TABLE IF NOT EXISTS pgtandem.divergence (
     key text
 );
 
+-- When and at which cut a verification last found a table equal on both sides.
+CREATE TABLE IF NOT EXISTS pgtandem.verified (
+    schema text NOT NULL,
+    name text NOT NULL,
+    epoch bigint NOT NULL,
+    at timestamptz NOT NULL,
+    round bigint NOT NULL,
+    snapshot text NOT NULL,
+    position pg_lsn NOT NULL,
+    rows bigint NOT NULL,
+    digest text NOT NULL,
+    PRIMARY KEY (schema, name)
+);
+
+-- Rows of this side that were mended from the primary.
+CREATE TABLE IF NOT EXISTS pgtandem.mended (
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    round bigint NOT NULL,
+    schema text NOT NULL,
+    name text NOT NULL,
+    deleted bigint NOT NULL,
+    inserted bigint NOT NULL,
+    actor text NOT NULL
+);
+
 -- Writers that came to this side while it was the secondary (stray_writers: report).
 CREATE TABLE IF NOT EXISTS pgtandem.stray (
     role text NOT NULL,
