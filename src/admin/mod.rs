@@ -12,6 +12,7 @@
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
+//! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -35,8 +36,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
-    DiscardRequest, ExplainAnswer, Failure, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status,
-    SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure, QuarantineAnswer,
+    QuarantineList, ReloadAnswer, RetryRequest, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
 };
 use crate::config::Secret;
 
@@ -55,6 +56,12 @@ pub trait Operations: Send + Sync + 'static {
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn backfill(&self) -> BackfillAnswer;
+    fn start_backfill(&self, request: BackfillRequest) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
+    fn cancel_backfill(
+        &self,
+        request: BackfillCancelRequest,
+    ) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
 }
 
 /// Serves until `stop`.
@@ -75,6 +82,8 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine", get(quarantine::<O>))
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
+        .route("/api/v1/backfill", get(backfill::<O>).post(start_backfill::<O>))
+        .route("/api/v1/backfill/cancel", post(cancel_backfill::<O>))
         .route_layer(middleware::from_fn_with_state(token, authorize));
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -175,6 +184,31 @@ fn answer_held(answer: Result<QuarantineAnswer, String>) -> Response {
     match answer {
         Ok(answer) if answer.done => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn backfill<O: Operations>(State(operations): State<Arc<O>>) -> Json<BackfillAnswer> {
+    Json(operations.backfill())
+}
+
+async fn start_backfill<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<BackfillRequest>,
+) -> Response {
+    answer_backfill(operations.start_backfill(request).await)
+}
+
+async fn cancel_backfill<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<BackfillCancelRequest>,
+) -> Response {
+    answer_backfill(operations.cancel_backfill(request).await)
+}
+
+fn answer_backfill(answer: Result<BackfillAnswer, String>) -> Response {
+    match answer {
+        Ok(answer) => Json(answer).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

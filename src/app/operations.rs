@@ -10,8 +10,9 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    DatabaseStatus, DiscardRequest, ExplainAnswer, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer,
-    RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, WaitAnswer,
+    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer,
+    QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status, SwitchoverAnswer,
+    SwitchoverRequest, WaitAnswer,
 };
 use crate::apply::{Entry, Order};
 use crate::control::{Phase, Side};
@@ -184,6 +185,45 @@ impl Operations for World {
             answer.databases.insert(tandem.name().to_owned(), outcome);
         }
         Ok(answer)
+    }
+
+    fn backfill(&self) -> BackfillAnswer {
+        let tandems = self.tandems();
+        let databases = tandems
+            .iter()
+            .filter_map(|tandem| Some((tandem.name().to_owned(), tandem.backfill().status()?)));
+        BackfillAnswer {
+            databases: databases.collect(),
+        }
+    }
+
+    async fn start_backfill(&self, request: BackfillRequest) -> Result<BackfillAnswer, String> {
+        let control = self.control_now();
+        if !control.phase.mirrors() {
+            return Err(format!(
+                "phase {} mirrors nothing: rows written meanwhile would be missing; begin with dual_write",
+                control.phase
+            ));
+        }
+        let mut answer = BackfillAnswer::default();
+        for tandem in self.chosen(request.database.as_deref(), !request.order.tables.is_empty())? {
+            let status = tandem.start_backfill(control, &request.order).await;
+            let status = status.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.databases.insert(tandem.name().to_owned(), status);
+        }
+        Ok(answer)
+    }
+
+    async fn cancel_backfill(&self, request: BackfillCancelRequest) -> Result<BackfillAnswer, String> {
+        let mut any = false;
+        for tandem in self.chosen(request.database.as_deref(), false)? {
+            any |= tandem.backfill().cancel().await;
+        }
+        if any {
+            Ok(self.backfill())
+        } else {
+            Err("no backfill is running".into())
+        }
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

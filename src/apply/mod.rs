@@ -53,6 +53,7 @@ use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
+pub(crate) use session::purpose as applier_purpose;
 pub use status::{ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, WatermarkStatus};
 pub use task::{Applier, Cut, HeldCut, Stopped, spawn};
 

@@ -11,13 +11,14 @@ use crate::catalog::{privileges, quote};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 2;
+const VERSION: i32 = 3;
 
-const SCRIPTS: [&str; 4] = [
+const SCRIPTS: [&str; 5] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),
+    include_str!("sql/backfill.sql"),
 ];
 
 /// What [`install`] found or made.

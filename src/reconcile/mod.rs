@@ -3,6 +3,7 @@
 //!
 //! Called by the app for each applier that it starts. Nothing here changes a row of a table.
 
+pub mod backfill;
 pub mod key;
 mod verify;
 

@@ -115,6 +115,7 @@ mod tests {
             }),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            backfill: None,
         }
     }
 

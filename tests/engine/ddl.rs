@@ -9,7 +9,7 @@ use crate::bed::{Bed, caught_up};
 
 /// What the proxy does: the statement, then the hook, in one transaction (the client's own, if
 /// it has one).
-async fn ddl(client: &Control, statement: &str) {
+pub(crate) async fn ddl(client: &Control, statement: &str) {
     client.batch_execute("BEGIN").await.unwrap();
     ddl_inside(client, statement).await;
     client.batch_execute("COMMIT").await.unwrap();
