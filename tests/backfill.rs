@@ -94,7 +94,10 @@ async fn killed_and_run_again_it_goes_on_where_it_was() {
     let ended = &last.databases["shop"];
     assert_eq!((ended.state.as_str(), ended.workers), ("done", 3), "{ended:#?}");
     let big = ended.tables.iter().find(|table| table.name == "public.big").unwrap();
-    assert_eq!(big.counts.read, 60_000, "a range was copied twice or not at all: {ended:#?}");
+    assert_eq!(
+        big.counts.read, 60_000,
+        "a range was copied twice or not at all: {ended:#?}"
+    );
 
     let ledger = storm.end().await;
     assert!(ledger.acknowledged.len() > 100);
@@ -149,5 +152,8 @@ async fn clients_notice_nothing() {
     let status = rig.status().await.unwrap();
     let mirroring = status.databases[0].mirroring.as_ref().unwrap();
     assert_eq!((mirroring.divergences, mirroring.quarantine.transactions), (0, 0));
-    assert!(mirroring.tables.iter().all(|table| table.seeding == "synced"), "{mirroring:#?}");
+    assert!(
+        mirroring.tables.iter().all(|table| table.seeding == "synced"),
+        "{mirroring:#?}"
+    );
 }

@@ -22,9 +22,6 @@ use crate::control::Epoch;
 use crate::reconcile::key::{Boundary, KeyRange};
 use crate::upstream::control::{Control, connect, error_chain};
 
-/// Tables up to this many rows are copied as one.
-const WHOLE_ROWS: u64 = 5_000;
-
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
@@ -150,7 +147,7 @@ impl TableJob {
             out: 0,
             next: None,
             reshaped: false,
-            size: ChunkSize::default(),
+            size: ChunkSize::first(0, 0),
             counts: Counts::default(),
             meter: Meter::default(),
         };
@@ -162,7 +159,9 @@ impl TableJob {
         self.stage = Stage::Waiting;
         self.counts = Counts::default();
         self.next = None;
-        let whole = self.plan.key.is_none() || self.plan.rows_expected <= WHOLE_ROWS;
+        let (rows, bytes) = (self.plan.rows_expected, self.plan.bytes_expected);
+        self.size = ChunkSize::first(rows, bytes);
+        let whole = self.plan.key.is_none() || ChunkSize::holds(rows, bytes);
         self.ready = VecDeque::from([if whole { Part::Whole } else { Part::Begin }]);
     }
 

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::config::{Backfill, MaxRate};
 
-/// The first range of a table, before anything is known of its rows.
+/// The first range of a table, before its rows have been timed: so many, or so much.
 const FIRST_ROWS: u64 = 5_000;
-const ROWS_MIN: u64 = 100;
+const FIRST_BYTES: u64 = 4 << 20;
+const ROWS_MIN: u64 = 1;
 const ROWS_MAX: u64 = 1_000_000;
 /// A range takes this share of the time that mirroring may stand still; the rest is for what
 /// surrounds it, and for ranges that turn out slower.
@@ -21,13 +22,20 @@ pub(super) struct ChunkSize {
     rows: u64,
 }
 
-impl Default for ChunkSize {
-    fn default() -> Self {
-        Self { rows: FIRST_ROWS }
-    }
-}
-
 impl ChunkSize {
+    /// Of a table of so many rows and bytes.
+    pub(super) fn first(rows: u64, bytes: u64) -> Self {
+        let fitting = (FIRST_BYTES as f64 * rows as f64 / bytes.max(1) as f64) as u64;
+        Self {
+            rows: fitting.clamp(ROWS_MIN, FIRST_ROWS),
+        }
+    }
+
+    /// Whether a first range is the whole table.
+    pub(super) const fn holds(rows: u64, bytes: u64) -> bool {
+        rows <= FIRST_ROWS && bytes <= FIRST_BYTES
+    }
+
     /// With a rate given, never so much at once that a second is used up.
     pub(super) fn rows(self, settings: &Backfill) -> u64 {
         match settings.max_rate {
@@ -115,7 +123,7 @@ mod tests {
     #[test]
     fn ranges_grow_into_the_time_there_is() {
         let hold = Duration::from_millis(250);
-        let mut size = ChunkSize::default();
+        let mut size = ChunkSize { rows: 5_000 };
         size.learn(5_000, Duration::from_millis(10), hold);
         assert_eq!(size.rows, 10_000, "at most twice as much");
         size.learn(10_000, Duration::from_millis(1_000), hold);
@@ -125,12 +133,20 @@ mod tests {
     }
 
     #[test]
+    fn large_rows_begin_with_few() {
+        assert_eq!(ChunkSize::first(1_000_000, 100_000_000).rows, FIRST_ROWS);
+        assert_eq!(ChunkSize::first(1_000, 1_000 << 20).rows, 4, "a MiB each");
+        assert_eq!(ChunkSize::first(0, 0).rows, ROWS_MIN);
+        assert!(ChunkSize::holds(10, 8192) && !ChunkSize::holds(10, 1 << 30));
+    }
+
+    #[test]
     fn a_rate_bounds_a_range() {
         let mut settings = Backfill {
             max_rate: Some(MaxRate::Rows(400)),
             ..Backfill::default()
         };
-        assert_eq!(ChunkSize::default().rows(&settings), 100);
+        assert_eq!(ChunkSize { rows: 5_000 }.rows(&settings), 100);
         assert_eq!(due(800, 0, &settings), Duration::from_secs(2));
         settings.max_rate = Some(MaxRate::Bytes(1000));
         assert_eq!(due(800, 500, &settings), Duration::from_millis(500));
