@@ -421,6 +421,62 @@ async fn a_table_is_truncated_while_it_is_copied() {
     bed.assert_same(&applier).await;
 }
 
+/// Connections that are lost, and a lock that somebody holds, are only waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_passes_is_waited_for() {
+    let schema = "CREATE TABLE ints (id bigint PRIMARY KEY, v text)";
+    let rows = "INSERT INTO ints SELECT i, 'v' FROM generate_series(1, 20000) i";
+    let (bed, applier) = with_rows("backfill_passing", schema, rows, "").await;
+    let applier = Arc::new(applier);
+    let desk = Desk::new(Backfill {
+        max_rate: Some(MaxRate::Rows(8_000)),
+        ..settings()
+    });
+    desk.start(&sides(&bed, &applier), &Order::default()).await.unwrap();
+    let read = async |rows: u64| {
+        desk.watch()
+            .wait_for(|status| status.as_ref().is_some_and(|status| status.counts.read >= rows))
+            .await
+            .unwrap();
+    };
+    for (side, rows) in [(Side::New, 1_000), (Side::Legacy, 3_000), (Side::New, 5_000)] {
+        read(rows).await;
+        bed.admin(side)
+            .await
+            .batch_execute(&format!(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                  WHERE application_name LIKE 'pgtandem %' AND application_name <> 'pgtandem test' AND datname = '{}'",
+                bed.dbname
+            ))
+            .await
+            .unwrap();
+    }
+    read(7_000).await;
+    let locker = bed.app(Side::Legacy).await;
+    locker
+        .batch_execute("BEGIN; LOCK TABLE ints IN ACCESS EXCLUSIVE MODE")
+        .await
+        .unwrap();
+    desk.watch()
+        .wait_for(|status| {
+            let status = status.as_ref().unwrap();
+            status
+                .slowed_by
+                .as_deref()
+                .is_some_and(|why| why.contains("lock timeout"))
+        })
+        .await
+        .unwrap();
+    locker.batch_execute("COMMIT").await.unwrap();
+    let status = ended(&desk).await;
+    assert_eq!(
+        (status.state.as_str(), status.counts.read),
+        ("done", 20_000),
+        "{status:#?}"
+    );
+    bed.assert_same(&applier).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interrupted_backfill_goes_on_where_it_was() {
     let schema = "CREATE TABLE ints (id bigint PRIMARY KEY, v text)";

@@ -11,6 +11,7 @@ use std::collections::HashSet;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt, pin_mut};
+use tokio_postgres::error::SqlState;
 
 use super::plan::{Plan, Range, copying_settings};
 use crate::apply::refusal::{Class, Refusal, classify};
@@ -82,6 +83,9 @@ pub(super) enum NotCopied {
     Reshaped,
     /// Its state on the secondary is another one: something happened to it as a whole.
     Turned { state: String, why: Option<String> },
+    /// Somebody has a lock on the table, on either side. Waiting for it would keep mirroring from
+    /// going on.
+    Busy(String),
     /// May pass.
     Failing(String),
     /// Will not.
@@ -91,8 +95,11 @@ pub(super) enum NotCopied {
 }
 
 impl NotCopied {
-    fn of(doing: &str, error: &tokio_postgres::Error) -> Self {
+    pub(super) fn of(doing: &str, error: &tokio_postgres::Error) -> Self {
         let text = format!("{doing}: {}", error_chain(error));
+        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Self::Busy(text);
+        }
         match error.code().map(|code| classify(code.code())) {
             Some(Class::Permanent) => Self::Never(text),
             Some(Class::Transient | Class::Unclear) | None => Self::Failing(text),

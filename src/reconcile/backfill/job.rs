@@ -8,13 +8,15 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
+use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 use super::copy::{Copied, NotCopied, Part, Tolerance, Worker};
 use super::ledger::{self, Onward};
-use super::pace::{ChunkSize, Measured, Patience, due, hurts};
+use super::pace::{Measured, Patience, due, hurts};
 use super::plan::{Plan, Range, copying_settings};
-use super::status::{BackfillStatus, BackfillTable, Counts, Meter, remaining};
+use super::status::{BackfillStatus, Counts, Meter, remaining};
+use super::table::{Stage, TableJob};
 use crate::apply::{Applier, Cut, HeldCut};
 use crate::catalog::Oid;
 use crate::config::{Backfill, Target};
@@ -70,11 +72,16 @@ enum Stop {
     Ended(Ended),
     /// May pass.
     Failing(String),
+    /// Will pass: somebody has a lock. It is waited for without being in anybody's way.
+    Busy(String),
 }
 
 impl From<tokio_postgres::Error> for Stop {
     fn from(error: tokio_postgres::Error) -> Self {
-        Self::Failing(error_chain(&error))
+        match NotCopied::of("copy rows", &error) {
+            NotCopied::Busy(why) => Self::Busy(why),
+            _ => Self::Failing(error_chain(&error)),
+        }
     }
 }
 
@@ -89,143 +96,10 @@ impl From<NotCopied> for Stop {
         match error {
             NotCopied::TooMany(why) | NotCopied::Never(why) => Self::Ended(Ended::Stopped(why)),
             NotCopied::Failing(why) => Self::Failing(why),
+            NotCopied::Busy(why) => Self::Busy(why),
             NotCopied::Moved | NotCopied::Reshaped | NotCopied::Turned { .. } => {
                 Self::Failing("the secondary is not where it was".into())
             }
-        }
-    }
-}
-
-/// Where a table stands. `Copied` is over once what follows the rows is done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Waiting,
-    Copying,
-    Copied,
-    Done,
-    Refused,
-    Failed,
-}
-
-impl Stage {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Waiting => "waiting",
-            Self::Copying => "copying",
-            Self::Copied => "copied",
-            Self::Done => "done",
-            Self::Refused => "refused",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-struct TableJob {
-    plan: Arc<Plan>,
-    stage: Stage,
-    note: Option<String>,
-    /// Cut off and not yet copied.
-    ready: VecDeque<Part>,
-    /// Handed to workers.
-    out: usize,
-    /// `None` once the last range was cut off.
-    next: Option<Onward>,
-    /// Its definition is another one than in the plan.
-    reshaped: bool,
-    size: ChunkSize,
-    counts: Counts,
-    meter: Meter,
-}
-
-impl TableJob {
-    fn new(plan: Plan) -> Self {
-        let mut table = Self {
-            plan: Arc::new(plan),
-            stage: Stage::Waiting,
-            note: None,
-            ready: VecDeque::new(),
-            out: 0,
-            next: None,
-            reshaped: false,
-            size: ChunkSize::first(0, 0),
-            counts: Counts::default(),
-            meter: Meter::default(),
-        };
-        table.begin_anew();
-        table
-    }
-
-    fn begin_anew(&mut self) {
-        self.stage = Stage::Waiting;
-        self.counts = Counts::default();
-        self.next = None;
-        let (rows, bytes) = (self.plan.rows_expected, self.plan.bytes_expected);
-        self.size = ChunkSize::first(rows, bytes);
-        let whole = self.plan.key.is_none() || ChunkSize::holds(rows, bytes);
-        self.ready = VecDeque::from([if whole { Part::Whole } else { Part::Begin }]);
-    }
-
-    /// Goes on where an earlier backfill came to.
-    fn resume(&mut self, begun: &ledger::Begun) {
-        let same_key = begun.key.is_some() && begun.key == self.plan.key.as_ref().map(super::plan::Key::signature);
-        if !same_key || begun.ranges.iter().any(|range| range.keys == KeyRange::default()) {
-            return;
-        }
-        let (gaps, next) = ledger::missing(&begun.ranges);
-        self.stage = Stage::Copying;
-        self.ready = gaps
-            .into_iter()
-            .map(|(number, keys)| Part::Range(Range { number, keys }))
-            .collect();
-        self.next = next;
-        for range in &begun.ranges {
-            self.counts.merge(range.counts);
-        }
-    }
-
-    fn name(&self) -> String {
-        format!("{}.{}", self.plan.schema, self.plan.name)
-    }
-
-    fn is_open(&self) -> bool {
-        matches!(self.stage, Stage::Waiting | Stage::Copying)
-    }
-
-    fn is_copied(&self) -> bool {
-        self.stage == Stage::Copying && self.ready.is_empty() && self.out == 0 && self.next.is_none()
-    }
-
-    fn fail(&mut self, stage: Stage, why: Option<String>) {
-        self.stage = stage;
-        self.note = why;
-        self.ready.clear();
-        self.next = None;
-    }
-
-    /// Of the rows that were expected.
-    fn fraction(&self) -> f64 {
-        if !self.is_open() {
-            return 1.0;
-        }
-        let expected = self.plan.rows_expected.max(self.counts.read + 1);
-        self.counts.read as f64 / expected as f64
-    }
-
-    fn status(&self, now: Instant) -> BackfillTable {
-        let rate = self.meter.rate(now);
-        let left = self.plan.rows_expected.saturating_sub(self.counts.read) as f64;
-        BackfillTable {
-            name: self.name(),
-            state: self.stage.as_str().into(),
-            note: self.note.clone(),
-            rows_expected: self.plan.rows_expected,
-            counts: self.counts,
-            rows_per_second: if self.is_open() { rate } else { 0.0 },
-            remaining_seconds: if self.stage == Stage::Copying {
-                remaining(left, rate)
-            } else {
-                None
-            },
         }
     }
 }
@@ -354,6 +228,14 @@ impl Job {
                 }
                 Ok(false) => return self.outcome(),
                 Err(Stop::Ended(ended)) => return ended,
+                Err(Stop::Busy(why)) => {
+                    self.slowed_by = Some(why);
+                    self.publish(&Ended::Done, true);
+                    let pause = self.patience.pause();
+                    if self.pause(pause).await.is_err() {
+                        return Ended::Cancelled;
+                    }
+                }
                 Err(Stop::Failing(why)) => {
                     self.failures += 1;
                     let attempts = self.setup.settings.borrow().retry_attempts;
@@ -605,7 +487,7 @@ impl Job {
         drop(held);
         self.leave().await;
         // A plan that failed is made again.
-        if let Err(Stop::Failing(why)) = planned {
+        if let Err(Stop::Failing(why) | Stop::Busy(why)) = planned {
             tracing::debug!(why, "ranges could not be cut off ahead");
         }
         Ok(outcomes.into_iter().flatten().collect())
@@ -678,6 +560,10 @@ impl Job {
                 Err(NotCopied::Failing(why)) => {
                     table.ready.push_front(task.part);
                     stop.get_or_insert(Stop::Failing(why));
+                }
+                Err(NotCopied::Busy(why)) => {
+                    table.ready.push_front(task.part);
+                    stop.get_or_insert(Stop::Busy(why));
                 }
             }
         }
@@ -831,7 +717,7 @@ async fn look_ahead(scout: &Control, tables: &mut [TableJob], settings: Backfill
                 Ok(found) => found,
                 Err(error) => {
                     // Perhaps DDL that the secondary is still to have.
-                    table.reshaped = true;
+                    table.reshaped = error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE);
                     return Err(error.into());
                 }
             };
@@ -859,7 +745,9 @@ async fn connections(setup: &Setup) -> Result<(Control, Control), Stop> {
 impl std::fmt::Display for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Ended(Ended::Stopped(why) | Ended::Interrupted(why)) | Self::Failing(why) => f.write_str(why),
+            Self::Ended(Ended::Stopped(why) | Ended::Interrupted(why)) | Self::Failing(why) | Self::Busy(why) => {
+                f.write_str(why)
+            }
             Self::Ended(Ended::Done | Ended::Cancelled) => f.write_str("ended"),
         }
     }

@@ -1,9 +1,10 @@
 //! Existing rows, copied while applications write.
 //!
 //! ```text
-//! job.rs    at each cut: tables → ranges → workers, as much as fits into backfill.hold_max
-//! plan.rs   one table: columns, key, statements          pace.rs   how much, and when to wait
-//! copy.rs   one worker: a range in one transaction       ledger.rs what the secondary records
+//! desk.rs   starts, changes, cancels, tells        ledger.rs what the secondary records
+//! job.rs    at each cut: ranges → workers          pace.rs   how much, and when to wait
+//! table.rs  one table on its way                   plan.rs   its columns, key, statements
+//! copy.rs   one worker: a range in one transaction
 //! ```
 //!
 //! Why it is exact. A table is emptied on the secondary at a cut; from there on what the
@@ -24,6 +25,7 @@ mod ledger;
 mod pace;
 mod plan;
 mod status;
+mod table;
 
 pub use desk::{Desk, Order, Sides};
 pub use job::{Hook, InsertAt, OpenRanges};

@@ -266,7 +266,7 @@ async fn guessed_rows(primary: &Client, table: &Table) -> Result<u64, tokio_post
 /// rows come in the same order each time.
 pub(super) fn copying_settings() -> String {
     format!(
-        "{PINNED_SETTINGS} SET synchronous_commit = on; SET statement_timeout = 0; SET lock_timeout = 0; \
+        "{PINNED_SETTINGS} SET synchronous_commit = on; SET statement_timeout = 0; SET lock_timeout = '1s'; \
          SET idle_in_transaction_session_timeout = 0; SET default_transaction_read_only = off; \
          SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; \
          SET row_security = off; SET client_min_messages = warning; SET enable_seqscan = off; \
