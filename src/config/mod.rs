@@ -230,7 +230,7 @@ impl Default for Backfill {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MaxRate {
     Rows(u64),
-    /// Of COPY's text format.
+    /// As COPY writes them.
     Bytes(u64),
 }
 

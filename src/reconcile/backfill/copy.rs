@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt, pin_mut};
 use tokio_postgres::error::SqlState;
 
-use super::plan::{Plan, Range, copying_settings};
+use super::plan::{Format, Plan, Range, copying_settings};
 use crate::apply::refusal::{Class, Refusal, classify};
 use crate::apply::{Cut, applier_purpose};
 use crate::catalog::Oid;
@@ -344,7 +344,7 @@ impl Worker {
                 .await
                 .map_err(doing("remove what mirroring has brought"))?;
         }
-        match self.stream(plan, &plan.read(range), staged).await? {
+        match self.stream(plan, &plan.read(range), plan.format, staged).await? {
             (Streamed::Done { rows, bytes }, skipped) => {
                 copied.read = rows;
                 copied.bytes = bytes;
@@ -403,7 +403,10 @@ impl Worker {
                 .batch_execute("SAVEPOINT stretch")
                 .await
                 .map_err(doing("set a savepoint"))?;
-            match self.stream(plan, &plan.read_part(range, from, to), staged).await? {
+            match self
+                .stream(plan, &plan.read_part(range, from, to), Format::Text, staged)
+                .await?
+            {
                 (Streamed::Done { rows, bytes }, skipped) => {
                     copied.read += rows;
                     copied.bytes += bytes;
@@ -480,11 +483,17 @@ impl Worker {
 
     /// From the primary to the secondary; with a stage, from there into the table, and how many
     /// rows that replaced. The proxy holds one piece of it.
-    async fn stream(&self, plan: &Plan, read: &str, staged: bool) -> Result<(Streamed, u64), NotCopied> {
+    async fn stream(
+        &self,
+        plan: &Plan,
+        read: &str,
+        format: Format,
+        staged: bool,
+    ) -> Result<(Streamed, u64), NotCopied> {
         let into = if staged { plan.stage() } else { plan.target() };
         let sink = self
             .target
-            .copy_in::<_, Bytes>(&plan.write(&into))
+            .copy_in::<_, Bytes>(&plan.write(&into, format))
             .await
             .map_err(doing("write rows on the secondary"))?;
         let rows = self
@@ -493,12 +502,11 @@ impl Worker {
             .await
             .map_err(doing("read rows on the primary"))?;
         pin_mut!(rows, sink);
-        let (mut count, mut bytes, mut first) = (0, 0, None);
+        let (mut messages, mut bytes, mut first) = (0, 0, None);
         let mut piece = BytesMut::with_capacity(PIECE_BYTES * 2);
         while let Some(row) = rows.next().await {
-            // A row a message: so the server sends COPY's text format.
             let row = row.map_err(doing("read rows on the primary"))?;
-            count += 1;
+            messages += 1;
             bytes += row.len() as u64;
             piece.extend_from_slice(&row);
             if first.is_none() {
@@ -512,6 +520,7 @@ impl Worker {
         if !piece.is_empty() {
             sink.feed(piece.freeze()).await.ok();
         }
+        let count = format.rows(messages);
         let written = match sink.finish().await {
             Ok(_) if staged => self.unstage(plan).await,
             Ok(_) => Ok(0),

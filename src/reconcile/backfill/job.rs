@@ -533,7 +533,7 @@ impl Job {
                             table.stage = Stage::Copying;
                             self.setup.applier.tables_changed();
                         }
-                        Part::Range(_) => table.size.learn(copied.read, took, settings.hold_max),
+                        Part::Range(_) => table.size.learn(copied.read, copied.bytes, took, settings.hold_max),
                     }
                 }
                 Err(NotCopied::Moved) => table.ready.push_front(task.part),

@@ -9,6 +9,9 @@ const FIRST_ROWS: u64 = 5_000;
 const FIRST_BYTES: u64 = 4 << 20;
 const ROWS_MIN: u64 = 1;
 const ROWS_MAX: u64 = 1_000_000;
+/// A range of less than this takes as long as what surrounds it, whatever its size: smaller ones
+/// would not be done sooner, only never.
+const BYTES_MIN: u64 = 64 << 10;
 /// A range takes this share of the time that mirroring may stand still; the rest is for what
 /// surrounds it, and for ranges that turn out slower.
 const SHARE: f64 = 0.8;
@@ -45,14 +48,13 @@ impl ChunkSize {
     }
 
     /// At most doubles; shrinks at once.
-    pub(super) fn learn(&mut self, rows: u64, took: Duration, hold_max: Duration) {
+    pub(super) fn learn(&mut self, rows: u64, bytes: u64, took: Duration, hold_max: Duration) {
         if rows == 0 {
             return;
         }
         let wanted = rows as f64 * (hold_max.as_secs_f64() * SHARE) / took.as_secs_f64().max(0.001);
-        self.rows = (wanted as u64)
-            .min(self.rows.saturating_mul(2))
-            .clamp(ROWS_MIN, ROWS_MAX);
+        let least = (BYTES_MIN.saturating_mul(rows) / bytes.max(1)).clamp(ROWS_MIN, ROWS_MAX);
+        self.rows = (wanted as u64).min(self.rows.saturating_mul(2)).clamp(least, ROWS_MAX);
     }
 }
 
@@ -124,11 +126,15 @@ mod tests {
     fn ranges_grow_into_the_time_there_is() {
         let hold = Duration::from_millis(250);
         let mut size = ChunkSize { rows: 5_000 };
-        size.learn(5_000, Duration::from_millis(10), hold);
+        size.learn(5_000, 500_000, Duration::from_millis(10), hold);
         assert_eq!(size.rows, 10_000, "at most twice as much");
-        size.learn(10_000, Duration::from_millis(1_000), hold);
+        size.learn(10_000, 1_000_000, Duration::from_millis(1_000), hold);
         assert_eq!(size.rows, 2_000);
-        size.learn(1, Duration::from_secs(60), hold);
+        size.learn(2_000, 200_000, Duration::from_secs(60), hold);
+        assert_eq!(size.rows, 655, "64 KiB of them");
+        size.learn(655, 655 << 20, Duration::from_secs(60), hold);
+        assert_eq!(size.rows, 2, "a MiB each");
+        size.learn(2, 2 << 20, Duration::from_secs(60), hold);
         assert_eq!(size.rows, ROWS_MIN);
     }
 

@@ -20,7 +20,7 @@ pub struct Counts {
     pub skipped: u64,
     /// Rows that the secondary refused (table `pgtandem.backfill_refused` there).
     pub failed: u64,
-    /// Of the rows read, as COPY's text format writes them.
+    /// Of the rows read, as COPY writes them.
     pub bytes: u64,
 }
 
