@@ -19,6 +19,7 @@ WORKLOADS = {
     # One statement that writes, committed by itself.
     "autocommit": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "autocommit.sql")], 1.0),
     "hammered-row": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "hammered-row.sql")], 1.0),
+    "existing": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "existing.sql")], 1.0),
     "volatile": (["-f", os.path.join(os.path.dirname(os.path.abspath(__file__)), "volatile.sql")], 1.0),
 }
 
@@ -82,9 +83,10 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def measure(pgbench, port, dbname, workload, mode, clients, seconds, directory, proxy=None):
+def measure(pgbench, port, dbname, workload, mode, clients, seconds, directory, proxy=None, extra=()):
     prefix = os.path.join(directory, "latency")
     command = pgbench_command(pgbench, port, dbname, workload, mode, clients, seconds, prefix)
+    command[1:1] = extra
     before = cpu_seconds(proxy) if proxy else None
     tps, transactions, failed = run_pgbench(command, seconds)
     after = cpu_seconds(proxy) if proxy else None

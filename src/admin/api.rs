@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::control::{Epoch, Phase, Side};
+use crate::reconcile::backfill::{BackfillStatus, Order};
 
 /// `GET /api/v1/status`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,6 +47,8 @@ pub struct DatabaseStatus {
     pub shadow_reads: ShadowReads,
     /// Absent where commits are acknowledged by the primary (`writes.acknowledge`).
     pub acknowledge: Option<AcknowledgeStatus>,
+    /// Of the last backfill since the proxy started, or one that was interrupted before.
+    pub backfill: Option<BackfillStatus>,
 }
 
 /// `writes.acknowledge: both`.
@@ -315,6 +318,30 @@ pub struct VerifyRequest {
     /// `POST /api/v1/repair`: who asks, for the record.
     #[serde(default)]
     pub actor: Option<String>,
+}
+
+/// `POST /api/v1/backfill`: starts one, or changes workers and rate of the one that runs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct BackfillRequest {
+    /// May be left out: all.
+    #[serde(default)]
+    pub database: Option<String>,
+    #[serde(flatten)]
+    pub order: Order,
+}
+
+/// `POST /api/v1/backfill/cancel`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct BackfillCancelRequest {
+    #[serde(default)]
+    pub database: Option<String>,
+}
+
+/// `GET /api/v1/backfill`, and what the requests above lead to: by database; those that never had
+/// one are left out.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct BackfillAnswer {
+    pub databases: BTreeMap<String, BackfillStatus>,
 }
 
 /// `GET /api/v1/explain?sql=…`

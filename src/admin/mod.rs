@@ -14,6 +14,7 @@
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
 //! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
+//! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -40,8 +41,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
-    DiscardRequest, ExplainAnswer, Failure, HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer,
-    RetryRequest, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure, HealAnswer,
+    HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status, SwitchoverAnswer,
+    SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
@@ -65,6 +67,12 @@ pub trait Operations: Send + Sync + 'static {
     /// it.
     fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String>;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn backfill(&self) -> BackfillAnswer;
+    fn start_backfill(&self, request: BackfillRequest) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
+    fn cancel_backfill(
+        &self,
+        request: BackfillCancelRequest,
+    ) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
 }
 
 /// Serves until `stop`.
@@ -88,6 +96,8 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
         .route("/api/v1/schema/heal", post(heal::<O>))
+        .route("/api/v1/backfill", get(backfill::<O>).post(start_backfill::<O>))
+        .route("/api/v1/backfill/cancel", post(cancel_backfill::<O>))
         .route_layer(middleware::from_fn_with_state(token, authorize));
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -222,6 +232,31 @@ fn answer_held(answer: Result<QuarantineAnswer, String>) -> Response {
     match answer {
         Ok(answer) if answer.done => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn backfill<O: Operations>(State(operations): State<Arc<O>>) -> Json<BackfillAnswer> {
+    Json(operations.backfill())
+}
+
+async fn start_backfill<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<BackfillRequest>,
+) -> Response {
+    answer_backfill(operations.start_backfill(request).await)
+}
+
+async fn cancel_backfill<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<BackfillCancelRequest>,
+) -> Response {
+    answer_backfill(operations.cancel_backfill(request).await)
+}
+
+fn answer_backfill(answer: Result<BackfillAnswer, String>) -> Response {
+    match answer {
+        Ok(answer) => Json(answer).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

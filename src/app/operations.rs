@@ -11,9 +11,9 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry,
-    QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest,
-    WaitAnswer,
+    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer,
+    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status,
+    SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
@@ -212,6 +212,33 @@ impl Operations for World {
         Ok(answer)
     }
 
+    fn backfill(&self) -> BackfillAnswer {
+        let tandems = self.tandems();
+        let databases = tandems
+            .iter()
+            .filter_map(|tandem| Some((tandem.name().to_owned(), tandem.backfill().status()?)));
+        BackfillAnswer {
+            databases: databases.collect(),
+        }
+    }
+
+    async fn start_backfill(&self, request: BackfillRequest) -> Result<BackfillAnswer, String> {
+        let control = self.control_now();
+        if !control.phase.mirrors() {
+            return Err(format!(
+                "phase {} mirrors nothing: rows written meanwhile would be missing; begin with dual_write",
+                control.phase
+            ));
+        }
+        let mut answer = BackfillAnswer::default();
+        for tandem in self.chosen(request.database.as_deref(), !request.order.tables.is_empty())? {
+            let status = tandem.start_backfill(control, &request.order).await;
+            let status = status.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.databases.insert(tandem.name().to_owned(), status);
+        }
+        Ok(answer)
+    }
+
     fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String> {
         let control = self.control_now();
         if !control.phase.mirrors() {
@@ -243,6 +270,18 @@ impl Operations for World {
             }
         });
         Ok(heard)
+    }
+
+    async fn cancel_backfill(&self, request: BackfillCancelRequest) -> Result<BackfillAnswer, String> {
+        let mut any = false;
+        for tandem in self.chosen(request.database.as_deref(), false)? {
+            any |= tandem.backfill().cancel().await;
+        }
+        if any {
+            Ok(self.backfill())
+        } else {
+            Err("no backfill is running".into())
+        }
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

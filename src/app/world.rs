@@ -278,7 +278,14 @@ impl World {
 
     fn new_tandem(&self, pair: Arc<Pair>) -> Arc<Tandem> {
         let config = self.config.load();
-        Tandem::new(pair, config.journal, config.writes, config.stray_writers, config.verify)
+        Tandem::new(
+            pair,
+            config.journal,
+            config.writes,
+            config.stray_writers,
+            config.verify,
+            config.backfill,
+        )
     }
 
     /// Under `"*"`, databases come and go: looks for them as long as the process lives.
@@ -363,6 +370,9 @@ impl World {
         self.sessions.reload(settings);
         self.shadows.reload(&new);
         self.both_sides.reload(new.writes);
+        for tandem in self.tandems().iter() {
+            tandem.backfill().configure(new.backfill);
+        }
         self.config.store(Arc::new(new));
         let outcome = self.make_so(wish, None).await;
         self.facts().problem = outcome.as_ref().err().cloned();
@@ -415,6 +425,7 @@ impl World {
             ("reads", old.reads != new.reads),
             ("mismatch_log", old.mismatch_log != new.mismatch_log),
             ("switchover", old.switchover != new.switchover),
+            ("backfill", old.backfill != new.backfill),
         ] {
             if differs {
                 changed.push(format!("{name} changed"));

@@ -166,7 +166,7 @@ impl Session {
         }
         let mut images: BTreeMap<Oid, BTreeSet<String>> = BTreeMap::new();
         for change in &changes {
-            if !matches!(change.get::<_, i8>(1) as u8, b'I' | b'U' | b'D') {
+            if change.get::<_, i8>(1) as u8 != b'R' {
                 return refused("DDL or a TRUNCATE");
             }
             let both = [2, 3].into_iter().filter_map(|at| change.get::<_, Option<String>>(at));

@@ -57,6 +57,7 @@ pub use direction::{BeginError, begin_direction};
 pub use heal::{HealOrder, Healed};
 pub use mend::{Mend, MendRows, Mended};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
+pub(crate) use session::purpose as applier_purpose;
 pub use status::{
     ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, Verified, WatermarkStatus,
 };

@@ -828,6 +828,6 @@ mod tests {
             new: Some(b"(\"a\tb\\\\\n\")"),
         };
         copy_change(&mut out, 3, &change, false);
-        assert_eq!(&out[..], b"3\t0/10\t7\tI\t\\N\t(\"a\\tb\\\\\\\\\\n\")\tf\n");
+        assert_eq!(&out[..], b"3\t0/10\t7\tR\t\\N\t(\"a\\tb\\\\\\\\\\n\")\tf\n");
     }
 }

@@ -260,7 +260,7 @@ pub(super) async fn read_watermark(secondary: &Client) -> Result<Option<Watermar
 
 /// Tells the connections of whoever holds the lease from all others; with the epoch, since after
 /// a flip the other direction's are on the same servers.
-pub(super) fn purpose(epoch: Epoch) -> String {
+pub(crate) fn purpose(epoch: Epoch) -> String {
     format!("applier of epoch {epoch}")
 }
 

@@ -184,7 +184,8 @@ impl Applier {
         reached.cut.clone().ok_or(Stopped)
     }
 
-    /// The records in `pgtandem.seeding` were changed: they are read again before the next round.
+    /// The records in `pgtandem.seeding`, or of what is held, were changed: they are read again
+    /// before the next round.
     pub fn tables_changed(&self) {
         self.shared.tables_changed.store(true, Ordering::SeqCst);
         self.shared.wake.notify_one();
@@ -508,6 +509,7 @@ impl Task {
             }
             if self.shared.tables_changed.swap(false, Ordering::SeqCst) {
                 session.tables = super::tables::Tables::load(&session.secondary).await?;
+                session.load_held(None).await?;
             }
             let result = session.round(request.is_some() || mending.is_some()).await;
             if result.is_err() && sequences_wanted {

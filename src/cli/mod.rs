@@ -2,6 +2,7 @@
 //! apart), prints for a person or with `--json` for a script, and answers with an exit code:
 //! 0 done, 1 the answer is no, 2 it could not run.
 
+mod backfill;
 mod explain;
 mod mismatches;
 mod quarantine;
@@ -22,6 +23,7 @@ use crate::admin::client::AdminClient;
 use crate::app::ServeOptions;
 use crate::config::{Config, parse_duration};
 use crate::control::Side;
+use crate::reconcile::backfill::Order;
 
 /// A Postgres proxy for zero-downtime migration: mirrors every committed write to a legacy and a
 /// new database, compares their answers, and flips the primary without a dropped connection.
@@ -147,6 +149,31 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Copy existing rows to the secondary while applications write, in the running proxy. Ending
+    /// this command ends nothing: run it again to watch, or to change workers and rate. Exit 1 when
+    /// not every table is synced.
+    Backfill {
+        #[command(flatten)]
+        common: Common,
+        /// Print JSON lines (also where stdout is no terminal).
+        #[arg(long)]
+        json: bool,
+        /// Only this table, may be repeated; otherwise every table that is not synced.
+        #[arg(long = "table", value_name = "NAME", conflicts_with = "cancel")]
+        tables: Vec<String>,
+        /// Ranges copied at once (backfill.workers in proxy.yaml).
+        #[arg(long, value_name = "N", conflicts_with = "cancel")]
+        workers: Option<usize>,
+        /// At most so much a second: 50000 (rows), 20MiB/s, or none.
+        #[arg(long, value_name = "RATE", conflicts_with = "cancel")]
+        max_rate: Option<String>,
+        /// End the running one; what is copied stays, and the next one goes on from there.
+        #[arg(long)]
+        cancel: bool,
+        /// Where there are several.
+        #[arg(long, value_name = "NAME")]
+        database: Option<String>,
+    },
     /// What the secondary refused: show it, apply it again, or drop it.
     Quarantine {
         #[command(subcommand)]
@@ -239,6 +266,27 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             };
             reconcile::run(&common, output.json, which, doing).await
         }
+        Command::Backfill {
+            common,
+            json,
+            tables,
+            workers,
+            max_rate,
+            cancel,
+            database,
+        } => {
+            let order = Order {
+                tables,
+                workers,
+                max_rate,
+            };
+            let arguments = backfill::Arguments {
+                database,
+                order,
+                cancel,
+            };
+            backfill::run(&client(&common)?, json, arguments).await
+        }
         Command::Quarantine { action } => quarantine::run(action).await,
         Command::Schema { action } => schema::run(action).await,
         Command::Explain { common, output, sql } => explain::run(&client(&common)?, output.json, &sql).await,
@@ -318,6 +366,8 @@ mod tests {
         assert!(parse("pgtandem schema diff --sql").is_ok());
         assert!(parse("pgtandem schema diff --sql --json").is_err());
         assert!(parse("pgtandem schema heal --table public.a --table b --dry-run").is_ok());
+        assert!(parse("pgtandem backfill --table a --table b.c --workers 3 --max-rate 5MiB/s").is_ok());
+        assert!(parse("pgtandem backfill --cancel --workers 3").is_err());
         assert!(parse("pgtandem quarantine retry --json").is_ok());
         assert!(parse("pgtandem quarantine retry 3").is_ok());
         assert!(parse("pgtandem verify --table a --table s.b --values plain --report r.json").is_ok());

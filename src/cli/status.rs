@@ -1,9 +1,11 @@
 //! `pgtandem status`: one screen that says where the migration stands and what is wrong.
 
+use super::backfill::{table_line, total_line};
 use super::switchover::{print_flip, print_gates};
 use super::{print_json, say};
 use crate::admin::api::{DatabaseStatus, Mirroring, ServerStatus, ShadowReads, Status};
 use crate::admin::client::AdminClient;
+use crate::reconcile::backfill::BackfillStatus;
 
 /// Tables shown before the rest is only counted.
 const TABLES_MAX: usize = 20;
@@ -41,6 +43,19 @@ fn problems(status: &Status) -> Vec<String> {
         if let Some(seconds) = database.acknowledge.as_ref().and_then(|both| both.degraded_seconds) {
             problems.push(format!(
                 "{name}: commits are acknowledged by the primary alone, for {seconds:.1} s: the secondary does not follow within writes.both_timeout"
+            ));
+        }
+        if let Some(backfill) = &database.backfill
+            && matches!(backfill.state.as_str(), "stopped" | "interrupted")
+        {
+            problems.push(format!(
+                "{name}: a backfill {}: {}; run `pgtandem backfill` to go on",
+                if backfill.state == "stopped" {
+                    "has stopped"
+                } else {
+                    "was interrupted"
+                },
+                backfill.note.as_deref().unwrap_or_default()
             ));
         }
         let Some(mirroring) = &database.mirroring else {
@@ -159,6 +174,9 @@ fn print_database(database: &DatabaseStatus) {
         Some(mirroring) => print_mirroring(mirroring),
         None => say("  mirroring  off in this phase"),
     }
+    if let Some(backfill) = &database.backfill {
+        print_backfill(backfill);
+    }
     if let Some(both) = &database.acknowledge {
         say(&format!(
             "  commits    wait for both sides; {} did not because the secondary was late, {} got an error for it",
@@ -240,6 +258,18 @@ fn print_mirroring(mirroring: &Mirroring) {
     }
     if remarkable.len() > TABLES_MAX {
         say(&format!("             and {} more", remarkable.len() - TABLES_MAX));
+    }
+}
+
+fn print_backfill(backfill: &BackfillStatus) {
+    say(&format!("  backfill   {}: {}", backfill.state, total_line(backfill)));
+    for table in backfill
+        .tables
+        .iter()
+        .filter(|table| table.state == "copying")
+        .take(TABLES_MAX)
+    {
+        say(&format!("             {}: {}", table.name, table_line(table)));
     }
 }
 

@@ -12,8 +12,9 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
 use super::{
-    Acknowledge, Admin, Auth, AuthMethod, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits, LoggedValues,
-    MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
+    Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
+    LoggedValues, MaxRate, MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate,
+    Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -112,6 +113,8 @@ struct RawConfig {
     verify: RawVerify,
     #[serde(default = "default_stray_writers")]
     stray_writers: RawStrayWriters,
+    #[serde(default)]
+    backfill: RawBackfill,
 }
 
 impl RawConfig {
@@ -192,6 +195,7 @@ impl RawConfig {
                 RawStrayWriters::Refuse => StrayWriters::Refuse,
                 RawStrayWriters::Report => StrayWriters::Report,
             },
+            backfill: self.backfill.check()?,
         })
     }
 }
@@ -365,6 +369,54 @@ enum RawAcknowledge {
     #[default]
     Primary,
     Both,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawBackfill {
+    workers: usize,
+    max_rate: Option<Text>,
+    hold_max: Seconds,
+    max_lag: Seconds,
+    max_primary_latency: Seconds,
+    error_threshold: Percent,
+    retry_attempts: u32,
+}
+
+impl Default for RawBackfill {
+    fn default() -> Self {
+        let usual = Backfill::default();
+        Self {
+            workers: usual.workers,
+            max_rate: None,
+            hold_max: Seconds(usual.hold_max),
+            max_lag: Seconds(usual.max_lag),
+            max_primary_latency: Seconds(usual.max_primary_latency),
+            error_threshold: Percent(usual.error_threshold),
+            retry_attempts: usual.retry_attempts,
+        }
+    }
+}
+
+impl RawBackfill {
+    fn check(self) -> Result<Backfill, String> {
+        if self.workers == 0 {
+            return Err("backfill: workers: at least 1".into());
+        }
+        let max_rate: Option<MaxRate> = match self.max_rate {
+            Some(text) => Some(text.0.parse().map_err(|why| format!("backfill: max_rate: {why}"))?),
+            None => None,
+        };
+        Ok(Backfill {
+            workers: self.workers,
+            max_rate,
+            hold_max: self.hold_max.0,
+            max_lag: self.max_lag.0,
+            max_primary_latency: self.max_primary_latency.0,
+            error_threshold: self.error_threshold.0,
+            retry_attempts: self.retry_attempts,
+        })
+    }
 }
 
 #[derive(Deserialize)]

@@ -12,7 +12,7 @@ use anyhow::Context;
 use tokio::time::Instant;
 
 use self::stage::Stage;
-use self::workload::{SCHEMA, TABLES, Workload};
+use self::workload::{ROWS, SCHEMA, TABLES, Workload};
 use crate::control::{Phase, Side};
 
 /// Runs the demo; `Ok(false)` when something was not as it must be.
@@ -48,27 +48,46 @@ async fn tell(keep: bool) -> anyhow::Result<bool> {
     ));
     say("   The proxy's own role is no superuser: it may log in, create its schema, and act for the tables' owner.");
 
-    teller.step("The proxy stands in front of them, phase dual_write");
+    teller.step("Legacy is a shop's database, years old; new has its schema and no rows");
+    stage.fill(SCHEMA, ROWS).await?;
+    say(&format!(
+        "   history on legacy: {} rows",
+        stage.count(Side::Legacy, "history").await?
+    ));
+
+    teller.step("The proxy stands in front of them, phase dual_write, and the application writes through it");
     stage.start_proxy(Phase::DualWrite).await?;
     say(&format!("   {}", stage.client_url()));
-
-    teller.step("The application creates its tables and begins to write, through the proxy");
-    stage.client().await?.batch_execute(SCHEMA).await?;
     let workload = Workload::start(&stage.client_url()).await?;
     let ledger = workload.ledger.clone();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     stage.wait_caught_up().await?;
     let transactions = ledger.transactions.load(Relaxed);
     say(&format!(
         "   {transactions} transactions so far: serial keys, the clock, random values, a SKIP LOCKED queue, cascades"
     ));
+
+    teller.step("The existing rows are brought over, while it goes on writing: pgtandem backfill");
+    ledger.take_longest();
+    let before = ledger.transactions.load(Relaxed);
+    let backfill = stage.backfill().await?;
+    say(&format!(
+        "   {} transactions meanwhile, the slowest of them took {:.0} ms",
+        ledger.transactions.load(Relaxed) - before,
+        ledger.take_longest().as_secs_f64() * 1000.0
+    ));
+    teller.check(
+        backfill.state == "done" && backfill.counts.failed == 0,
+        "every table is in step",
+    );
+    stage.wait_caught_up().await?;
     say("   rows on both sides, while it goes on writing:");
     for table in TABLES {
         let [legacy, new] = [
             stage.count(Side::Legacy, table).await?,
             stage.count(Side::New, table).await?,
         ];
-        say(&format!("   {table:12} legacy {legacy:>6}   new {new:>6}"));
+        say(&format!("   {table:12} legacy {legacy:>7}   new {new:>7}"));
     }
     teller.check(ledger.failed.load(Relaxed) == 0, "no statement failed");
 

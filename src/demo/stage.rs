@@ -10,15 +10,17 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
+use tokio::time::Instant;
 use tokio_postgres::{Client, NoTls};
 
 use super::say;
 use super::workload::Ledger;
-use crate::admin::api::{ReloadAnswer, ShadowReads, Status, WaitAnswer};
+use crate::admin::api::{BackfillAnswer, BackfillRequest, ReloadAnswer, ShadowReads, Status, WaitAnswer};
 use crate::admin::client::{AdminClient, AdminError};
 use crate::catalog::compare::rows_different;
 use crate::config::Admin;
 use crate::control::{Phase, Side};
+use crate::reconcile::backfill::BackfillStatus;
 use crate::servers::{Binaries, PASSWORD, SUPERUSER, Server, free_port};
 
 /// The application's role, the tables' owner.
@@ -86,6 +88,40 @@ impl Stage {
             bail!("the proxy did not start:\n{}", fs::read_to_string(self.log_path())?);
         }
         Ok(())
+    }
+
+    /// The application's schema on both sides, its rows on legacy.
+    pub(super) async fn fill(&self, schema: &str, rows: &str) -> anyhow::Result<()> {
+        for side in [Side::Legacy, Side::New] {
+            self.direct(side, APPLICATION).await?.batch_execute(schema).await?;
+        }
+        let legacy = self.direct(Side::Legacy, APPLICATION).await?;
+        Ok(legacy.batch_execute(rows).await?)
+    }
+
+    /// `pgtandem backfill`, told now and then; how it ended.
+    pub(super) async fn backfill(&self) -> anyhow::Result<BackfillStatus> {
+        let admin = self.admin();
+        let mut answer: BackfillAnswer = admin.post("/api/v1/backfill", &BackfillRequest::default()).await?;
+        let mut tell_at = Instant::now();
+        loop {
+            let (_, status) = answer.databases.pop_first().context("no backfill has begun")?;
+            if !status.is_running() || Instant::now() >= tell_at {
+                let left = status
+                    .remaining_seconds
+                    .map_or_else(String::new, |seconds| format!(", about {seconds:.0} s left"));
+                say(&format!(
+                    "   {}: {} of about {} rows, {:.0} rows/s{left}",
+                    status.state, status.counts.read, status.rows_expected, status.rows_per_second
+                ));
+                tell_at = Instant::now() + Duration::from_secs(3);
+            }
+            if !status.is_running() {
+                return Ok(status);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            answer = admin.get("/api/v1/backfill").await?;
+        }
     }
 
     pub(super) fn client_url(&self) -> String {

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_postgres::{Client, Error, NoTls};
 
-/// Created through the proxy, so that every table is captured from its first row.
+/// The application's schema, brought to both databases before anything else.
 pub(super) const SCHEMA: &str = "
 CREATE TABLE products (id int PRIMARY KEY, name text NOT NULL, price numeric(10,2) NOT NULL);
 CREATE TABLE customers (id int PRIMARY KEY, name text UNIQUE, spent numeric NOT NULL DEFAULT 0, seen timestamptz);
@@ -28,12 +28,31 @@ CREATE TABLE order_lines (
     PRIMARY KEY (order_id, line));
 CREATE TABLE jobs (id bigserial PRIMARY KEY, order_id bigint, state text NOT NULL DEFAULT 'waiting');
 CREATE TABLE visits (at timestamptz NOT NULL DEFAULT now(), page text, luck double precision DEFAULT random());
+CREATE TABLE history (id bigint PRIMARY KEY, customer int NOT NULL, placed timestamptz NOT NULL, amount numeric(10,2), note text);
+";
+
+/// What the legacy database holds before anybody thought of leaving it.
+pub(super) const ROWS: &str = "
 INSERT INTO products SELECT i, 'product ' || i, i * 9.99 FROM generate_series(1, 40) i;
 INSERT INTO customers SELECT i, 'customer ' || i FROM generate_series(1, 25) i;
+INSERT INTO history SELECT i, 1 + i % 25, '2015-01-01'::timestamptz + i * interval '5 minutes', (i % 10000) / 7.0, md5(i::text)
+  FROM generate_series(1, 1000000) i;
+INSERT INTO orders (customer) SELECT 1 + i % 25 FROM generate_series(1, 20000) i;
+INSERT INTO order_lines SELECT id, 1, 1 + id % 40, 1 FROM orders;
+INSERT INTO visits (page) SELECT 'home' FROM generate_series(1, 5000);
+ANALYZE;
 ";
 
 /// The tables of [`SCHEMA`], for counting.
-pub(super) const TABLES: [&str; 6] = ["products", "customers", "orders", "order_lines", "jobs", "visits"];
+pub(super) const TABLES: [&str; 7] = [
+    "products",
+    "customers",
+    "history",
+    "orders",
+    "order_lines",
+    "jobs",
+    "visits",
+];
 
 const WRITERS: u64 = 6;
 const READERS: u64 = 2;

@@ -11,14 +11,15 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 3;
+const VERSION: i32 = 4;
 
-const SCRIPTS: [&str; 5] = [
+const SCRIPTS: [&str; 6] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     OBJECTS,
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),
+    include_str!("sql/backfill.sql"),
 ];
 
 /// Where the query of catalog::objects becomes a function.

@@ -1,7 +1,8 @@
-//! Existing rows: comparing them, and mending what differs, at cuts.
+//! Existing rows: copying them, comparing them, and mending what differs, at cuts.
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | `backfill/` | copies tables, range by range |
 //! | `key.rs` | by which key a table is walked, and ranges of it |
 //! | `digest.rs` | how a row becomes a checksum that both servers compute alike |
 //! | `readers.rs` | connections that read one cut |
@@ -12,6 +13,7 @@
 //! | `report.rs` | what is said of it |
 //! | `schema/` | definitions: which statements bring one side in line with the other; pure |
 
+pub mod backfill;
 mod compare;
 pub mod digest;
 pub mod key;

@@ -116,6 +116,7 @@ mod tests {
             }),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            backfill: None,
         }
     }
 

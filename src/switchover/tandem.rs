@@ -13,9 +13,10 @@ use tokio_util::task::AbortOnDropHandle;
 use super::recover::{Observed, Recorded};
 use crate::admin::api::{self, DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
-use crate::config::{DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
+use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, SideState};
+use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOrder};
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
@@ -40,6 +41,7 @@ pub struct Tandem {
     stray_writers: StrayWriters,
     verify: Verify,
     applier: Mutex<Option<Arc<Applier>>>,
+    backfill: Arc<Desk>,
     servers: watch::Receiver<[ServerStatus; 2]>,
     _watching: AbortOnDropHandle<()>,
 }
@@ -72,6 +74,7 @@ impl Tandem {
         writes: Writes,
         stray_writers: StrayWriters,
         verify: Verify,
+        backfill: Backfill,
     ) -> Arc<Self> {
         let (report, servers) = watch::channel(Default::default());
         let watching = tokio::spawn(watch_servers(pair.config.clone(), report));
@@ -82,6 +85,7 @@ impl Tandem {
             stray_writers,
             verify,
             applier: Mutex::default(),
+            backfill: Arc::new(Desk::new(backfill)),
             servers,
             _watching: AbortOnDropHandle::new(watching),
         })
@@ -180,7 +184,39 @@ impl Tandem {
         ));
         let applier = Arc::new(applier);
         *self.slot() = Some(applier.clone());
-        self.compare_existing_rows(applier, control);
+        self.compare_existing_rows(applier.clone(), control);
+        self.look_for_unfinished_backfill(applier, control);
+    }
+
+    /// What an earlier proxy, or this one before a flip, left half copied is told in the status.
+    fn look_for_unfinished_backfill(&self, applier: Arc<Applier>, control: Control) {
+        let sides = self.sides(applier, control);
+        let (desk, database) = (self.backfill.clone(), self.name().to_owned());
+        tokio::spawn(async move {
+            if let Err(error) = desk.look_for_unfinished(&sides).await {
+                tracing::warn!(database, error, "whether a backfill is unfinished is not known");
+            }
+        });
+    }
+
+    fn sides(&self, applier: Arc<Applier>, control: Control) -> backfill::Sides {
+        backfill::Sides {
+            primary: self.targets().target(control.primary).clone(),
+            secondary: self.targets().target(control.secondary()).clone(),
+            epoch: control.epoch,
+            applier,
+        }
+    }
+
+    /// Where this database's backfill is ordered.
+    pub fn backfill(&self) -> &Desk {
+        &self.backfill
+    }
+
+    /// Starts a backfill, or changes the one that runs.
+    pub async fn start_backfill(&self, control: Control, order: &BackfillOrder) -> Result<BackfillStatus, String> {
+        let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
+        self.backfill.start(&self.sides(applier, control), order).await
     }
 
     /// Tables that held rows when their capture began are compared once, beside everything else,
@@ -489,6 +525,7 @@ impl Tandem {
             mirroring: self.applier().map(|applier| mirroring(&applier.status().borrow())),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            backfill: self.backfill.status(),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::bed::{Bed, caught_up};
 
 /// What the proxy does: the statement between the hooks, in one transaction (the client's own, if
 /// it has one).
-async fn ddl(client: &Control, statement: &str) {
+pub(crate) async fn ddl(client: &Control, statement: &str) {
     client.batch_execute("BEGIN").await.unwrap();
     ddl_inside(client, statement).await;
     client.batch_execute("COMMIT").await.unwrap();

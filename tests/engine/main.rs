@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are outside #[test] functions")]
 
+mod backfill;
 mod backlog;
 mod bed;
 mod catalog;
