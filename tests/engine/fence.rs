@@ -141,3 +141,31 @@ async fn there_and_back() {
         bed.assert_same(&applier).await;
     }
 }
+
+/// The trigger's own words must not be taken for a table's columns.
+#[tokio::test]
+async fn a_stray_writer_of_a_table_with_odd_columns_is_refused() {
+    let bed = Bed::new(
+        "stray_odd",
+        "CREATE TABLE odd (id int PRIMARY KEY, state text, pgtandem_new text, old int, new int, tg_op text, rel oid)",
+    )
+    .await;
+    bed.install().await;
+    let applier = apply::spawn(bed.config());
+    applier.catch_up().await.unwrap();
+    let error = bed
+        .app(Side::New)
+        .await
+        .batch_execute("INSERT INTO odd (id) VALUES (1)")
+        .await
+        .unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "25006");
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute(
+            "INSERT INTO odd VALUES (1, 'a', 'b', 1, 2, 'c', 3); UPDATE odd SET state = 'd'; INSERT INTO odd (id) VALUES (2); DELETE FROM odd WHERE id = 2",
+        )
+        .await
+        .unwrap();
+    bed.assert_same(&applier).await;
+}

@@ -122,6 +122,7 @@ BEGIN
 CREATE OR REPLACE FUNCTION pgtandem.%1$I() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER %2$s
 AS $capture$
+#variable_conflict use_variable
 DECLARE
     state bigint := CASE WHEN pg_catalog.pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_catalog.pg_sequence_last_value(%3$s) END;
 BEGIN
