@@ -38,6 +38,8 @@ def canonical(value):
     if isinstance(value, (bytes, bytearray, memoryview)):
         return "bytes:" + bytes(value).hex()
     if isinstance(value, str):
+        # psql centres a heading by the width of the number in it.
+        value = re.sub(r'(?m)^ +(Table ")pg_temp_\d+', r"\1pg_temp_N", value)
         return re.sub(r"\bpg_temp_\d+", "pg_temp_N", re.sub(rf"\b{PORT}\b", "PORT", value))
     if value is None or isinstance(value, (bool, int)):
         return value
