@@ -131,16 +131,29 @@ impl Session {
         Ok(())
     }
 
-    /// What a catalog function cannot describe because it is being dropped is read at the next look;
-    /// mirroring does not rest on it.
+    /// What a catalog function cannot describe because it is being dropped, or only behind a
+    /// client's lock, is read at the next look; mirroring does not rest on it and must not wait.
     async fn definitions_if_readable(&self) -> Result<Option<Vec<String>>, ApplyError> {
-        match self.definitions_differ().await {
+        self.wait_for_locks("SET lock_timeout = '50ms'").await?;
+        let found = self.definitions_differ().await;
+        self.wait_for_locks("SET lock_timeout = 0").await?;
+        match found {
             Err(error) if !error.is_connection() => {
-                tracing::warn!(%error, "the two sides' definitions cannot be compared now");
+                tracing::debug!(%error, "the two sides' definitions cannot be compared now");
                 Ok(None)
             }
             other => other,
         }
+    }
+
+    async fn wait_for_locks(&self, setting: &str) -> Result<(), ApplyError> {
+        for client in [&self.aside, &self.secondary] {
+            client
+                .batch_execute(setting)
+                .await
+                .map_err(doing("compare definitions"))?;
+        }
+        Ok(())
     }
 
     /// False when something has to be looked at again.

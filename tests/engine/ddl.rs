@@ -299,3 +299,30 @@ async fn a_new_table_that_cannot_be_captured_is_refused() {
         "{error:?}"
     );
 }
+
+/// The comparison of all definitions reads some of them behind locks that DDL takes.
+#[tokio::test]
+async fn a_clients_open_ddl_holds_up_nobody() {
+    let (bed, applier) = Bed::mirrored(
+        "open_ddl",
+        "CREATE TABLE changing (id int PRIMARY KEY, v int DEFAULT 1 CHECK (v > 0)); CREATE VIEW seen AS SELECT * FROM changing; CREATE TABLE t (id int PRIMARY KEY)",
+    )
+    .await;
+    let slow = bed.app(Side::Legacy).await;
+    slow.batch_execute("BEGIN").await.unwrap();
+    ddl_inside(&slow, "ALTER TABLE changing ADD COLUMN w int").await;
+    let client = bed.app(Side::Legacy).await;
+    // Definitions are compared every two seconds, and only when they have changed.
+    for round in 0..30 {
+        ddl(&client, &format!("CREATE TABLE new_{round} (id int PRIMARY KEY)")).await;
+        client
+            .batch_execute(&format!("INSERT INTO t VALUES ({round})"))
+            .await
+            .unwrap();
+        caught_up(&applier).await;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    slow.batch_execute("COMMIT").await.unwrap();
+    bed.assert_same(&applier).await;
+    assert_same_definitions(&bed).await;
+}
