@@ -37,6 +37,8 @@ const CUT_REQUESTS_MAX: usize = 4;
 /// Catalogs, rotation and strays are looked at this often, as is another applier's progress.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The pause after a round, in times of what it took, where nobody waits for the next one.
+const REST: u32 = 3;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A server that is down is tried more often than one that says no.
@@ -523,6 +525,7 @@ impl Task {
                 position: session.position,
                 applied_at: Instant::now(),
             };
+            let worked = began.elapsed();
             self.publish(&session, began);
             self.done.send_replace(Done {
                 ticket,
@@ -558,7 +561,9 @@ impl Task {
                 next_watch = Instant::now() + WATCH_INTERVAL.max(looking.elapsed() * 20);
             }
             pause = if outcome.changes > 0 {
-                self.config.poll_min
+                // Under load the servers are the clients' for the larger part of the time, and the
+                // more a round holds, the more of it cancels out.
+                (worked * REST).clamp(self.config.poll_min, self.config.poll_max / 2)
             } else {
                 (pause * 3 / 2).min(self.config.poll_max)
             };
