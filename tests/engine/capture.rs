@@ -46,7 +46,8 @@ async fn journaled(bed: &Bed, client: &Control, statements: &str) -> i64 {
         .get(0)
 }
 
-const FAMILY: &str = "CREATE TABLE p (id int, k int) PARTITION BY RANGE (k); CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10);
+const FAMILY: &str =
+    "CREATE TABLE p (id int, k int) PARTITION BY RANGE (k); CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10);
     CREATE TABLE p2 (id int, k int); CREATE TABLE parent (id int); CREATE TABLE child (id int, more text)";
 
 #[tokio::test]
@@ -83,7 +84,11 @@ async fn rows_arrive_through_parents_and_past_them() {
         &["INSERT INTO p SELECT g, g FROM generate_series(0, 9) g; INSERT INTO p2 VALUES (1, 11); INSERT INTO child VALUES (1, 'x')"],
     )
     .await;
-    ddl(&client, "ALTER TABLE p ATTACH PARTITION p2 FOR VALUES FROM (10) TO (20)").await;
+    ddl(
+        &client,
+        "ALTER TABLE p ATTACH PARTITION p2 FOR VALUES FROM (10) TO (20)",
+    )
+    .await;
     ddl(&client, "ALTER TABLE child INHERIT parent").await;
     each(
         &bed,
@@ -134,7 +139,8 @@ async fn triggers_that_are_all_switched_on_capture_once_and_are_noticed() {
     applier.stop().await;
     let client = bed.app(Side::Legacy).await;
     client.batch_execute("ALTER TABLE t ENABLE TRIGGER ALL").await.unwrap();
-    let writes = "INSERT INTO t VALUES (1, 1), (2, 2), (3, 3); UPDATE t SET v = 0 WHERE id < 3; DELETE FROM t WHERE id = 1";
+    let writes =
+        "INSERT INTO t VALUES (1, 1), (2, 2), (3, 3); UPDATE t SET v = 0 WHERE id < 3; DELETE FROM t WHERE id = 1";
     assert_eq!(journaled(&bed, &client, writes).await, 3 + 2 + 1);
     let applier = apply::spawn(bed.config());
     // A replica's writes may have passed unseen meanwhile.
@@ -143,7 +149,10 @@ async fn triggers_that_are_all_switched_on_capture_once_and_are_noticed() {
     })
     .await;
     assert!(
-        status.tables[0].note.as_ref().is_some_and(|note| note.contains("capture was switched off")),
+        status.tables[0]
+            .note
+            .as_ref()
+            .is_some_and(|note| note.contains("capture was switched off")),
         "{:?}",
         status.tables[0]
     );
@@ -212,17 +221,29 @@ async fn every_way_to_insert() {
 
 #[tokio::test]
 async fn prepared_inserts_go_on_when_columns_come_and_go() {
-    let (bed, applier) = Bed::mirrored("prepared_insert", "CREATE TABLE t (id int PRIMARY KEY, gone text, v int)").await;
+    let (bed, applier) = Bed::mirrored(
+        "prepared_insert",
+        "CREATE TABLE t (id int PRIMARY KEY, gone text, v int)",
+    )
+    .await;
     let client = bed.app(Side::Legacy).await;
     let insert = client.prepare("INSERT INTO t (id, v) VALUES ($1, $1)").await.unwrap();
     for round in 0..3 {
         client.execute(&insert, &[&(round * 10)]).await.unwrap();
         client.execute(&insert, &[&(round * 10 + 1)]).await.unwrap();
         bed.assert_same(&applier).await;
-        ddl(&client, &format!("ALTER TABLE t ADD COLUMN c{round} timestamptz DEFAULT now()")).await;
+        ddl(
+            &client,
+            &format!("ALTER TABLE t ADD COLUMN c{round} timestamptz DEFAULT now()"),
+        )
+        .await;
         client.execute(&insert, &[&(round * 10 + 2)]).await.unwrap();
         bed.assert_same(&applier).await;
-        let gone = if round == 0 { "gone".to_owned() } else { format!("c{}", round - 1) };
+        let gone = if round == 0 {
+            "gone".to_owned()
+        } else {
+            format!("c{}", round - 1)
+        };
         ddl(&client, &format!("ALTER TABLE t DROP COLUMN {gone}")).await;
         client.execute(&insert, &[&(round * 10 + 3)]).await.unwrap();
         bed.assert_same(&applier).await;

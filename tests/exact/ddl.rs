@@ -95,7 +95,10 @@ pub(crate) const CASES: &[Case] = &[
             Q("reindex table a"),
             Q("drop index concurrently a_v"),
             Fails("23505", "create unique index concurrently a_done on a (v)"),
-            Fails("23505", "create unique index concurrently \"A late\" on a ((v + 0)) where v < 100"),
+            Fails(
+                "23505",
+                "create unique index concurrently \"A late\" on a ((v + 0)) where v < 100",
+            ),
             Fails("23505", "create unique index concurrently a_third on a (v)"),
             Q("insert into a values (11, 110); update a set v = id * 10"),
             Q("reindex index concurrently a_done"),
@@ -569,7 +572,9 @@ pub(crate) const CASES: &[Case] = &[
             Q("grant select on m, a to reader"),
             X("grant insert, update (id) on a, pg_temp.m, b to writer with grant option"),
             Q("grant usage on sequence s, t to reader; grant select on v, m to reader, bare"),
-            Q("begin; alter table a add column w int default 3; insert into a values (1); grant all on m, a to bare; commit"),
+            Q(
+                "begin; alter table a add column w int default 3; insert into a values (1); grant all on m, a to bare; commit",
+            ),
             Q("begin; grant all on m, b to bare; rollback"),
             Q("revoke select on a, m from reader; revoke all on m, b, v from writer"),
             Q("create temp table a (id int); grant delete on a, b to reader"),
@@ -592,11 +597,15 @@ pub(crate) const CASES: &[Case] = &[
                 "begin; create table parts (like m including defaults excluding generated, k int) partition by list (k); create table part partition of parts for values in (1, 2); alter table parts alter id drop default; insert into parts (id, i, k) values (1, 1, 1); commit; insert into parts (id, i, k) values (2, 1, 2)",
             ),
             Q("begin; create table gone (like m including all); rollback"),
-            Q("begin; create unlogged table u (like \"m\"); insert into u (id, i) values (1, 1); alter table u add column late int default 4; commit"),
+            Q(
+                "begin; create unlogged table u (like \"m\"); insert into u (id, i) values (1, 1); alter table u add column late int default 4; commit",
+            ),
             Q(
                 "create function typed(x m.id%type, y text) returns m.v%type language sql as 'select y'; create function of_rows(x m) returns int language sql as 'select x.i'; create function gives() returns setof m language sql as 'select * from m'; select of_rows(m) from m; create procedure pr(x int) language sql as 'select 1'",
             ),
-            Q("create view over as select * from m; create or replace function typed(x int, y text) returns text language sql as 'select ''other'''"),
+            Q(
+                "create view over as select * from m; create or replace function typed(x int, y text) returns text language sql as 'select ''other'''",
+            ),
             // What needs the temporary table goes with it, and never was on the secondary.
             Q("drop table m cascade"),
         ],

@@ -242,19 +242,21 @@ AS $$
                 OR EXISTS (SELECT FROM pg_class c WHERE d.refclassid = 'pg_class'::regclass AND c.oid = d.refobjid AND c.relnamespace = pg_my_temp_schema())))
 $$;
 
--- What objects.sql has of some roots, as a DDL record keeps it. A default that draws from a
--- temporary sequence goes with that, and stays where it is.
+-- What objects.sql has of some roots, as a DDL record keeps it. What only the primary has is left
+-- out: a default that draws from a temporary sequence goes with that; an index that a concurrent
+-- build has not finished comes with the record of the finished one.
 CREATE OR REPLACE FUNCTION pgtandem.definitions_of(roots oid[]) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 AS $$
     SELECT COALESCE(jsonb_agg(jsonb_build_array(o.kind, o.name, o.root, o.owner, o.recipe, o.depends)), '[]')
       FROM pgtandem.objects(roots) o
-     WHERE o.kind <> 'default' OR NOT EXISTS (
+     WHERE (o.kind <> 'index' OR o.recipe::jsonb -> 'invalid' IS NULL)
+       AND (o.kind <> 'default' OR NOT EXISTS (
            SELECT FROM pg_attrdef f
              JOIN pg_attribute a ON a.attrelid = f.adrelid AND a.attnum = f.adnum
              JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = f.oid AND d.refclassid = 'pg_class'::regclass
              JOIN pg_class c ON c.oid = d.refobjid AND c.relpersistence = 't'
-            WHERE f.adrelid = ANY (roots) AND pgtandem.name_of(f.adrelid) || '.' || quote_ident(a.attname) = o.name)
+            WHERE f.adrelid = ANY (roots) AND pgtandem.name_of(f.adrelid) || '.' || quote_ident(a.attname) = o.name))
 $$;
 
 -- The context of a record that says what there is after it, and what goes before that.
