@@ -177,6 +177,7 @@ async fn every_way_to_insert() {
     let schema = "CREATE TABLE dropped (a int, id int PRIMARY KEY, b text, c int); ALTER TABLE dropped DROP COLUMN a; ALTER TABLE dropped DROP COLUMN b;
         CREATE TABLE named (pgtandem_new text, id int PRIMARY KEY, pgtandem_old int);
         CREATE TABLE pgtandem_new (pgtandem_new int, id int);
+        CREATE TABLE variables (state text, tg_op text, found bool, rel int, op text, old text, new text);
         CREATE TABLE stored (id int PRIMARY KEY, v int, twice int GENERATED ALWAYS AS (v * 2) STORED, last text);
         CREATE TABLE a (id int PRIMARY KEY, v int); CREATE TABLE b (id int, v int)";
     let (bed, applier) = Bed::mirrored("inserts", schema).await;
@@ -188,6 +189,7 @@ async fn every_way_to_insert() {
         &[
             "INSERT INTO dropped VALUES (1, 2), (3, NULL); UPDATE dropped SET c = 9 WHERE id = 1",
             "INSERT INTO named VALUES ('x', 1, 2), (NULL, 2, NULL); INSERT INTO pgtandem_new VALUES (1, 2), (NULL, NULL)",
+            "INSERT INTO variables (state, new) VALUES ('queued', 'x'), (NULL, NULL); UPDATE variables SET tg_op = 'y', found = true",
             "INSERT INTO stored (id, v, last) VALUES (1, 1, 'x'), (2, NULL, ''); UPDATE stored SET v = 7; DELETE FROM stored WHERE id = 2",
             "INSERT INTO a VALUES (1, 1), (2, 2); INSERT INTO a VALUES (2, 0), (3, 0) ON CONFLICT (id) DO UPDATE SET v = a.v + 10",
             "INSERT INTO a VALUES (3, 5) ON CONFLICT DO NOTHING; INSERT INTO a SELECT 99 WHERE false",
@@ -214,8 +216,17 @@ async fn every_way_to_insert() {
         .batch_execute("INSERT INTO b SELECT 1, 1 WHERE false")
         .await
         .unwrap();
-    let refused = stray.batch_execute("INSERT INTO b VALUES (1, 1)").await.unwrap_err();
-    assert_eq!(refused.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION));
+    for insert in [
+        "INSERT INTO b VALUES (1, 1)",
+        "INSERT INTO variables (state) VALUES ('x')",
+    ] {
+        let refused = stray.batch_execute(insert).await.unwrap_err();
+        assert_eq!(
+            refused.code(),
+            Some(&SqlState::READ_ONLY_SQL_TRANSACTION),
+            "{refused:?}"
+        );
+    }
     bed.assert_same(&applier).await;
 }
 

@@ -113,7 +113,8 @@ $$;
 -- row as much. The rows are of type record there, so a cast that a table's owner defines on his
 -- row type does not come into it. The lock is taken before the state is read (CASE guarantees the
 -- order): so whoever holds it exclusively can change the state knowing that nobody acts on the old
--- one. To take it again in the same transaction is a look into a local table.
+-- one. To take it again in the same transaction is a look into a local table. A name means ours,
+-- whatever the table's columns are called.
 CREATE OR REPLACE FUNCTION pgtandem.define_capture(function_name text, rel oid, pins text, guard text, changes text, source text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
@@ -122,6 +123,7 @@ BEGIN
 CREATE OR REPLACE FUNCTION pgtandem.%1$I() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER %2$s
 AS $capture$
+#variable_conflict use_variable
 DECLARE
     state bigint := CASE WHEN pg_catalog.pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_catalog.pg_sequence_last_value(%3$s) END;
 BEGIN
