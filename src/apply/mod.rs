@@ -49,6 +49,7 @@ mod status;
 mod tables;
 mod task;
 pub mod threshold;
+mod views;
 mod walk;
 
 use std::time::Duration;

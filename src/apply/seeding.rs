@@ -480,6 +480,7 @@ impl Session {
             what: row.get(0),
             reason: row.get(1),
         }));
+        list.extend(super::views::unrepeatable(&self.aside).await?);
         Ok(list)
     }
 }

@@ -163,7 +163,7 @@ recipes(kind, name, recipe) AS (
                'not_null', NULLIF(a.attnotnull, false), 'inherited', NULLIF(NOT a.attislocal, false),
                'generated', CASE WHEN a.attgenerated <> '' THEN format('GENERATED ALWAYS AS (%s) %s', pg_get_expr(d.adbin, d.adrelid), CASE a.attgenerated WHEN 's' THEN 'STORED' ELSE 'VIRTUAL' END) END,
                'identity', CASE a.attidentity WHEN 'a' THEN 'ALWAYS' WHEN 'd' THEN 'BY DEFAULT' END,
-               'identity_sequence', CASE WHEN a.attidentity <> '' THEN (SELECT jsonb_build_object('name', i.oid::regclass::text, 'parameters', format('START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
+               'identity_sequence', CASE WHEN a.attidentity <> '' THEN (SELECT jsonb_build_object('name', i.oid::regclass::text, 'type', format_type(q.seqtypid, NULL), 'parameters', format('START %s INCREMENT %s MINVALUE %s MAXVALUE %s CACHE %s %sCYCLE', q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
                         CASE WHEN q.seqcycle THEN '' ELSE 'NO ' END))
                       FROM identity_sequences i JOIN pg_sequence q ON q.seqrelid = i.oid WHERE i.rel = a.attrelid AND i.attnum = a.attnum) END,
                'storage', CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL' WHEN 'm' THEN 'MAIN' ELSE 'EXTENDED' END,

@@ -185,16 +185,18 @@ impl Session {
         }
         let script = self.context.hooks.statements.get_as(text, self.lex);
         let is = |wanted: DdlKind| move |class: &Class| matches!(class, Class::Ddl(ddl) if ddl.kind == wanted);
-        let mut classes = script.statements.iter().map(|statement| &statement.class);
-        if classes.clone().any(is(DdlKind::Outside)) {
-            // Among other statements the server refuses it by itself.
-            let Some(single) = script.single() else {
-                return Plan::Pass(Mark::None);
-            };
+        if let Some(single) = script.single()
+            && matches!(&single.class, Class::Ddl(ddl) if ddl.is_recorded_afterwards())
+        {
             self.make_way(&single.class);
             let text = single.of(text).into();
             self.attention().outside = Some(Outside::after_query(text));
             return Plan::Pass(Mark::Withheld);
+        }
+        let mut classes = script.statements.iter().map(|statement| &statement.class);
+        if classes.clone().any(is(DdlKind::Outside)) {
+            // Among other statements the server refuses it by itself.
+            return Plan::Pass(Mark::None);
         }
         if classes.any(is(DdlKind::Transactional)) {
             let steps = Steps::new(text, script, self.reported.is_utf8());
@@ -224,15 +226,14 @@ impl Session {
             if let Some(statement) = script.single()
                 && let Class::Ddl(ddl) = &statement.class
             {
-                match ddl.kind {
-                    DdlKind::Transactional => return Plan::HookBehind,
-                    DdlKind::Outside => {
-                        self.make_way(&statement.class);
-                        let text = statement.of(&known.text).into();
-                        self.attention().outside = Some(Outside::after_execute(text));
-                        return Plan::Pass(Mark::Withheld);
-                    }
-                    DdlKind::Temporary | DdlKind::NotMirrored(_) => {}
+                if ddl.kind == DdlKind::Transactional {
+                    return Plan::HookBehind;
+                }
+                if ddl.is_recorded_afterwards() {
+                    self.make_way(&statement.class);
+                    let text = statement.of(&known.text).into();
+                    self.attention().outside = Some(Outside::after_execute(text));
+                    return Plan::Pass(Mark::Withheld);
                 }
             }
         }

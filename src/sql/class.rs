@@ -344,6 +344,13 @@ pub struct Ddl {
 }
 
 impl Ddl {
+    /// Whether the journal hears of it after it has succeeded, and not in its transaction: what
+    /// cannot run in one, and REINDEX, which often cannot and changes a schema only where it
+    /// completes an unfinished index.
+    pub fn is_recorded_afterwards(&self) -> bool {
+        self.kind == DdlKind::Outside || self.tag == "REINDEX"
+    }
+
     /// What the journal's hook has to know before the statement runs, as JSON.
     pub fn facts(&self) -> String {
         let from_query = ["CREATE TABLE AS", "SELECT INTO"].contains(&self.tag.as_str());
@@ -383,7 +390,8 @@ pub enum DdlKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NotMirrored {
-    /// REINDEX, CLUSTER: care for one server's own files; rows and schema stay as they are.
+    /// REINDEX, CLUSTER: care for one server's own files; rows and schema stay as they are, but
+    /// for an unfinished index that REINDEX completes.
     Maintenance,
     /// ALTER SYSTEM: one server's own configuration.
     ServerConfiguration,

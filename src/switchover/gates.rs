@@ -48,6 +48,7 @@ fn of_database(database: &DatabaseStatus) -> Vec<Gate> {
         mirroring.lag.seconds <= LAG_SECONDS_MAX,
     ));
     gates.push(not_synced(mirroring, &gate));
+    gates.push(definitions(mirroring, &gate));
     gates.push(gate(
         "quarantine",
         match &mirroring.quarantine.error {
@@ -82,6 +83,19 @@ fn not_synced(mirroring: &Mirroring, gate: &dyn Fn(&str, String, &str, bool) -> 
         [first, rest @ ..] => format!("{first} and {} more are not", rest.len()),
     };
     gate("tables", measured, "all synced, none paused", missing.is_empty())
+}
+
+/// What differs would be another schema to the clients, from the flip on.
+fn definitions(mirroring: &Mirroring, gate: &dyn Fn(&str, String, &str, bool) -> Gate) -> Gate {
+    let measured = match mirroring.different.as_slice() {
+        [] => "alike".to_owned(),
+        [only] => format!("{only} differs; see `pgtandem schema diff` and `schema heal`"),
+        [first, rest @ ..] => format!(
+            "{first} and {} more differ; see `pgtandem schema diff` and `schema heal`",
+            rest.len()
+        ),
+    };
+    gate("definitions", measured, "alike", mirroring.different.is_empty())
 }
 
 #[cfg(test)]
@@ -162,6 +176,10 @@ mod tests {
         );
         assert_eq!(closed(|d| mirroring(d).lag.seconds = 2.5), ["shop: lag"]);
         assert_eq!(closed(|d| mirroring(d).divergences = 1), ["shop: divergences"]);
+        assert_eq!(
+            closed(|d| mirroring(d).different.push("index public.i".into())),
+            ["shop: definitions"]
+        );
         assert_eq!(
             closed(|d| mirroring(d).tables.push(table("unseeded", None))),
             ["shop: tables"]

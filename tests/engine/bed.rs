@@ -24,6 +24,10 @@ pub struct Pair {
 
 impl Pair {
     pub fn start() -> Arc<Self> {
+        Self::between(Binaries::legacy().unwrap(), Binaries::new_side().unwrap())
+    }
+
+    pub fn between(legacy: Binaries, new: Binaries) -> Arc<Self> {
         tracing_subscriber::fmt()
             .with_test_writer()
             .with_max_level(tracing::Level::INFO)
@@ -31,8 +35,8 @@ impl Pair {
             .ok();
         let start = |binaries: Binaries| Server::start(&binaries, &["deadlock_timeout=200ms"]).unwrap();
         Arc::new(Self {
-            legacy: start(Binaries::legacy().unwrap()),
-            new: start(Binaries::new_side().unwrap()),
+            legacy: start(legacy),
+            new: start(new),
             roles: OnceCell::new(),
         })
     }

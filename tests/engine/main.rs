@@ -6,6 +6,7 @@
 mod backfill;
 mod backlog;
 mod bed;
+mod capture;
 mod catalog;
 mod ddl;
 mod dml;

@@ -108,6 +108,36 @@ async fn large_objects_are_named_as_not_mirrored() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn materialized_views_of_the_moment_are_named() {
+    let rig = Rig::serving(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client
+        .batch_execute(
+            "CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1), (2);
+             CREATE MATERIALIZED VIEW steady AS SELECT count(*) FROM a; CREATE VIEW via AS SELECT id, random() AS r FROM a;
+             CREATE MATERIALIZED VIEW chance AS SELECT * FROM via; CREATE MATERIALIZED VIEW first AS SELECT id FROM a LIMIT 1",
+        )
+        .await
+        .unwrap();
+    let status = rig
+        .until(|status| {
+            mirroring(status)
+                .not_mirrored
+                .iter()
+                .filter(|what| what.contains("materialized view"))
+                .count()
+                == 2
+        })
+        .await;
+    let told = mirroring(&status).not_mirrored.join("\n");
+    assert!(told.contains("public.chance") && told.contains("volatile"), "{told}");
+    assert!(
+        told.contains("public.first") && told.contains("LIMIT without ORDER BY"),
+        "{told}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
     let mut rig = Rig::new();
     for side in [Side::Legacy, Side::New] {
@@ -213,6 +243,9 @@ async fn heals(new: &Binaries) {
         !mirroring(status).different.is_empty() && mirroring(status).tables.iter().any(|table| table.paused.is_some())
     })
     .await;
+    let gate = rig.status().await.unwrap().gates;
+    let gate = gate.iter().find(|gate| gate.name == "shop: definitions").unwrap();
+    assert!(!gate.open && gate.measured.contains("schema heal"), "{gate:?}");
     let told = rig.command(&["status"]);
     let text = String::from_utf8_lossy(&told.stdout).into_owned();
     assert!(text.contains("pgtandem schema heal --table public.a"), "{text}");
@@ -234,7 +267,11 @@ async fn heals(new: &Binaries) {
         .await
         .unwrap();
     assert_identical(&rig).await;
-    rig.until(|status| mirroring(status).different.is_empty()).await;
+    rig.until(|status| {
+        let mut gates = status.gates.iter();
+        mirroring(status).different.is_empty() && gates.any(|gate| gate.name == "shop: definitions" && gate.open)
+    })
+    .await;
     // What the trigger of no kind tells apart from something new: another name.
     let direct = as_app(&rig, Side::Legacy).await;
     direct

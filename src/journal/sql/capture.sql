@@ -113,7 +113,8 @@ $$;
 -- row as much. The rows are of type record there, so a cast that a table's owner defines on his
 -- row type does not come into it. The lock is taken before the state is read (CASE guarantees the
 -- order): so whoever holds it exclusively can change the state knowing that nobody acts on the old
--- one. To take it again in the same transaction is a look into a local table.
+-- one. To take it again in the same transaction is a look into a local table. A name means ours,
+-- whatever the table's columns are called.
 CREATE OR REPLACE FUNCTION pgtandem.define_capture(function_name text, rel oid, pins text, guard text, changes text, source text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$

@@ -184,6 +184,7 @@ DECLARE
     concerned text;
     temporary boolean := false;
     others jsonb := '[]';
+    other_rels jsonb := '[]';
 BEGIN
     FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'routes') LOOP
         PERFORM pgtandem.route(pg_catalog.to_regclass(concerned)::pg_catalog.oid);
@@ -195,13 +196,75 @@ BEGIN
                 temporary := true;
             ELSE
                 others := others OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_array(concerned);
+                other_rels := other_rels OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_array(pg_catalog.to_regclass(concerned)::pg_catalog.oid::bigint);
             END IF;
         END LOOP;
     END IF;
-    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others,
+    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others, 'other_rels', other_rels,
         'existed', (SELECT c.oid::bigint FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
                        AND c.relname OPERATOR(pg_catalog.=) (facts OPERATOR(pg_catalog.->>) 'creates'))))::text, true);
 END
+$$;
+
+-- Whether a statement copies the columns or takes the types of the session's temporary relations,
+-- as far as words tell: for what is wrongly taken for one, what it left is recorded all the same.
+CREATE OR REPLACE FUNCTION pgtandem.names_temporary(statement text) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT statement ~* '%\s*type\M' OR EXISTS (
+        SELECT FROM regexp_matches(statement, '\mlike\s+(?:pg_temp\.)?("[^"]+"|[^\s,()"]+)', 'gi') m
+          JOIN pg_class c ON c.relnamespace = pg_my_temp_schema()
+                         AND c.relname = CASE WHEN m[1] LIKE '"%' THEN trim(BOTH '"' FROM m[1]) ELSE lower(m[1]) END)
+$$;
+
+-- The tables, sequences and functions of this transaction whose names a statement has.
+CREATE OR REPLACE FUNCTION pgtandem.made(statement text) RETURNS oid[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT ARRAY(
+        SELECT c.oid FROM pg_class c
+         WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't' AND pgtandem.ours(c.xmin, pg_current_xact_id()::text::bigint)
+           AND (c.relkind = 'S' OR strpos(lower(statement), lower(c.relname)) > 0)
+        UNION ALL
+        SELECT p.oid FROM pg_proc p
+         WHERE strpos(lower(statement), lower(p.proname)) > 0 AND pgtandem.ours(p.xmin, pg_current_xact_id()::text::bigint))
+$$;
+
+-- Whether a statement made a function that needs one of the session's temporary relations: it goes
+-- with them, and stays where they are.
+CREATE OR REPLACE FUNCTION pgtandem.made_for_temporary(statement text) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT EXISTS (
+        SELECT FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+         WHERE strpos(lower(statement), lower(p.proname)) > 0 AND pgtandem.ours(p.xmin, pg_current_xact_id()::text::bigint)
+           AND (EXISTS (SELECT FROM pg_type t WHERE d.refclassid = 'pg_type'::regclass AND t.oid = d.refobjid AND t.typnamespace = pg_my_temp_schema())
+                OR EXISTS (SELECT FROM pg_class c WHERE d.refclassid = 'pg_class'::regclass AND c.oid = d.refobjid AND c.relnamespace = pg_my_temp_schema())))
+$$;
+
+-- What objects.sql has of some roots, as a DDL record keeps it. What only the primary has is left
+-- out: a default that draws from a temporary sequence goes with that; an index that a concurrent
+-- build has not finished comes with the record of the finished one.
+CREATE OR REPLACE FUNCTION pgtandem.definitions_of(roots oid[]) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT COALESCE(jsonb_agg(jsonb_build_array(o.kind, o.name, o.root, o.owner, o.recipe, o.depends)), '[]')
+      FROM pgtandem.objects(roots) o
+     WHERE (o.kind <> 'index' OR o.recipe::jsonb -> 'invalid' IS NULL)
+       AND (o.kind <> 'default' OR NOT EXISTS (
+           SELECT FROM pg_attrdef f
+             JOIN pg_attribute a ON a.attrelid = f.adrelid AND a.attnum = f.adnum
+             JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = f.oid AND d.refclassid = 'pg_class'::regclass
+             JOIN pg_class c ON c.oid = d.refobjid AND c.relpersistence = 't'
+            WHERE f.adrelid = ANY (roots) AND pgtandem.name_of(f.adrelid) || '.' || quote_ident(a.attname) = o.name))
+$$;
+
+-- The context of a record that says what there is after it, and what goes before that.
+CREATE OR REPLACE FUNCTION pgtandem.definitions_context(objects jsonb, first jsonb) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT pg_catalog.jsonb_build_object('user', session_user, 'role', current_user, 'objects', objects, 'first', first,
+        'major', pg_catalog.current_setting('server_version_num')::int OPERATOR(pg_catalog./) 10000)
 $$;
 
 -- Run by a client's session right after a DDL statement, in its transaction.
@@ -212,6 +275,9 @@ DECLARE
     state bigint;
     facts jsonb := COALESCE(NULLIF(current_setting('pgtandem.ddl', true), ''), '{}');
     others text := (SELECT string_agg(o, ', ') FROM jsonb_array_elements_text(COALESCE(facts -> 'others', '[]')) o);
+    -- The roots (objects.sql) of what it left, where its text would mean something else, or nothing,
+    -- in a session without this one's temporary relations.
+    roots oid[];
 BEGIN
     IF facts <> '{}' THEN
         PERFORM set_config('pgtandem.ddl', '', true);
@@ -220,22 +286,23 @@ BEGIN
     IF (facts ->> 'temporary')::boolean THEN
         IF others IS NULL THEN
             RETURN;
-        ELSIF facts ->> 'tag' NOT LIKE 'DROP %' THEN
-            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
-                MESSAGE = format('pgtandem cannot mirror a %s of temporary and other relations at once', facts ->> 'tag'),
-                HINT = 'Use one statement for each kind.';
+        ELSIF facts ->> 'tag' LIKE 'DROP %' THEN
+            statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* '\mcascade\M' THEN ' CASCADE' ELSE '' END);
+        ELSE
+            roots := ARRAY(SELECT o::oid FROM jsonb_array_elements_text(facts -> 'other_rels') o);
         END IF;
-        statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* '\mcascade\M' THEN ' CASCADE' ELSE '' END);
     ELSIF EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = facts ->> 'creates'
                      AND c.oid::bigint <> COALESCE((facts ->> 'existed')::bigint, 0)) THEN
         RETURN;
-    ELSIF facts ->> 'tag' = 'CREATE TABLE' AND EXISTS (
-        SELECT FROM regexp_matches(statement, '\mlike\s+(?:pg_temp\.)?("[^"]+"|[^\s,()"]+)', 'gi') m
-          JOIN pg_class c ON c.relnamespace = pg_my_temp_schema()
-                         AND c.relname = CASE WHEN m[1] LIKE '"%' THEN trim(BOTH '"' FROM m[1]) ELSE lower(m[1]) END) THEN
-        RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
-            MESSAGE = 'pgtandem cannot mirror a table made like a temporary one',
-            HINT = 'Use CREATE TABLE ... AS TABLE ... WITH NO DATA.';
+    ELSIF pg_my_temp_schema() <> 0 AND facts ->> 'tag' IN ('CREATE TABLE', 'CREATE FUNCTION', 'CREATE PROCEDURE') THEN
+        IF pgtandem.made_for_temporary(statement) THEN
+            RETURN;
+        ELSIF pgtandem.names_temporary(statement) THEN
+            roots := pgtandem.made(statement);
+            IF roots = '{}' THEN
+                RETURN;
+            END IF;
+        END IF;
     END IF;
     -- The transaction id comes before the state is read: the rotation relies on it.
     PERFORM pg_current_xact_id();
@@ -248,6 +315,11 @@ BEGIN
     IF NOT pg_has_role(session_user, caller_role, 'MEMBER') THEN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
+    END IF;
+    IF roots IS NOT NULL THEN
+        PERFORM pgtandem.ddl_effects(format('-- %s, by what it left', facts ->> 'tag'),
+            pgtandem.definitions_context(pgtandem.definitions_of(roots), '[]'), false);
+        RETURN;
     END IF;
     PERFORM pgtandem.ddl_effects(statement, pgtandem.ddl_context(caller_search_path, caller_role), COALESCE((facts ->> 'from_query')::boolean, false));
 END
@@ -263,7 +335,37 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
     END IF;
+    IF regexp_replace(statement, '^(\s+|--[^\n]*(\n|$)|/\*([^*]|\*[^/])*\*+/)+', '') ~* '^reindex\M' THEN
+        PERFORM pgtandem.reindexed(statement);
+        RETURN;
+    END IF;
     PERFORM pgtandem.append(0, 'O', pgtandem.ddl_context(caller_search_path, caller_role)::text, statement);
+END
+$$;
+
+-- A REINDEX concerns one server's files, unless it completed an index that a concurrent build had
+-- left unfinished: that one is not on the secondary yet. Which one it was nobody can tell
+-- afterwards, so all that it names are recorded, to be made where they are missing.
+CREATE OR REPLACE FUNCTION pgtandem.reindexed(statement text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    indexes jsonb;
+BEGIN
+    SELECT jsonb_agg(jsonb_build_array(pg_get_userbyid(t.relowner),
+               regexp_replace(pg_get_indexdef(i.indexrelid), '^CREATE (UNIQUE )?INDEX ', 'CREATE \1INDEX IF NOT EXISTS ')))
+      INTO indexes
+      FROM pg_index i
+      JOIN pg_class x ON x.oid = i.indexrelid AND x.relkind = 'i' AND NOT x.relispartition
+      JOIN pg_class t ON t.oid = i.indrelid AND t.relpersistence <> 't'
+      JOIN pg_namespace n ON n.oid = t.relnamespace
+     WHERE i.indisvalid AND n.nspname NOT LIKE 'pg\_%' AND n.nspname NOT IN ('pgtandem', 'information_schema')
+       AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.contype IN ('p', 'u', 'x'))
+       AND (statement ~* '\m(schema|database|system)\M' OR strpos(lower(statement), lower(x.relname)) > 0
+            OR strpos(lower(statement), lower(t.relname)) > 0);
+    IF indexes IS NOT NULL THEN
+        PERFORM pgtandem.ddl_effects('-- REINDEX, by what it left', pgtandem.definitions_context('[]', indexes), false);
+    END IF;
 END
 $$;
 
@@ -389,8 +491,7 @@ BEGIN
         IF touched = '{}' THEN
             RETURN;
         END IF;
-        SELECT COALESCE(jsonb_agg(jsonb_build_array(o.kind, o.name, o.root, o.owner, o.recipe, o.depends)), '[]') INTO objects
-          FROM pgtandem.objects(touched) o;
+        objects := pgtandem.definitions_of(touched);
         IF TG_TAG = 'REFRESH MATERIALIZED VIEW' THEN
             SELECT jsonb_agg(jsonb_build_array(pg_get_userbyid(c.relowner), format('REFRESH MATERIALIZED VIEW %s WITH %sDATA', pgtandem.name_of(c.oid),
                        CASE WHEN c.relispopulated THEN '' ELSE 'NO ' END))) INTO first
@@ -399,8 +500,7 @@ BEGIN
     END IF;
     PERFORM pgtandem.ddl_effects(
         format('-- %s, inside something else%s', TG_TAG, CASE TG_TAG WHEN 'ALTER TYPE' THEN ', which may be ADD VALUE' ELSE '' END),
-        jsonb_build_object('user', session_user, 'role', current_user, 'objects', objects, 'first', COALESCE(first, '[]'),
-            'major', current_setting('server_version_num')::int / 10000), false);
+        pgtandem.definitions_context(objects, COALESCE(first, '[]')), false);
 END
 $$;
 
@@ -446,7 +546,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill', 'touched', 'objects')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('ddl_effects', 'journal_rows', 'refill', 'touched', 'objects', 'definitions_of', 'reindexed')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;

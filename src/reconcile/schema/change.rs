@@ -409,11 +409,14 @@ fn of_column(to: &Object, from: &Object, default: Option<&Object>, old_default: 
             }
             statements.push(alter(format!("ADD {}", super::make::identity(to))));
         }
-    } else if to.recipe["identity_sequence"]["parameters"] != from.recipe["identity_sequence"]["parameters"]
+    } else if ["type", "parameters"]
+        .iter()
+        .any(|field| to.recipe["identity_sequence"][field] != from.recipe["identity_sequence"][field])
         && let Some(sequence) = from.recipe["identity_sequence"]["name"].as_str()
+        && let Some(kind) = to.recipe["identity_sequence"]["type"].as_str()
         && let Some(parameters) = to.recipe["identity_sequence"]["parameters"].as_str()
     {
-        statements.push(format!("ALTER SEQUENCE {sequence} {parameters}"));
+        statements.push(format!("ALTER SEQUENCE {sequence} AS {kind} {parameters}"));
     }
     if to.recipe["storage"] != from.recipe["storage"] {
         statements.push(alter(format!(

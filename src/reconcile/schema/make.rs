@@ -214,6 +214,16 @@ fn column_settings(object: &Object) -> Vec<String> {
         text(object, "column").unwrap_or_default()
     );
     let mut statements = Vec::new();
+    // LIKE … INCLUDING IDENTITY makes a bigint's sequence for any column.
+    let sequence = &object.recipe["identity_sequence"];
+    if let (Some(name), Some(kind), Some(parameters)) = (
+        sequence["name"].as_str(),
+        sequence["type"].as_str(),
+        sequence["parameters"].as_str(),
+    ) && text(object, "type") != Some(kind)
+    {
+        statements.push(format!("ALTER SEQUENCE {name} AS {kind} {parameters}"));
+    }
     if let (Some(storage), false) = (text(object, "storage"), object.recipe["storage_usual"] == true) {
         statements.push(format!("{alter} SET STORAGE {storage}"));
     }
