@@ -1,13 +1,10 @@
 //! Alembic: forward and back, step by step and at once, in one transaction and in many.
 
-use pgtandem::admin::api::ShadowReads;
 use pgtandem::control::Phase;
 
-use crate::application::{Application, Statements};
-use crate::rig::Rig;
-use crate::tool::Tool;
+use crate::application::Statements;
+use crate::shop::Shop;
 
-const SEED: u64 = 4;
 /// Every name is as one version or another of the schema has it.
 const STATEMENTS: Statements = &[
     "INSERT INTO people (full_name, email) VALUES ('Old #', '#@example.org')",
@@ -47,45 +44,6 @@ fn revisions() -> usize {
     names.filter(|name| name.ends_with(".py")).count()
 }
 
-/// A shop that is migrated while it is open.
-struct Shop {
-    rig: Rig,
-    tool: Tool,
-    application: Application,
-}
-
-impl Shop {
-    async fn open(phase: Phase) -> Self {
-        let mut rig = Rig::new();
-        rig.extra = "reads: { shadow_percent: 100 }".to_owned();
-        rig.serve(phase).await;
-        let application = Application::begin(&rig.url(), STATEMENTS, SEED, 3).await;
-        Self {
-            tool: Tool::start("alembic", &rig.url()),
-            rig,
-            application,
-        }
-    }
-
-    /// A command while the application writes, before, meanwhile and after; then both sides are
-    /// compared.
-    async fn migrate(&mut self, line: &str) -> String {
-        self.application.rage(10).await;
-        let output = tokio::task::block_in_place(|| self.tool.run(line));
-        self.application.rage(20).await;
-        let _paused = self.application.paused().await;
-        self.rig.assert_identical_after(line).await;
-        output
-    }
-
-    async fn close(self) -> ShadowReads {
-        let written = self.application.end().await;
-        assert!(written > 500, "the application wrote {written} times only");
-        self.rig.assert_identical_after("all").await;
-        self.rig.status().await.unwrap().databases.remove(0).shadow_reads
-    }
-}
-
 /// All at once, in as few transactions as Alembic can and with one for each, and what Alembic says of
 /// a database that it finds up to date.
 async fn at_once(shop: &mut Shop) {
@@ -112,7 +70,7 @@ async fn at_once(shop: &mut Shop) {
 /// Each migration for itself: forward, back, and forward again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn alembic_in_dual_write() {
-    let mut shop = Shop::open(Phase::DualWrite).await;
+    let mut shop = Shop::open("alembic", Phase::DualWrite, STATEMENTS).await;
     for _ in 0..revisions() {
         shop.migrate("-x transaction=each upgrade +1").await;
         shop.migrate("-x transaction=each downgrade -1").await;
@@ -125,7 +83,7 @@ async fn alembic_in_dual_write() {
 /// All the way forward, all the way back, step by step, with every read repeated on the secondary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn alembic_in_dual_read() {
-    let mut shop = Shop::open(Phase::DualRead).await;
+    let mut shop = Shop::open("alembic", Phase::DualRead, STATEMENTS).await;
     for _ in 0..revisions() {
         shop.migrate("upgrade +1").await;
     }

@@ -13,4 +13,6 @@ mod rig;
 
 mod alembic;
 mod application;
+mod loads;
+mod shop;
 mod tool;
