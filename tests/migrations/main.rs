@@ -3,6 +3,7 @@
 //!
 //! `alembic/` is the project of a shop, whose migrations hold what people do to live databases:
 //! columns in three steps, renames by copies, split tables, concurrent indexes, enum labels.
+//! `django/` is one of Django's.
 //!
 //! `scripts/install-drivers` installs the tools; without it these tests fail and say so.
 
@@ -13,6 +14,7 @@ mod rig;
 
 mod alembic;
 mod application;
+mod django;
 mod loads;
 mod shop;
 mod tool;
