@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +22,7 @@ use pgtandem::upstream::control::{Control as Connection, connect};
 use pgtandem::upstream::{Backend, Login, Proof, frames, login};
 use pgtandem::wire::frontend;
 use pgtandem::wire::startup::{Parameters, Version};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Mutex, Semaphore, watch};
 
 const DUAL_READ: Control = Control {
     phase: Phase::DualRead,
@@ -35,6 +36,8 @@ struct StaticCuts {
     rounds: AtomicU64,
     /// A round takes a permit; a test may withhold them.
     gate: Semaphore,
+    /// What happens on the primary right after the snapshot of each of the next cuts was taken.
+    after_cut: Mutex<VecDeque<&'static str>>,
 }
 
 impl Cuts for StaticCuts {
@@ -59,6 +62,11 @@ impl Cuts for StaticCuts {
                 .query_one("select pg_export_snapshot()", &[])
                 .await
                 .map_err(|error| NoCut(error.to_string()))?;
+            let next = self.after_cut.lock().await.pop_front();
+            if let Some(sql) = next {
+                let other = connect(&self.primary, "test").await.unwrap();
+                other.batch_execute(sql).await.unwrap();
+            }
             Ok(HeldCut::new(self.rounds.load(Ordering::Relaxed), row.get(0), client))
         })
     }
@@ -133,6 +141,7 @@ impl Shadows {
             primary: pair.targets.legacy.clone(),
             rounds: AtomicU64::new(1),
             gate: Semaphore::new(1),
+            after_cut: Mutex::default(),
         });
         let (log, _writer) = MismatchLog::open(log_path.to_owned(), ValueWriter::new(LoggedValues::Hashed));
         let (sink, tasks) = pgtandem::shadow::spawn(Shadow {
@@ -557,6 +566,32 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     tasks.worker.await.unwrap();
 }
 
+/// A rewritten table is empty in a snapshot taken before.
+#[tokio::test]
+async fn a_schema_migration_after_the_cut_makes_no_mismatch() {
+    let pair = Pair::start().await;
+    pair.both("create table t (a int); insert into t values (1)").await;
+    let mut shadows = Shadows::start(&pair, &pair.log_path(), ShadowLimits::default()).await;
+    let read = shadows.ask("select * from t", Call::Simple).await;
+    pair.both("update t set a = 2").await;
+    let rewrites = ["alter table t set unlogged", "alter table t set logged"];
+
+    shadows.cuts.after_cut.lock().await.push_back(rewrites[0]);
+    assert_eq!(shadows.judge(read.clone()).await.0, ["transient"]);
+    // What is different at the next cut is told all the same.
+    pair.secondary.batch_execute("update t set a = 3").await.unwrap();
+    shadows.cuts.after_cut.lock().await.push_back(rewrites[1]);
+    assert_eq!(shadows.judge(read.clone()).await.0, ["mismatched"]);
+    // No cut without a migration right after it.
+    shadows
+        .cuts
+        .after_cut
+        .lock()
+        .await
+        .extend(rewrites.iter().cycle().take(5).copied());
+    assert_eq!(shadows.judge(read).await.0, ["failed.no_cut"]);
+}
+
 #[tokio::test]
 async fn nobody_waits_for_a_shadow() {
     let mut pair = Pair::start().await;
@@ -621,6 +656,7 @@ async fn nobody_waits_for_a_shadow() {
             primary: pair.targets.legacy.clone(),
             rounds: AtomicU64::new(1),
             gate: Semaphore::new(1),
+            after_cut: Mutex::default(),
         }),
         log,
         limits: ShadowLimits::default(),

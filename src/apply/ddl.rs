@@ -16,6 +16,12 @@ use crate::catalog::{Oid, PINNED_SETTINGS};
 use crate::reconcile::schema::{Statement, statements};
 use crate::sql::{self, Class, DdlKind};
 
+const SWITCH_CAPTURE_ON: &str = "\
+SELECT pgtandem.switch_on(s.rel) FROM pgtandem.shape s
+ WHERE NOT s.capturing
+   AND s.rel = ANY (ARRAY(SELECT pg_catalog.to_regclass($1)::oid
+                    UNION SELECT p.relid::oid FROM pg_catalog.pg_partition_tree(pg_catalog.to_regclass($1)) p))";
+
 /// The record as `pgtandem.watermark.outside` keeps it.
 pub(super) fn record_text(record: &DdlRecord) -> String {
     serde_json::json!({
@@ -90,10 +96,25 @@ impl Session {
     ) -> Result<(), tokio_postgres::Error> {
         self.route_tables_of(statement).await?;
         if role == self.own_role {
-            self.secondary.execute(statement, &[]).await.map(drop)
+            self.secondary.execute(statement, &[]).await?;
         } else {
-            run_as(&self.secondary, role, statement, check_bodies).await
+            run_as(&self.secondary, role, statement, check_bodies).await?;
         }
+        self.switch_capture_on_of(statement).await
+    }
+
+    /// Capture stands here as well, and ALTER TABLE … DISABLE TRIGGER ALL is not about it.
+    async fn switch_capture_on_of(&self, statement: &str) -> Result<(), tokio_postgres::Error> {
+        let script = sql::analyze(statement.as_bytes());
+        let Some(Class::Ddl(ddl)) = script.single().map(|statement| &statement.class) else {
+            return Ok(());
+        };
+        if ddl.tag == "ALTER TABLE" {
+            for table in &ddl.concerns {
+                self.secondary.execute(SWITCH_CAPTURE_ON, &[&table.quoted()]).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Capture stands here as well, and must not hinder a table from becoming a partition.

@@ -5,6 +5,10 @@
 //! is read in these snapshots, in text format. If they differ, the primary is asked a second
 //! time in the same snapshot but in another transaction, so that a clock behind a "stable"
 //! function gives itself away.
+//!
+//! Snapshots do not hold definitions: rewritten and truncated tables are empty in an older one, and
+//! what a column is called or how a label is written is always as of now. Where definitions have
+//! changed since the snapshot was taken, a difference says nothing, and another cut has to.
 
 use tokio::time::Duration;
 
@@ -24,6 +28,8 @@ pub(super) enum Confirmed {
         found: Difference,
         sides: Box<BothSides<Digest>>,
     },
+    /// Definitions changed meanwhile.
+    Again,
 }
 
 /// What was asked last, and what the two sides said.
@@ -39,6 +45,18 @@ struct Asked<'a> {
 const WIDENED_ROWS: u32 = 1000;
 /// The applier is held while the snapshots are taken.
 const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Changes with every definition that a read may rest on, and with every TRUNCATE; read in a
+/// transaction it is as of its snapshot.
+const DEFINITIONS: &[u8] = b"\
+SELECT (SELECT concat(count(*), ':', sum(hashint8(c.oid::bigint * 4294967296 + c.xmin::text::bigint)::bigint)) FROM pg_catalog.pg_class c
+         WHERE c.relpersistence <> 't' AND c.relkind <> 't' AND c.oid >= 16384
+           AND c.relnamespace IS DISTINCT FROM (SELECT n.oid FROM pg_catalog.pg_namespace n WHERE n.nspname = 'pgtandem')),
+       (SELECT concat(count(*), ':', sum(hashint8(d.oid::bigint * 4294967296 + d.xmin::text::bigint)::bigint))
+          FROM (SELECT a.attrelid AS oid, a.xmin FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+                 WHERE c.relpersistence <> 't' AND c.oid >= 16384 AND c.relkind IN ('r', 'p', 'v', 'm')
+                UNION ALL SELECT oid, xmin FROM pg_catalog.pg_proc UNION ALL SELECT oid, xmin FROM pg_catalog.pg_enum
+                UNION ALL SELECT oid, xmin FROM pg_catalog.pg_rewrite UNION ALL SELECT oid, xmin FROM pg_catalog.pg_policy) d)";
 
 const BEGIN: &str = "begin isolation level repeatable read read only";
 
@@ -76,6 +94,7 @@ pub(super) async fn confirm(
         .await
         .unwrap_or(Err(ConnectionError::Deadline))?;
     drop(held);
+    let (defined, _) = patiently(worker, primary.digest(DEFINITIONS, &Call::Simple)).await?;
 
     let answers = async {
         tokio::try_join!(
@@ -139,7 +158,11 @@ pub(super) async fn confirm(
         Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
         Verdict::Different(found) => {
             let (second, _) = patiently(worker, again.answer(asked.text, &read.call)).await?;
+            // Asked after the answers, outside of the snapshot.
+            end(worker, &mut again).await?;
+            let (now, _) = patiently(worker, again.digest(DEFINITIONS, &Call::Simple)).await?;
             match compare(asked.facts, &asked.ours, &second) {
+                _ if now != defined => Confirmed::Again,
                 Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
                     round,
                     found,

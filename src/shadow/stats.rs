@@ -53,7 +53,7 @@ pub enum Failed {
     Connection,
     /// The secondary did not answer within the deadline.
     Timeout,
-    /// No cut was to be had: the applier is stopped or behind.
+    /// No cut was to be had: the applier is stopped or behind, or definitions change all the time.
     NoCut,
 }
 

@@ -30,6 +30,8 @@ use crate::sql::NotComparable;
 
 /// Reads that wait for one round together.
 const BATCH: usize = 64;
+/// A difference is looked at again at so many cuts, where definitions change meanwhile.
+const CUTS_MAX: u32 = 5;
 /// Between looks at the idle connections.
 const TIDY: Duration = Duration::from_secs(30);
 
@@ -161,7 +163,14 @@ impl Worker {
         }
         let confirmed = {
             let _one_at_a_time = self.confirming.lock().await;
-            confirm(self, read, facts, &call).await
+            let mut confirmed = confirm(self, read, facts, &call).await;
+            for _ in 1..CUTS_MAX {
+                if !matches!(confirmed, Ok(Confirmed::Again)) {
+                    break;
+                }
+                confirmed = confirm(self, read, facts, &call).await;
+            }
+            confirmed
         };
         match confirmed {
             Ok(Confirmed::Is(outcome)) => {
@@ -171,6 +180,7 @@ impl Worker {
                 }
                 outcome
             }
+            Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
             Ok(Confirmed::Mismatch { round, found, sides }) => {
                 let fingerprint = read.script.fingerprint(&read.text);
                 let values = &self.log.values;

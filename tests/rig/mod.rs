@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use pgtandem::admin::api::{ReloadAnswer, Status, WaitAnswer};
+use pgtandem::admin::api::{ReloadAnswer, Status, TableStatus, WaitAnswer};
 use pgtandem::admin::client::{AdminClient, AdminError};
 use pgtandem::catalog::compare::rows_different;
+use pgtandem::catalog::definitions::definitions_different;
 use pgtandem::config::Admin;
 use pgtandem::control::{Phase, Side};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server, free_port};
@@ -253,6 +254,31 @@ auth:
         let differences = rows_different(&legacy, &new).await.unwrap();
         let texts: Vec<String> = differences.iter().map(ToString::to_string).collect();
         assert!(texts.is_empty(), "{}\nlog:\n{}", texts.join("\n"), self.log());
+    }
+
+    /// Rows and definitions are the same, and every table counts as synced; `after` says since when
+    /// not.
+    pub(crate) async fn assert_identical_after(&self, after: &str) {
+        self.wait_caught_up().await;
+        let legacy = self.direct(Side::Legacy, SUPERUSER).await;
+        let new = self.direct(Side::New, SUPERUSER).await;
+        let definitions = definitions_different(&legacy, &new).await.unwrap();
+        let rows = rows_different(&legacy, &new).await.unwrap();
+        let mut problems: Vec<String> = definitions.iter().map(ToString::to_string).collect();
+        problems.extend(rows.iter().map(ToString::to_string));
+        let status = self.status().await.unwrap();
+        let mirroring = status.databases[0].mirroring.as_ref().unwrap();
+        let odd = |table: &&TableStatus| table.seeding != "synced" || table.paused.is_some();
+        problems.extend(mirroring.tables.iter().filter(odd).map(|table| format!("{table:?}")));
+        if mirroring.divergences > 0 {
+            problems.push(format!("divergences: {}", mirroring.divergences));
+        }
+        assert!(
+            problems.is_empty(),
+            "after {after}:\n{}\nlog:\n{}",
+            problems.join("\n"),
+            self.log()
+        );
     }
 
     /// One value as text, asked past the proxy.

@@ -198,13 +198,31 @@ BEGIN
         EXECUTE format('CREATE TRIGGER zzz_pgtandem_insert AFTER INSERT ON %s REFERENCING NEW TABLE AS pgtandem_new FOR EACH STATEMENT %s EXECUTE FUNCTION pgtandem.%I()',
             target, origin, name || '_insert');
         EXECUTE format('CREATE TRIGGER zzz_pgtandem_attach_by_a_statement_through_the_proxy AFTER INSERT ON %s REFERENCING NEW TABLE AS pgtandem_new FOR EACH ROW EXECUTE FUNCTION pgtandem.capture_nothing()', target);
-        EXECUTE format('ALTER TABLE ONLY %s DISABLE TRIGGER zzz_pgtandem_attach_by_a_statement_through_the_proxy', target);
     END IF;
     EXECUTE format('CREATE TRIGGER zzz_pgtandem_replica AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW %s EXECUTE FUNCTION pgtandem.%I()',
         target, others, name || '_replica');
     EXECUTE format('CREATE TRIGGER zzz_pgtandem_truncate AFTER TRUNCATE ON %s FOR EACH STATEMENT %s EXECUTE FUNCTION pgtandem.%I()',
         target, others, name || '_truncate');
-    EXECUTE format('ALTER TABLE ONLY %s ENABLE REPLICA TRIGGER zzz_pgtandem_replica, ENABLE ALWAYS TRIGGER zzz_pgtandem_truncate', target);
+    PERFORM pgtandem.switch_on(rel);
+END
+$$;
+
+-- The triggers of a captured table are switched as they must be. Takes SHARE ROW EXCLUSIVE on the
+-- table, as whatever switches triggers does.
+CREATE OR REPLACE FUNCTION pgtandem.switch_on(rel oid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    actions text := (
+        SELECT string_agg(CASE g.tgname WHEN 'zzz_pgtandem_replica' THEN 'ENABLE REPLICA'
+                                        WHEN 'zzz_pgtandem_truncate' THEN 'ENABLE ALWAYS'
+                                        WHEN 'zzz_pgtandem_attach_by_a_statement_through_the_proxy' THEN 'DISABLE'
+                                        ELSE 'ENABLE' END || ' TRIGGER ' || quote_ident(g.tgname), ', ')
+          FROM pg_trigger g WHERE g.tgrelid = switch_on.rel AND g.tgname LIKE 'zzz\_pgtandem\_%');
+BEGIN
+    IF actions IS NOT NULL THEN
+        EXECUTE format('ALTER TABLE ONLY %s %s', pgtandem.name_of(rel), actions);
+    END IF;
 END
 $$;
 
@@ -316,7 +334,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'define_capture', 'create_triggers', 'capture_nothing', 'append', 'unusual', 'settings_of')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'define_capture', 'create_triggers', 'switch_on', 'capture_nothing', 'append', 'unusual', 'settings_of')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;

@@ -174,8 +174,17 @@ BEGIN
 END
 $$;
 
+-- Which of a table and its partitions are captured as they must be.
+CREATE OR REPLACE FUNCTION pgtandem.capturing(rel oid) RETURNS jsonb
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT COALESCE(jsonb_agg(s.rel::bigint), '[]') FROM pgtandem.shape s
+     WHERE s.rel = ANY (ARRAY(SELECT capturing.rel UNION SELECT p.relid::oid FROM pg_partition_tree(capturing.rel) p)) AND s.capturing
+$$;
+
 -- Run by a client's session right before a DDL statement, in its transaction: afterwards nobody
--- can tell which of the relations it dropped or renamed were temporary. With the client's own
+-- can tell which of the relations it dropped or renamed were temporary, nor whether capture that
+-- ALTER TABLE ... DISABLE TRIGGER ALL switched off had been on until then. With the client's own
 -- privileges and search path, hence the qualified names.
 CREATE OR REPLACE FUNCTION pgtandem.before_ddl(facts jsonb) RETURNS void
 LANGUAGE plpgsql
@@ -185,7 +194,13 @@ DECLARE
     temporary boolean := false;
     others jsonb := '[]';
     other_rels jsonb := '[]';
+    captured jsonb := '[]';
 BEGIN
+    IF facts OPERATOR(pg_catalog.->>) 'tag' OPERATOR(pg_catalog.=) 'ALTER TABLE' THEN
+        FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') LOOP
+            captured := captured OPERATOR(pg_catalog.||) pgtandem.capturing(pg_catalog.to_regclass(concerned)::pg_catalog.oid);
+        END LOOP;
+    END IF;
     FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'routes') LOOP
         PERFORM pgtandem.route(pg_catalog.to_regclass(concerned)::pg_catalog.oid);
     END LOOP;
@@ -200,7 +215,7 @@ BEGIN
             END IF;
         END LOOP;
     END IF;
-    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others, 'other_rels', other_rels,
+    PERFORM pg_catalog.set_config('pgtandem.ddl', (facts OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('temporary', temporary, 'others', others, 'other_rels', other_rels, 'captured', captured,
         'existed', (SELECT c.oid::bigint FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
                        AND c.relname OPERATOR(pg_catalog.=) (facts OPERATOR(pg_catalog.->>) 'creates'))))::text, true);
 END
@@ -316,6 +331,10 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
     END IF;
+    -- Nothing was written since: where the application switches its triggers off, capture goes on.
+    PERFORM pgtandem.switch_on(s.rel)
+       FROM pgtandem.shape s
+      WHERE s.rel = ANY (ARRAY(SELECT c::oid FROM jsonb_array_elements_text(COALESCE(facts -> 'captured', '[]')) c)) AND NOT s.capturing;
     IF roots IS NOT NULL THEN
         PERFORM pgtandem.ddl_effects(format('-- %s, by what it left', facts ->> 'tag'),
             pgtandem.definitions_context(pgtandem.definitions_of(roots), '[]'), false);
