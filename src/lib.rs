@@ -28,6 +28,8 @@ pub mod apply;
 /// Reads repeated on the secondary, and the answers compared.
 pub mod shadow;
 
+/// Whether a pair of databases can be mirrored exactly, before anything is installed.
+pub mod check;
 /// Existing rows, compared at a cut; definitions brought in line.
 pub mod reconcile;
 /// A client's session: handshake, authentication, relay, carrying over.

@@ -73,7 +73,20 @@ impl Binaries {
     }
 }
 
+/// Folders that hold pg_dump, wherever server binaries are looked for, and on PATH.
+pub fn client_folders() -> Vec<PathBuf> {
+    let mut folders = folders();
+    folders.retain(|folder| folder.join("pg_dump").is_file());
+    folders
+}
+
 fn candidate_dirs() -> Vec<PathBuf> {
+    let mut dirs = folders();
+    dirs.retain(|dir| dir.join("postgres").is_file() && dir.join("initdb").is_file());
+    dirs
+}
+
+fn folders() -> Vec<PathBuf> {
     let mut dirs = Vec::new();
     for entry in fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
         dirs.push(entry.path().join("bin"));
@@ -92,7 +105,6 @@ fn candidate_dirs() -> Vec<PathBuf> {
             }
         }
     }
-    dirs.retain(|dir| dir.join("postgres").is_file() && dir.join("initdb").is_file());
     dirs
 }
 

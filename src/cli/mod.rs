@@ -1,8 +1,9 @@
-//! The commands. Each asks the running proxy through its admin address (`serve` and `demo`
-//! apart), prints for a person or with `--json` for a script, and answers with an exit code:
+//! The commands. Each asks the running proxy through its admin address (`serve`, `demo`,
+//! `check`, `schema diff` and `schema copy` apart), prints for a person or with `--json` for a script, and answers with an exit code:
 //! 0 done, 1 the answer is no, 2 it could not run.
 
 mod backfill;
+mod check;
 mod explain;
 mod mismatches;
 mod quarantine;
@@ -63,6 +64,20 @@ enum Command {
         /// Stop when stdin ends, so that whoever started the proxy cannot leave it behind.
         #[arg(long, hide = true)]
         until_stdin_closes: bool,
+    },
+    /// Say what stands in the way of a migration, and what to do about it: reads both sides,
+    /// changes nothing; the proxy need not run. Exit 1 when something blocks.
+    Check {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// Only this one.
+        #[arg(long, value_name = "NAME")]
+        database: Option<String>,
+        /// Print the statements that mend what can be mended, for each side.
+        #[arg(long, conflicts_with = "json")]
+        sql: bool,
     },
     /// Show phase, primary, lag, tables, shadow reads and gates. Exit 1 when something is wrong.
     Status {
@@ -228,6 +243,12 @@ pub fn run() -> ExitCode {
 #[tokio::main(flavor = "current_thread")]
 async fn ask(command: Command) -> anyhow::Result<bool> {
     match command {
+        Command::Check {
+            common,
+            output,
+            database,
+            sql,
+        } => check::run(&load(&common)?, output.json, sql, database.as_deref()).await,
         Command::Status { common, output } => status::run(&client(&common)?, output.json).await,
         Command::Reload { common, output } => reload(&client(&common)?, output.json).await,
         Command::Switchover {
@@ -363,6 +384,10 @@ mod tests {
         assert!(parse("pgtandem switchover --to new --force --reason checked").is_ok());
         assert!(parse("pgtandem switchover --to elsewhere").is_err());
         assert!(parse("pgtandem wait").is_err());
+        assert!(parse("pgtandem check --database shop --sql").is_ok());
+        assert!(parse("pgtandem check --sql --json").is_err());
+        assert!(parse("pgtandem schema copy --before-rows --dry-run").is_ok());
+        assert!(parse("pgtandem schema copy --before-rows --after-rows").is_err());
         assert!(parse("pgtandem schema diff --sql").is_ok());
         assert!(parse("pgtandem schema diff --sql --json").is_err());
         assert!(parse("pgtandem schema heal --table public.a --table b --dry-run").is_ok());

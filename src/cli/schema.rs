@@ -1,4 +1,4 @@
-//! `pgtandem schema diff|heal`
+//! `pgtandem schema copy|diff|heal`
 
 use std::collections::BTreeMap;
 
@@ -12,14 +12,34 @@ use crate::admin::client::{AdminClient, AdminError};
 use crate::catalog::PINNED_SETTINGS;
 use crate::catalog::definitions::{DefinitionDifference, definitions_different};
 use crate::catalog::objects::Objects;
+use crate::check::primary_of;
 use crate::config::{Config, EVERY_OTHER_DATABASE, Target};
 use crate::control::Side;
-use crate::journal::{self, SideRole};
+use crate::reconcile::copy;
 use crate::reconcile::schema::{Script, statements};
 use crate::upstream::control::connect;
 
 #[derive(Subcommand)]
 pub(super) enum Action {
+    /// Bring legacy's definitions to an empty new side, with pg_dump and psql; the proxy need not
+    /// run. Without --before-rows all at once. Exit 1 when something is left.
+    Copy {
+        #[command(flatten)]
+        common: Common,
+        /// Only this one.
+        #[arg(long, value_name = "NAME")]
+        database: Option<String>,
+        /// Only what rows need: tables, types, functions, views, keys. `pgtandem backfill` builds
+        /// indexes, constraints and triggers as each table's rows are in.
+        #[arg(long)]
+        before_rows: bool,
+        /// Build what --before-rows has left, of tables whose rows are in.
+        #[arg(long, conflicts_with_all = ["before_rows", "dry_run"])]
+        after_rows: bool,
+        /// Print the statements and change nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Compare the definitions of both sides; the proxy need not run. Exit 1 where they differ.
     Diff {
         #[command(flatten)]
@@ -55,6 +75,34 @@ pub(super) enum Action {
 
 pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
     match action {
+        Action::Copy {
+            common,
+            database,
+            before_rows,
+            after_rows,
+            dry_run,
+        } => {
+            let config = load(&common)?;
+            let mut all = true;
+            for (name, [legacy, new]) in pairs(&config, database.as_deref()).await? {
+                if !after_rows {
+                    let plan = copy::Plan::make(&legacy, &new).await?;
+                    if dry_run {
+                        say(&format!("-- database {name}\n{}", plan.to_sql()));
+                        continue;
+                    }
+                    plan.run_before_rows(&new).await?;
+                    say(&format!(
+                        "database {name}: what rows need is there; {} statements follow the rows",
+                        plan.rest()
+                    ));
+                }
+                if !before_rows {
+                    all &= build_rest(&name, &new).await?;
+                }
+            }
+            Ok(all)
+        }
         Action::Diff {
             common,
             output,
@@ -76,6 +124,22 @@ pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
             heal(&client(&common)?, output.json, request).await
         }
     }
+}
+
+/// True where nothing is left.
+async fn build_rest(database: &str, new: &Target) -> anyhow::Result<bool> {
+    let mut client = connect(new, "schema copy").await?;
+    let built = copy::rest::build(&mut client, None)
+        .await
+        .context("build what follows the rows")?;
+    say(&format!(
+        "database {database}: {} statements that follow the rows were run, {} wait for rows",
+        built.built, built.waiting
+    ));
+    for (name, why) in &built.failed {
+        say(&format!("  refused: {name}: {why}"));
+    }
+    Ok(built.failed.is_empty() && built.waiting == 0)
 }
 
 /// What one database's two sides define otherwise.
@@ -112,7 +176,7 @@ async fn diff(config: &Config, json: bool, only: Option<&str>, sql: bool) -> any
 }
 
 /// The databases with both their targets, legacy first.
-async fn pairs(config: &Config, only: Option<&str>) -> anyhow::Result<BTreeMap<String, [Target; 2]>> {
+pub(super) async fn pairs(config: &Config, only: Option<&str>) -> anyhow::Result<BTreeMap<String, [Target; 2]>> {
     let mut pairs = BTreeMap::new();
     for (name, database) in &config.databases {
         let targets = [database.legacy.clone(), database.new.clone()];
@@ -138,11 +202,7 @@ async fn pairs(config: &Config, only: Option<&str>) -> anyhow::Result<BTreeMap<S
 async fn compare(config: &Config, database: String, [legacy, new]: &[Target; 2]) -> anyhow::Result<Diff> {
     let legacy = connect(legacy, "schema diff").await?;
     let new = connect(new, "schema diff").await?;
-    let primary = match (journal::read_state(&legacy).await?, journal::read_state(&new).await?) {
-        (Some(state), _) if state.role == SideRole::Primary => Side::Legacy,
-        (_, Some(state)) if state.role == SideRole::Primary => Side::New,
-        _ => config.phase.primary(),
-    };
+    let primary = primary_of(config, &legacy, &new).await?;
     let (first, second) = match primary {
         Side::Legacy => (&legacy, &new),
         Side::New => (&new, &legacy),

@@ -11,10 +11,12 @@
 //! | `sequences.rs` | sequences, which no snapshot shows |
 //! | `repair.rs` | verify, mend, verify again |
 //! | `report.rs` | what is said of it |
+//! | `copy/` | brings one side's definitions to an empty other one: pg_dump, psql, and what follows the rows |
 //! | `schema/` | definitions: which statements bring one side in line with the other; pure |
 
 pub mod backfill;
 mod compare;
+pub mod copy;
 pub mod digest;
 pub mod key;
 mod readers;

@@ -21,6 +21,7 @@ use crate::apply::{Applier, Cut, HeldCut};
 use crate::catalog::Oid;
 use crate::config::{Backfill, Target};
 use crate::control::Epoch;
+use crate::reconcile::copy::rest;
 use crate::reconcile::key::{Boundary, KeyRange};
 use crate::upstream::control::{Control, connect, error_chain};
 
@@ -128,6 +129,8 @@ pub(super) struct Job {
     patience: Patience,
     failures: u32,
     slowed_by: Option<String>,
+    /// Statements that follow the rows and were refused, with the error.
+    unbuilt: Vec<(String, String)>,
     /// Of the tables' sizes, for the remaining time in all.
     meter: Meter,
     rows: Meter,
@@ -183,6 +186,7 @@ impl Job {
             patience: Patience::default(),
             failures: 0,
             slowed_by: None,
+            unbuilt: Vec::new(),
             meter: Meter::default(),
             rows: Meter::default(),
             bytes: Meter::default(),
@@ -262,7 +266,13 @@ impl Job {
             .filter(|table| matches!(table.stage, Stage::Failed | Stage::Refused))
             .collect();
         match left.first() {
-            None => Ended::Done,
+            None => match self.unbuilt.first() {
+                None => Ended::Done,
+                Some((name, why)) => Ended::Stopped(format!(
+                    "the rows are in; {} statements of the schema (pgtandem.schema_rest) were refused; {name}: {why}",
+                    self.unbuilt.len()
+                )),
+            },
             Some(first) => Ended::Stopped(format!(
                 "{} of {} tables are not synced; {}: {}",
                 left.len(),
@@ -282,6 +292,7 @@ impl Job {
         self.plan_reshaped().await?;
         self.finish_tables().await?;
         if !self.tables.iter().any(TableJob::is_open) {
+            self.build_the_rest().await?;
             return Ok(false);
         }
         let settings = *self.setup.settings.borrow();
@@ -364,7 +375,12 @@ impl Job {
             if table.stage != Stage::Copied {
                 continue;
             }
-            after_rows(&self.ledger, &table.plan).await?;
+            // Before it counts as synced: a flip waits for that.
+            let name = format!("{}.{}", table.plan.schema, table.plan.name);
+            note_unbuilt(
+                &mut self.unbuilt,
+                rest::build(&mut self.ledger, Some(&name)).await?.failed,
+            );
             let (state, why) = ledger::finish(&mut self.ledger, table.plan.rel, table.counts.failed).await?;
             table.stage = match state {
                 "done" => Stage::Done,
@@ -385,6 +401,14 @@ impl Job {
             self.setup.applier.tables_changed();
             self.publish(&Ended::Done, true);
         }
+        Ok(())
+    }
+
+    /// What `schema copy` left for after the rows, of tables that had none to copy.
+    async fn build_the_rest(&mut self) -> Result<(), Stop> {
+        self.unbuilt.clear();
+        let built = rest::build(&mut self.ledger, None).await?;
+        note_unbuilt(&mut self.unbuilt, built.failed);
         Ok(())
     }
 
@@ -649,11 +673,13 @@ impl Job {
     }
 }
 
-/// What follows a table's rows. Nothing yet: indexes and constraints are as the operator made
-/// them on the secondary; once `schema copy` has left some of them out, they are built here.
-#[expect(clippy::unused_async, reason = "building an index is a statement on the secondary")]
-async fn after_rows(_secondary: &Control, _plan: &Plan) -> Result<(), Stop> {
-    Ok(())
+fn note_unbuilt(unbuilt: &mut Vec<(String, String)>, failed: Vec<(String, String)>) {
+    for (name, why) in failed {
+        if !unbuilt.iter().any(|(known, _)| *known == name) {
+            tracing::error!(name, why, "a statement that follows the rows was refused");
+            unbuilt.push((name, why));
+        }
+    }
 }
 
 /// Takes parts until there is none, or the time at this cut is used up.

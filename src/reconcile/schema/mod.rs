@@ -46,23 +46,34 @@ impl Script {
         for why in &self.left {
             text.push_str(&format!("-- no statement can do this: {}\n", why.replace('\n', " ")));
         }
+        for statement in self.session() {
+            text.push_str(&statement);
+            text.push_str(";\n");
+        }
+        text
+    }
+
+    /// All that one session has to run, its settings and changes of role included.
+    pub fn session(&self) -> Vec<String> {
+        let mut session = vec![
+            "SET check_function_bodies = off".to_owned(),
+            "SET search_path = pg_catalog".to_owned(),
+        ];
         let mut role: Option<&str> = None;
-        text.push_str("SET check_function_bodies = off;\nSET search_path = pg_catalog;\n");
         for statement in &self.statements {
             if statement.role.as_deref() != role {
                 role = statement.role.as_deref();
-                match role {
-                    Some(role) => text.push_str(&format!("SET ROLE {};\n", crate::catalog::quote::identifier(role))),
-                    None => text.push_str("RESET ROLE;\n"),
-                }
+                session.push(match role {
+                    Some(role) => format!("SET ROLE {}", crate::catalog::quote::identifier(role)),
+                    None => "RESET ROLE".to_owned(),
+                });
             }
-            text.push_str(&statement.sql);
-            text.push_str(";\n");
+            session.push(statement.sql.clone());
         }
         if role.is_some() {
-            text.push_str("RESET ROLE;\n");
+            session.push("RESET ROLE".to_owned());
         }
-        text
+        session
     }
 }
 
