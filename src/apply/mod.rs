@@ -78,8 +78,11 @@ pub struct ApplierConfig {
     pub primary: Target,
     pub secondary: Target,
     pub epoch: Epoch,
-    /// Between rounds while there is something to do.
+    /// Between rounds while there is something to do, at least.
     pub poll_min: Duration,
+    /// Between rounds while there is something to do, in times of what the last one took; up to half
+    /// of `poll_max`.
+    pub rest: u32,
     /// Between rounds when nothing has come for a while.
     pub poll_max: Duration,
     /// Bytes of journal in one piece of a backlog: large, because each piece scans the backlog
@@ -106,6 +109,7 @@ impl ApplierConfig {
             secondary,
             epoch,
             poll_min: Self::POLL_MIN,
+            rest: Self::REST,
             poll_max: Self::POLL_MAX,
             piece_bytes: Self::PIECE_BYTES,
             read_by: ReadBy::Snapshot,
@@ -116,6 +120,7 @@ impl ApplierConfig {
     }
 
     pub const POLL_MIN: Duration = Duration::from_millis(15);
+    pub const REST: u32 = 3;
     pub const POLL_MAX: Duration = Duration::from_millis(100);
     pub const PIECE_BYTES: u64 = 256 * 1024 * 1024;
 }

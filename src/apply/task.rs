@@ -37,8 +37,6 @@ const CUT_REQUESTS_MAX: usize = 4;
 /// Catalogs, rotation and strays are looked at this often, as is another applier's progress.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The pause after a round, in times of what it took, where nobody waits for the next one.
-const REST: u32 = 3;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A server that is down is tried more often than one that says no.
@@ -563,7 +561,9 @@ impl Task {
             pause = if outcome.changes > 0 {
                 // Under load the servers are the clients' for the larger part of the time, and the
                 // more a round holds, the more of it cancels out.
-                (worked * REST).clamp(self.config.poll_min, self.config.poll_max / 2)
+                (worked * self.config.rest)
+                    .min(self.config.poll_max / 2)
+                    .max(self.config.poll_min)
             } else {
                 (pause * 3 / 2).min(self.config.poll_max)
             };

@@ -177,6 +177,7 @@ async fn thousands_of_rounds_leave_the_journal_small_and_nothing_to_vacuum() {
     bed.install().await;
     let mut config = bed.config();
     config.poll_min = std::time::Duration::ZERO;
+    config.rest = 0;
     config.journal.max_bytes = 16 << 20;
     let applier = apply::spawn(config);
     caught_up(&applier).await;

@@ -176,6 +176,7 @@ impl Bed {
             primary: self.target(secondary.other()),
             secondary: self.target(secondary),
             epoch,
+            rest: ApplierConfig::REST,
             poll_min: Duration::from_millis(5),
             poll_max: Duration::from_millis(20),
             piece_bytes: ApplierConfig::PIECE_BYTES,
