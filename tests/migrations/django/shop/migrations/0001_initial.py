@@ -29,6 +29,6 @@ class Migration(migrations.Migration):
             "INSERT INTO shop_category (name) SELECT 'category ' || n FROM generate_series(1, 10) n;"
             "INSERT INTO shop_product (name, category_id, price)"
             " SELECT 'product ' || n, 1 + n % 10, round((random() * 100)::numeric, 2) FROM generate_series(1, 120) n",
-            "DELETE FROM shop_product; DELETE FROM shop_category; SET CONSTRAINTS ALL IMMEDIATE",
+            "LOCK TABLE shop_product, shop_category IN SHARE ROW EXCLUSIVE MODE; DELETE FROM shop_product; DELETE FROM shop_category; SET CONSTRAINTS ALL IMMEDIATE",
         ),
     ]
