@@ -11,7 +11,7 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 4;
+const VERSION: i32 = 5;
 
 const SCRIPTS: [&str; 6] = [
     include_str!("sql/schema.sql"),
@@ -83,6 +83,10 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
                 .await
                 .map_err(doing("install schema pgtandem"))?;
         }
+        transaction
+            .batch_execute("SELECT pgtandem.define_again()")
+            .await
+            .map_err(doing("bring capture up to date"))?;
         transaction
             .execute(
                 "INSERT INTO pgtandem.side AS s (side, version) VALUES ($1, $2)

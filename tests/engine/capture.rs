@@ -306,3 +306,35 @@ async fn virtual_generated_columns() {
     )
     .await;
 }
+
+/// A later version's functions take the place of an earlier one's, without a gap in between.
+#[tokio::test]
+async fn an_older_installation_gets_the_functions_of_now() {
+    let (bed, applier) = Bed::mirrored("upgraded", "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let admin = bed.admin(Side::Legacy).await;
+    let sources = "SELECT proname::text, prosrc FROM pg_proc
+                    WHERE pronamespace = 'pgtandem'::regnamespace AND proname LIKE 'capture\\_%' ORDER BY 1";
+    let read = async || -> Vec<(String, String)> {
+        let rows = admin.query(sources, &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    };
+    let now = read().await;
+    let rel: u32 = admin.query_one("SELECT 't'::regclass::oid", &[]).await.unwrap().get(0);
+    admin
+        .batch_execute(&format!(
+            "CREATE OR REPLACE FUNCTION pgtandem.capture_{rel}_insert() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+                 AS 'BEGIN RETURN NULL; END';
+             UPDATE pgtandem.side SET version = version - 1"
+        ))
+        .await
+        .unwrap();
+    assert_ne!(read().await, now);
+    bed.install().await;
+    assert_eq!(read().await, now);
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    bed.assert_same(&applier).await;
+}

@@ -144,6 +144,35 @@ $capture$ $f$, function_name, pins, 'pgtandem.state'::regclass::oid, guard, chan
 END
 $$;
 
+-- The functions of all of a table's triggers; `pins` as settings_of() gives them.
+CREATE OR REPLACE FUNCTION pgtandem.define_functions(rel oid, pins text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    name text := 'capture_' || rel;
+    images text := format('VALUES (%s, ''R'', OLD::pg_catalog.text, NEW::pg_catalog.text)', rel);
+BEGIN
+    PERFORM pgtandem.define_capture(name, rel, pins, '', images, '');
+    PERFORM pgtandem.define_capture(name || '_insert', rel, pins, '',
+        format('SELECT %s, ''R'', NULL, (pgtandem_new.*)::pg_catalog.text FROM pgtandem_new', rel), 'FROM pgtandem_new');
+    -- It may have been switched on for everybody, by ALTER TABLE ... ENABLE TRIGGER.
+    PERFORM pgtandem.define_capture(name || '_replica', rel, pins,
+        'IF pg_catalog.current_setting(''session_replication_role'') OPERATOR(pg_catalog.<>) ''replica'' THEN RETURN NULL; END IF;',
+        images, '');
+    PERFORM pgtandem.define_capture(name || '_truncate', rel, '', '', format('VALUES (%s, ''T'', NULL, NULL)', rel), '');
+END
+$$;
+
+-- After the SQL has changed: what stands on the tables is made anew. Locks none of them.
+CREATE OR REPLACE FUNCTION pgtandem.define_again() RETURNS void
+LANGUAGE sql
+AS $$
+    UPDATE pgtandem.captured c SET settings = pgtandem.settings_of(c.rel)
+      FROM pgtandem.shape s WHERE s.rel OPERATOR(pg_catalog.=) c.rel AND s.capturing;
+    SELECT pgtandem.define_functions(c.rel, c.settings)
+      FROM pgtandem.captured c JOIN pgtandem.shape s ON s.rel OPERATOR(pg_catalog.=) c.rel WHERE s.capturing
+$$;
+
 -- Whether rows reach this table by another's name: then no trigger of its own that fires once for
 -- a statement sees them.
 CREATE OR REPLACE FUNCTION pgtandem.is_routed(rel oid) RETURNS boolean
@@ -259,7 +288,6 @@ DECLARE
     known pgtandem.captured%ROWTYPE;
     pins text := pgtandem.settings_of(rel);
     target text := pgtandem.name_of(rel);
-    name text := 'capture_' || rel;
     outcome text;
     empty boolean;
 BEGIN
@@ -274,14 +302,7 @@ BEGIN
     IF t.capturing AND known.settings = pins THEN
         RETURN 'kept';
     END IF;
-    PERFORM pgtandem.define_capture(name, rel, pins, '', format('VALUES (%s, ''R'', OLD::pg_catalog.text, NEW::pg_catalog.text)', rel), '');
-    PERFORM pgtandem.define_capture(name || '_insert', rel, pins, '',
-        format('SELECT %s, ''R'', NULL, (pgtandem_new.*)::pg_catalog.text FROM pgtandem_new', rel), 'FROM pgtandem_new');
-    -- It may have been switched on for everybody, by ALTER TABLE ... ENABLE TRIGGER.
-    PERFORM pgtandem.define_capture(name || '_replica', rel, pins,
-        'IF pg_catalog.current_setting(''session_replication_role'') OPERATOR(pg_catalog.<>) ''replica'' THEN RETURN NULL; END IF;',
-        format('VALUES (%s, ''R'', OLD::pg_catalog.text, NEW::pg_catalog.text)', rel), '');
-    PERFORM pgtandem.define_capture(name || '_truncate', rel, '', '', format('VALUES (%s, ''T'', NULL, NULL)', rel), '');
+    PERFORM pgtandem.define_functions(rel, pins);
     IF t.capturing THEN
         UPDATE pgtandem.captured c SET settings = pins WHERE c.rel = capture.rel;
         RETURN 'kept';
@@ -334,7 +355,7 @@ DO $$
 DECLARE f regprocedure;
 BEGIN
     FOR f IN SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'define_capture', 'create_triggers', 'switch_on', 'capture_nothing', 'append', 'unusual', 'settings_of')
+              WHERE n.nspname = 'pgtandem' AND p.proname IN ('capture', 'define_capture', 'define_functions', 'define_again', 'create_triggers', 'switch_on', 'capture_nothing', 'append', 'unusual', 'settings_of')
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', f);
     END LOOP;
