@@ -5,35 +5,18 @@
 
 mod rig;
 
-use std::process::Output;
+use std::time::Duration;
 
 use pgtandem::control::{Phase, Side};
-use pgtandem::servers::{Binaries, PASSWORD};
+use pgtandem::servers::{Binaries, SUPERUSER};
 use rig::storm::{SCHEMA, Storm, Weather};
-use rig::{APP, OWN_ROLE, Rig};
+use rig::{APP, OWN_ROLE, Rig, printed};
 use serde_json::Value;
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
-
-fn run(rig: &Rig, arguments: &[&str], code: i32, says: &str) -> String {
-    let output = rig.command(arguments);
-    let text = text(&output);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}{}", rig.log());
-    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
-    assert!(!text.contains(PASSWORD), "a password in {text}");
-    text
-}
 
 /// The findings of `check --json` that are not fine: level, id and subject.
 fn findings(rig: &Rig) -> Vec<(String, String, String)> {
     let output = rig.command(&["check", "--json"]);
-    let reports: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)));
+    let reports: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", printed(&output)));
     let found = reports[0]["findings"].as_array().unwrap();
     let word = |finding: &Value, field: &str| finding[field].as_str().unwrap().to_owned();
     let found: Vec<_> = found
@@ -280,7 +263,7 @@ const CASES: &[Case] = &[
 async fn every_finding_has_a_cause_and_goes_with_it() {
     let rig = Rig::new();
     rig.write_config(Phase::Initial);
-    run(&rig, &["check"], 0, "nothing blocks");
+    rig.check(&["check"], 0, "nothing blocks");
     for side in [Side::Legacy, Side::New] {
         let client = rig.direct(side, APP).await;
         let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE SEQUENCE s MAXVALUE 100";
@@ -322,13 +305,13 @@ async fn the_printed_statements_mend_what_blocks() {
     rig.legacy.sql("shop", spoil).unwrap();
     let revoke = "REVOKE SET ON PARAMETER session_replication_role FROM pgtandem";
     rig.new.sql("shop", revoke).unwrap();
-    run(&rig, &["check"], 1, "schema copy");
-    let sql = run(&rig, &["check", "--sql"], 1, "-- database shop, on legacy");
+    rig.check(&["check"], 1, "schema copy");
+    let sql = rig.check(&["check", "--sql"], 1, "-- database shop, on legacy");
     let (legacy, new) = sql.split_once("-- database shop, on new").unwrap();
     rig.legacy.sql("shop", legacy).unwrap();
     rig.new.sql("shop", &format!("--{new}")).unwrap();
-    run(&rig, &["check"], 0, "nothing blocks");
-    run(&rig, &["schema", "diff"], 0, "both sides define the same");
+    rig.check(&["check"], 0, "nothing blocks");
+    rig.check(&["schema", "diff"], 0, "both sides define the same");
 }
 
 /// Of everything that makes an order matter.
@@ -372,14 +355,14 @@ async fn with_nasty_legacy(new: &Binaries) -> Rig {
 
 async fn copied_at_once(new: &Binaries) {
     let rig = with_nasty_legacy(new).await;
-    run(&rig, &["schema", "copy"], 2, "CREATE ROLE \"reader\";");
+    rig.check(&["schema", "copy"], 2, "CREATE ROLE \"reader\";");
     rig.new.sql("shop", "CREATE ROLE reader").unwrap();
-    run(&rig, &["schema", "copy", "--dry-run"], 0, "CREATE TABLE s.a");
-    run(&rig, &["schema", "diff"], 1, "only on the primary");
-    run(&rig, &["schema", "copy"], 0, "0 wait for rows");
-    run(&rig, &["schema", "diff"], 0, "both sides define the same");
-    run(&rig, &["schema", "copy"], 2, "objects already");
-    run(&rig, &["schema", "copy", "--after-rows"], 0, "0 statements");
+    rig.check(&["schema", "copy", "--dry-run"], 0, "CREATE TABLE s.a");
+    rig.check(&["schema", "diff"], 1, "only on the primary");
+    rig.check(&["schema", "copy"], 0, "0 wait for rows");
+    rig.check(&["schema", "diff"], 0, "both sides define the same");
+    rig.check(&["schema", "copy"], 2, "objects already");
+    rig.check(&["schema", "copy", "--after-rows"], 0, "0 statements");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -398,13 +381,8 @@ async fn the_whole_way_under_a_storm() {
     let legacy = rig.direct(Side::Legacy, APP).await;
     legacy.batch_execute(SCHEMA).await.unwrap();
     rig.new.sql("shop", "CREATE ROLE reader").unwrap();
-    run(&rig, &["check"], 1, "schema copy");
-    run(
-        &rig,
-        &["schema", "copy", "--before-rows"],
-        0,
-        "statements follow the rows",
-    );
+    rig.check(&["check"], 1, "schema copy");
+    rig.check(&["schema", "copy", "--before-rows"], 0, "statements follow the rows");
     // Only what rows need: no index but keys.
     let indexes = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relkind = 'i' AND relnamespace = 's'::regnamespace";
     assert_eq!(
@@ -413,16 +391,46 @@ async fn the_whole_way_under_a_storm() {
     );
     rig.serve(Phase::DualWrite).await;
     let storm = Storm::under(&Weather::over(&rig.url(), 21, 4)).await;
-    run(&rig, &["schema", "copy", "--after-rows"], 1, "wait for rows");
-    run(&rig, &["backfill"], 0, "");
+    rig.check(&["schema", "copy", "--after-rows"], 1, "wait for rows");
+    rig.check(&["backfill"], 0, "");
     let ledger = storm.end().await;
     assert!(ledger.acknowledged.len() > 20, "{}", ledger.acknowledged.len());
     assert_eq!(ledger.failures, [] as [String; 0]);
     rig.wait_caught_up().await;
-    run(&rig, &["schema", "diff"], 0, "both sides define the same");
-    run(&rig, &["verify"], 0, "");
+    rig.check(&["schema", "diff"], 0, "both sides define the same");
+    rig.check(&["verify"], 0, "");
     rig.assert_equal().await;
     let left = "SELECT count(*) FROM pgtandem.schema_rest WHERE done_at IS NULL OR note IS NOT NULL";
     assert_eq!(rig.value(Side::New, left).await, "0");
-    run(&rig, &["check"], 0, "exact");
+    rig.check(&["check"], 0, "exact");
+}
+
+/// The victim of a deadlock (a round holds the same tables in another order) tries again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_follows_the_rows_survives_a_deadlock() {
+    let rig = Rig::new();
+    rig.write_config(Phase::Initial);
+    let schema = "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY REFERENCES a)";
+    let legacy = rig.direct(Side::Legacy, APP).await;
+    legacy.batch_execute(schema).await.unwrap();
+    rig.check(&["schema", "copy", "--before-rows"], 0, "1 statements follow the rows");
+    // Only the command looks for deadlocks, so only it is their victim.
+    let patience = format!("ALTER ROLE {OWN_ROLE} SET deadlock_timeout = '2s'");
+    rig.new.sql("shop", &patience).unwrap();
+    let other = rig.direct(Side::New, SUPERUSER).await;
+    let lock = |table| format!("SET LOCAL deadlock_timeout = '1h'; LOCK TABLE {table}");
+    other.batch_execute("BEGIN").await.unwrap();
+    other.batch_execute(&lock("a")).await.unwrap();
+    let cross = tokio::spawn(async move {
+        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        while other.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        other.batch_execute(&lock("b")).await.unwrap();
+        other.batch_execute("COMMIT").await.unwrap();
+    });
+    tokio::task::block_in_place(|| rig.check(&["schema", "copy", "--after-rows"], 0, "1 statements"));
+    cross.await.unwrap();
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = 'shop'";
+    assert_eq!(rig.value(Side::New, deadlocks).await, "1");
 }

@@ -5,65 +5,48 @@
 
 mod rig;
 
-use std::fs;
-use std::process::Output;
-
 use pgtandem::admin::api::Status;
 use pgtandem::control::{Phase, Side};
 use pgtandem::servers::PASSWORD;
-use rig::{APP, OWN_ROLE, Rig, connect};
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
-
-fn check(rig: &Rig, arguments: &[&str], code: i32, says: &str) {
-    let output = rig.command(arguments);
-    let text = text(&output);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
-    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
-}
+use rig::{APP, OWN_ROLE, Rig, connect, printed};
+use std::fs;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_answer_with_words_and_exit_codes() {
     let mut rig = Rig::new();
-    check(&rig, &["status"], 2, "proxy.yaml");
+    rig.check(&["status"], 2, "proxy.yaml");
     rig.write_config(Phase::DualRead);
-    check(&rig, &["status"], 2, "is `pgtandem serve` running?");
-    check(&rig, &["mismatches"], 0, "no mismatches");
+    rig.check(&["status"], 2, "is `pgtandem serve` running?");
+    rig.check(&["mismatches"], 0, "no mismatches");
     rig.serve(Phase::DualRead).await;
     let client = rig.client().await;
     client
         .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
         .await
         .unwrap();
-    check(&rig, &["wait", "--caught-up", "--timeout", "30s"], 0, "caught up after");
-    check(&rig, &["status"], 0, "phase dual_read");
-    check(&rig, &["explain", "SELECT * FROM t"], 0, "rows compared in any order");
-    check(&rig, &["explain", "SELECT now()"], 0, "clock");
-    check(&rig, &["explain", "ALTER TABLE t ADD c int"], 0, "barrier");
-    check(&rig, &["switchover", "--to", "new", "--dry-run"], 0, "could begin");
-    check(&rig, &["switchover", "--to", "legacy"], 1, "legacy is primary already");
-    check(&rig, &["reload"], 0, "reloaded; phase dual_read");
+    rig.check(&["wait", "--caught-up", "--timeout", "30s"], 0, "caught up after");
+    rig.check(&["status"], 0, "phase dual_read");
+    rig.check(&["explain", "SELECT * FROM t"], 0, "rows compared in any order");
+    rig.check(&["explain", "SELECT now()"], 0, "clock");
+    rig.check(&["explain", "ALTER TABLE t ADD c int"], 0, "barrier");
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 0, "could begin");
+    rig.check(&["switchover", "--to", "legacy"], 1, "legacy is primary already");
+    rig.check(&["reload"], 0, "reloaded; phase dual_read");
     let json = rig.command(&["status", "--json"]);
     let status: Status = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!((status.phase, status.primary), (Phase::DualRead, Side::Legacy));
-    assert!(!text(&json).contains(PASSWORD), "a password in --json");
+    assert!(!printed(&json).contains(PASSWORD), "a password in --json");
     assert!(!rig.log().contains(PASSWORD), "a password in the log");
 
-    check(&rig, &["switchover", "--to", "new"], 0, "switchover to new");
-    check(&rig, &["status"], 1, "proxy.yaml still says dual_read");
+    rig.check(&["switchover", "--to", "new"], 0, "switchover to new");
+    rig.check(&["status"], 1, "proxy.yaml still says dual_read");
     let version: String = client.query_one("SHOW server_version", &[]).await.unwrap().get(0);
     assert!(version.starts_with(&rig.new.major.to_string()), "{version}");
 
     rig.new.stop("immediate").unwrap();
     rig.until(|status| status.databases[0].new.error.is_some()).await;
-    check(&rig, &["wait", "--caught-up", "--timeout", "200ms"], 1, "not caught up");
-    check(&rig, &["status"], 1, "new cannot be reached");
+    rig.check(&["wait", "--caught-up", "--timeout", "200ms"], 1, "not caught up");
+    rig.check(&["status"], 1, "new cannot be reached");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,7 +80,7 @@ async fn a_bad_file_changes_nothing_and_says_so() {
     )
     .await;
     fs::write(rig.config_path(), &good).unwrap();
-    check(&rig, &["reload"], 0, "phase initial");
+    rig.check(&["reload"], 0, "phase initial");
     rig.client().await.batch_execute("SELECT 1").await.unwrap();
 }
 
@@ -128,12 +111,7 @@ async fn existing_rows_count_as_synced_only_where_both_sides_are_equal() {
         .until(|status| seeding(status, "public.same").as_deref() == Some("synced"))
         .await;
     assert_eq!(seeding(&status, "public.other").as_deref(), Some("unseeded"));
-    check(
-        &rig,
-        &["switchover", "--to", "new", "--dry-run"],
-        1,
-        "public.other is not",
-    );
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "public.other is not");
     let error = rig.set_phase(Phase::Switchover).await.unwrap_err().to_string();
     assert!(error.contains("a gate is closed"), "{error}");
     // Writes on both are mirrored meanwhile.
@@ -219,7 +197,7 @@ async fn what_the_role_may_not_is_said_as_sql_for_a_dba() {
         error.is_some_and(|error| error.contains(grant))
     })
     .await;
-    check(&rig, &["status"], 1, grant);
+    rig.check(&["status"], 1, grant);
     rig.new.sql("shop", &format!("{grant} TO {OWN_ROLE}")).unwrap();
     rig.wait_caught_up().await;
     rig.assert_equal().await;

@@ -5,27 +5,9 @@
 
 mod rig;
 
-use std::process::Output;
-
 use pgtandem::admin::api::QuarantineList;
 use pgtandem::control::{Phase, Side};
-use rig::{Rig, connect};
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
-
-fn check(rig: &Rig, arguments: &[&str], code: i32, says: &str) -> String {
-    let output = rig.command(arguments);
-    let text = text(&output);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}\n{}", rig.log());
-    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
-    text
-}
+use rig::{Rig, connect, printed};
 
 async fn on_new(rig: &Rig, sql: &str) {
     let own = connect(&rig.new.url(rig::OWN_ROLE, rig::DATABASE)).await.unwrap();
@@ -43,7 +25,7 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
         .await
         .unwrap();
     rig.wait_caught_up().await;
-    check(&rig, &["quarantine", "list"], 0, "the quarantine is empty");
+    rig.check(&["quarantine", "list"], 0, "the quarantine is empty");
     on_new(&rig, "ALTER TABLE t ADD CONSTRAINT small CHECK (v < 100)").await;
 
     client
@@ -58,10 +40,10 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
         mirroring.quarantine.transactions == 1 && mirroring.quarantine.refused == 1
     })
     .await;
-    check(&rig, &["status"], 1, "1 transactions are in quarantine");
-    check(&rig, &["status", "--json"], 1, "\"oldest_seconds\"");
-    check(&rig, &["switchover", "--to", "new", "--dry-run"], 1, "quarantine");
-    let listed = check(&rig, &["quarantine", "list"], 1, "public.t (41)");
+    rig.check(&["status"], 1, "1 transactions are in quarantine");
+    rig.check(&["status", "--json"], 1, "\"oldest_seconds\"");
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "quarantine");
+    let listed = rig.check(&["quarantine", "list"], 1, "public.t (41)");
     for part in ["small", "23514", "(41, 200)"] {
         assert!(listed.contains(part), "{part}: {listed}");
     }
@@ -80,10 +62,10 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
     }
     assert!(published.contains(gauge), "{published}");
 
-    check(&rig, &["quarantine", "retry"], 1, "refused again");
-    check(&rig, &["quarantine", "retry", "9999"], 1, "no such entry");
+    rig.check(&["quarantine", "retry"], 1, "refused again");
+    rig.check(&["quarantine", "retry", "9999"], 1, "no such entry");
     on_new(&rig, "ALTER TABLE t DROP CONSTRAINT small").await;
-    check(&rig, &["quarantine", "retry", &id], 0, "1 applied");
+    rig.check(&["quarantine", "retry", &id], 0, "1 applied");
     rig.wait_caught_up().await;
     rig.assert_equal().await;
     rig.until(|status| status.gates.iter().all(|gate| gate.open)).await;
@@ -94,15 +76,9 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
     let json = rig.command(&["quarantine", "list", "--json"]);
     let list: QuarantineList = serde_json::from_slice(&json.stdout).unwrap();
     let id = list.entries[0].entry.id.to_string();
-    check(&rig, &["quarantine", "discard", &id], 2, "--reason");
-    check(
-        &rig,
-        &["quarantine", "discard", &id, "--reason", "a test"],
-        0,
-        "1 discarded",
-    );
-    check(
-        &rig,
+    rig.check(&["quarantine", "discard", &id], 2, "--reason");
+    rig.check(&["quarantine", "discard", &id, "--reason", "a test"], 0, "1 discarded");
+    rig.check(
         &["quarantine", "discard", &id, "--reason", "a test"],
         1,
         "no such entry",
@@ -126,9 +102,8 @@ async fn refusals_are_listed_mended_retried_and_discarded() {
     on_new(&rig, "ALTER TABLE u ADD CONSTRAINT few CHECK (id < 4)").await;
     client.batch_execute("INSERT INTO u VALUES (4)").await.unwrap();
     rig.wait_caught_up().await;
-    check(&rig, &["switchover", "--to", "new"], 1, "CLOSED");
-    check(
-        &rig,
+    rig.check(&["switchover", "--to", "new"], 1, "CLOSED");
+    rig.check(
         &["switchover", "--to", "new", "--force", "--reason", "a test"],
         0,
         "switchover to new",
@@ -170,19 +145,19 @@ async fn too_many_refusals_stop_mirroring_and_a_reload_goes_on() {
     let halted =
         |status: &pgtandem::admin::api::Status| status.databases[0].mirroring.as_ref().unwrap().state == "halted";
     rig.until(halted).await;
-    check(&rig, &["status"], 1, "mirroring is halted");
-    check(&rig, &["status"], 1, "pgtandem quarantine retry");
+    rig.check(&["status"], 1, "mirroring is halted");
+    rig.check(&["status"], 1, "pgtandem quarantine retry");
     // Why is said, and values stay hidden unless asked for.
-    let status = text(&rig.command(&["status"]));
-    let list = text(&rig.command(&["quarantine", "list"]));
+    let status = printed(&rig.command(&["status"]));
+    let list = printed(&rig.command(&["quarantine", "list"]));
     assert!(status.contains("violates check constraint \"small\""), "{status}");
     for text in [status, list, rig.log()] {
         assert!(!text.contains(", 200)"), "{text}");
     }
     on_new(&rig, "ALTER TABLE t DROP CONSTRAINT small").await;
-    check(&rig, &["reload"], 0, "reloaded");
+    rig.check(&["reload"], 0, "reloaded");
     rig.until(|status| !halted(status)).await;
-    check(&rig, &["quarantine", "retry"], 0, "applied");
+    rig.check(&["quarantine", "retry"], 0, "applied");
     rig.wait_caught_up().await;
     rig.assert_equal().await;
 }

@@ -4,13 +4,11 @@
 
 mod rig;
 
-use std::process::Output;
-
 use pgtandem::admin::api::Status;
 use pgtandem::control::{Phase, Side};
 use pgtandem::reconcile::report::{DifferenceKind, Event, TableReport, TableResult, VerificationReport};
 use rig::storm::{self, Storm};
-use rig::{APP, DATABASE, OWN_ROLE, Rig, connect};
+use rig::{APP, DATABASE, OWN_ROLE, Rig, connect, printed};
 
 const SCHEMA: &str = "
     CREATE TABLE orders (id bigint PRIMARY KEY, customer text NOT NULL, total numeric(12, 2), at timestamptz, weight float8, tags text[], extra jsonb);
@@ -18,22 +16,6 @@ const SCHEMA: &str = "
         CASE g % 4 WHEN 0 THEN NULL WHEN 1 THEN '{}' ELSE ARRAY['a,b', E'\\x1F', NULL] END, jsonb_build_object('n', g) FROM generate_series(1, 20000) g;
     CREATE TABLE lines (at timestamptz DEFAULT '2024-01-01', line text);
     INSERT INTO lines (line) SELECT 'line ' || g % 10 FROM generate_series(1, 500) g;";
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
-
-fn check(rig: &Rig, arguments: &[&str], code: i32, says: &str) -> String {
-    let output = rig.command(arguments);
-    let text = text(&output);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}\n{}", rig.log());
-    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
-    text
-}
 
 fn report(rig: &Rig, file: &str) -> VerificationReport {
     serde_json::from_slice(&std::fs::read(rig.directory.path().join(file)).unwrap()).unwrap()
@@ -76,8 +58,7 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
 
     let file = rig.directory.path().join("report.json");
     let file = file.to_str().unwrap();
-    let said = check(
-        &rig,
+    let said = rig.check(
         &["verify", "--report", file],
         1,
         "public.orders: 2 rows differ (1 missing, 0 extra, 1 different)",
@@ -105,16 +86,15 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
     for cut in &found.databases[0].cuts {
         assert!(cut.age_ms < 30_000.0, "{cut:?}");
     }
-    check(&rig, &["verify", "--table", "orders", "--values", "plain"], 1, "secret");
-    check(
-        &rig,
+    rig.check(&["verify", "--table", "orders", "--values", "plain"], 1, "secret");
+    rig.check(
         &["verify", "--table", "nothing"],
         2,
         "no mirrored table is called nothing",
     );
-    check(&rig, &["repair", "--dry-run"], 1, "would be inserted (78)");
+    rig.check(&["repair", "--dry-run"], 1, "would be inserted (78)");
 
-    check(&rig, &["repair"], 0, "public.orders: mended at the cut of round");
+    rig.check(&["repair"], 0, "public.orders: mended at the cut of round");
     plant(
         &rig,
         "UPDATE orders SET weight = 'NaN' WHERE id = 79; INSERT INTO lines (line) VALUES ('extra')",
@@ -125,9 +105,13 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
-    assert!(matches!(events.first(), Some(Event::Begun { .. })), "{}", text(&json));
+    assert!(
+        matches!(events.first(), Some(Event::Begun { .. })),
+        "{}",
+        printed(&json)
+    );
     let Some(Event::Done { report: done }) = events.last() else {
-        panic!("{}", text(&json));
+        panic!("{}", printed(&json));
     };
     let differing: Vec<(&str, u64)> = done
         .tables
@@ -138,13 +122,12 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
     assert_eq!(differing, [("lines", 1), ("orders", 1)]);
     rig.until(|status| seeding(status, "public.orders").as_deref() == Some("unseeded"))
         .await;
-    check(
-        &rig,
+    rig.check(
         &["repair", "--table", "public.orders", "--table", "lines"],
         0,
         "0 different",
     );
-    check(&rig, &["verify", "--report", file], 0, "0 different");
+    rig.check(&["verify", "--report", file], 0, "0 different");
     rig.until(|status| seeding(status, "public.orders").as_deref() == Some("synced"))
         .await;
     let ledger = storm.end().await;
@@ -153,7 +136,7 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
     rig.assert_equal().await;
 
     // An auditor with psql finds the digest that the report has, on either side.
-    check(&rig, &["verify", "--report", file], 0, "0 different");
+    rig.check(&["verify", "--report", file], 0, "0 different");
     let found = report(&rig, "report.json");
     assert!(found.equal);
     for table in &found.databases[0].tables {
@@ -193,21 +176,16 @@ async fn what_is_in_quarantine_is_mended_as_a_whole_or_not_at_all() {
         .await
         .unwrap();
     rig.wait_caught_up().await;
-    check(&rig, &["verify"], 1, "2 transactions in quarantine concern it");
-    check(&rig, &["repair", "--table", "t"], 2, "quarantine retry");
-    check(&rig, &["repair"], 2, "the secondary refuses");
+    rig.check(&["verify"], 1, "2 transactions in quarantine concern it");
+    rig.check(&["repair", "--table", "t"], 2, "quarantine retry");
+    rig.check(&["repair"], 2, "the secondary refuses");
     assert_eq!(
         rig.value(Side::New, "SELECT count(*) FROM pgtandem.quarantine").await,
         "2"
     );
     own.batch_execute("ALTER TABLE t DROP CONSTRAINT small").await.unwrap();
-    check(
-        &rig,
-        &["repair"],
-        0,
-        "all that was in quarantine: mended at the cut of round",
-    );
-    check(&rig, &["quarantine", "list"], 0, "the quarantine is empty");
+    rig.check(&["repair"], 0, "all that was in quarantine: mended at the cut of round");
+    rig.check(&["quarantine", "list"], 0, "the quarantine is empty");
     let history = "SELECT count(*) FROM pgtandem.quarantine_history WHERE action = 'repaired'";
     assert_eq!(rig.value(Side::New, history).await, "2");
     // What comes next on the same keys is mirrored again.
@@ -216,7 +194,7 @@ async fn what_is_in_quarantine_is_mended_as_a_whole_or_not_at_all() {
         .await
         .unwrap();
     rig.wait_caught_up().await;
-    check(&rig, &["verify"], 0, "public.t: equal");
+    rig.check(&["verify"], 0, "public.t: equal");
     rig.assert_equal().await;
 }
 
@@ -240,13 +218,13 @@ async fn continuously_at_a_rate_and_remembered() {
     client.batch_execute("UPDATE t SET v = v + 1").await.unwrap();
     rig.until(|status| verified(status).is_some_and(|later| later.round > first.round))
         .await;
-    check(&rig, &["status"], 0, "verified   1 of 1 tables");
+    rig.check(&["status"], 0, "verified   1 of 1 tables");
 
     plant(&rig, "UPDATE t SET v = 0 WHERE id = 1000").await;
     rig.until(|status| seeding(status, "public.t").as_deref() == Some("unseeded"))
         .await;
-    check(&rig, &["switchover", "--to", "new", "--dry-run"], 1, "public.t is not");
-    check(&rig, &["repair"], 0, "mended");
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "public.t is not");
+    rig.check(&["repair"], 0, "mended");
     rig.until(|status| seeding(status, "public.t").as_deref() == Some("synced"))
         .await;
 

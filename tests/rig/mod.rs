@@ -182,6 +182,21 @@ auth:
             .unwrap()
     }
 
+    /// A command that ends with `code` and says so: all that it printed, in which no password is.
+    pub(crate) fn check(&self, arguments: &[&str], code: i32, says: &str) -> String {
+        let output = self.command(arguments);
+        let text = printed(&output);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "{arguments:?}: {text}\n{}",
+            self.log()
+        );
+        assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
+        assert!(!text.contains(PASSWORD), "a password in {text}");
+        text
+    }
+
     pub(crate) fn admin(&self) -> AdminClient {
         AdminClient::new(&Admin {
             address: ([127, 0, 0, 1], self.admin_port).into(),
@@ -312,4 +327,12 @@ pub(crate) async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> 
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     tokio::spawn(connection);
     Ok(client)
+}
+
+pub(crate) fn printed(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
 }

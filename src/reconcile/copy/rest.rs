@@ -2,11 +2,17 @@
 //! the tables concerned are in. Each statement and the record that it was run are one transaction.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use crate::upstream::control::error_chain;
+
+/// How often a statement that met somebody else's locks is tried again, and how long it rests
+/// before: rounds and clients' DDL hold theirs for moments.
+const ATTEMPTS: u32 = 10;
+const REST: Duration = Duration::from_millis(200);
 
 /// Written by psql at the end of the first half.
 pub(super) const TABLE: &str = "
@@ -36,7 +42,8 @@ pub struct Built {
 /// nothing is waited for: whoever asks has brought the rows, or wants no backfill.
 ///
 /// # Errors
-/// Of the connection, and those that pass by themselves (a lock that somebody holds).
+/// Of the connection, and those that pass by themselves (a lock that somebody holds) but have not
+/// in [`ATTEMPTS`].
 pub async fn build(client: &mut Client, finished: Option<&str>) -> Result<Built, tokio_postgres::Error> {
     let mut built = Built::default();
     let Some(missing_rows) = tables_without_rows(client, finished).await? else {
@@ -55,7 +62,7 @@ pub async fn build(client: &mut Client, finished: Option<&str>) -> Result<Built,
             built.waiting += 1;
             continue;
         }
-        match run(client, number, &sql).await {
+        match run_patiently(client, number, &sql).await {
             Ok(()) => built.built += 1,
             Err(error) => match note_of(&error) {
                 Verdict::Passes => return Err(error),
@@ -99,6 +106,21 @@ async fn tables_without_rows(
     Ok(Some(without))
 }
 
+/// Again where another transaction was in the way: a round that applies rows of the same tables
+/// takes their locks in another order than DDL does, and the deadlock's victim may be either.
+async fn run_patiently(client: &mut Client, number: i32, sql: &str) -> Result<(), tokio_postgres::Error> {
+    let mut attempt = 1;
+    loop {
+        match run(client, number, sql).await {
+            Err(error) if attempt < ATTEMPTS && error.code().is_some_and(|code| IN_THE_WAY.contains(code)) => {
+                attempt += 1;
+                tokio::time::sleep(REST).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 async fn run(client: &mut Client, number: i32, sql: &str) -> Result<(), tokio_postgres::Error> {
     let transaction = client.transaction().await?;
     transaction
@@ -124,6 +146,13 @@ async fn record(client: &Client, number: i32, note: &str) -> Result<(), tokio_po
         .map(|_| ())
 }
 
+/// Another transaction's doing, gone with it.
+const IN_THE_WAY: [SqlState; 3] = [
+    SqlState::LOCK_NOT_AVAILABLE,
+    SqlState::T_R_DEADLOCK_DETECTED,
+    SqlState::T_R_SERIALIZATION_FAILURE,
+];
+
 enum Verdict {
     /// The connection is gone, or somebody is in the way.
     Passes,
@@ -137,16 +166,13 @@ fn note_of(error: &tokio_postgres::Error) -> Verdict {
         return Verdict::Passes;
     };
     let passing = [
-        SqlState::LOCK_NOT_AVAILABLE,
-        SqlState::T_R_DEADLOCK_DETECTED,
-        SqlState::T_R_SERIALIZATION_FAILURE,
         SqlState::ADMIN_SHUTDOWN,
         SqlState::CRASH_SHUTDOWN,
         SqlState::CANNOT_CONNECT_NOW,
         SqlState::DISK_FULL,
         SqlState::QUERY_CANCELED,
     ];
-    if passing.contains(code) {
+    if IN_THE_WAY.contains(code) || passing.contains(code) {
         return Verdict::Passes;
     }
     if [SqlState::DUPLICATE_TABLE, SqlState::DUPLICATE_OBJECT].contains(code) {
