@@ -187,11 +187,12 @@ impl Session {
     }
 
     async fn note_lost_capture(&mut self, rel: Oid) -> Result<(), ApplyError> {
+        let rels = self.faces.of(rel);
         self.secondary
             .execute(
                 "UPDATE pgtandem.seeding SET state = 'unseeded',
-                        note = 'capture was switched off or dropped for a while: changes are missing' WHERE rel = $1",
-                &[&rel],
+                        note = 'capture was switched off or dropped for a while: changes are missing' WHERE rel = ANY ($1)",
+                &[&rels],
             )
             .await
             .map_err(doing("mark a table for seeding"))?;
@@ -231,7 +232,12 @@ impl Session {
             .aside
             .query(
                 "SELECT c.origin::text, c.was_empty FROM pgtandem.captured c
-                  WHERE c.rel <> ALL ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel)",
+                  WHERE c.rel <> ALL ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel)
+                    AND NOT EXISTS (SELECT FROM pgtandem.transform t WHERE t.source = c.rel)
+                 UNION ALL
+                 SELECT jsonb_build_object('rel', m.rel::bigint, 'schema', m.schema, 'name', m.name, 'columns', m.columns, 'shape', m.shape,
+                            'filenode', m.filenode::bigint, 'attributes', m.attributes)::text, c.was_empty
+                   FROM pgtandem.mirrored m JOIN pgtandem.captured c ON c.rel = m.source WHERE m.rel <> m.source AND m.rel <> ALL ($1)",
                 &[&known],
             )
             .await
@@ -312,7 +318,7 @@ impl Session {
             biased;
             self.aside.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),
             self.aside.query_one(&ddl_waits, &[]),
-            self.aside.query("SELECT rel, columns, shape, filenode, attributes FROM pgtandem.shape", &[]),
+            self.aside.query("SELECT rel, columns, shape, filenode, attributes FROM pgtandem.mirrored", &[]),
             self.aside.batch_execute("COMMIT"),
         );
         for result in [begun, ended] {
@@ -386,7 +392,7 @@ impl Session {
     async fn try_resume(&self, rel: Oid, now: &Found, secondary: &HashMap<Oid, Found>) -> Result<bool, ApplyError> {
         let names = self
             .aside
-            .query_opt("SELECT schema, name FROM pgtandem.shape WHERE rel = $1", &[&rel])
+            .query_opt("SELECT schema, name FROM pgtandem.mirrored WHERE rel = $1", &[&rel])
             .await
             .map_err(doing("read a table's name"))?;
         let Some(names) = names else { return Ok(false) };
