@@ -47,6 +47,8 @@ pub(super) struct Session {
     pub lookout: Lookout,
     pub tables: Tables,
     pub faces: Faces,
+    /// DDL was run since they were read.
+    pub tables_stale: bool,
     /// Everything that this snapshot sees is on the secondary.
     pub since: Snapshot,
     /// The end of the log when `since` was taken.
@@ -131,6 +133,7 @@ impl Session {
         let mut session = Self {
             tables: Tables::default(),
             faces,
+            tables_stale: false,
             since: Snapshot::before_everything(),
             durable: Snapshot::before_everything(),
             position: 0,
