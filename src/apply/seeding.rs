@@ -29,6 +29,9 @@ pub(super) struct CatalogWatch {
     next_comparison: Option<Instant>,
 }
 
+/// Why a table is paused whose transform has no inverse.
+const NO_FACE: &str = "transform: it has no way back to the other side's shape";
+
 impl CatalogWatch {
     /// The next look looks at everything.
     pub(super) fn forget(&mut self) {
@@ -265,6 +268,7 @@ impl Session {
             .map_err(doing("look for a table on the secondary"))?;
         let local: Option<Oid> = here.as_ref().map(|row| row.get(0));
         let paused = match &here {
+            _ if self.has_no_face(table.rel, &table.schema, &table.name) => Some(NO_FACE),
             None => Some("the secondary has no such table"),
             Some(row) if !same_columns(row.get(1), &table.columns) => Some("the two sides' columns differ"),
             Some(_) => None,
@@ -387,6 +391,13 @@ impl Session {
         Ok(())
     }
 
+    /// Whether a table has another shape on the secondary that its rows cannot be given: whatever is
+    /// called the same there is something else.
+    fn has_no_face(&self, rel: Oid, schema: &str, name: &str) -> bool {
+        let primary = self.config.primary.side;
+        self.faces.relation(rel).is_none() && self.config.transform.concerns(primary, schema, name)
+    }
+
     /// A paused table goes on when both sides have the same columns again. What came meanwhile
     /// is missing, so it is unseeded: applied from here on, and reported as needing seeding.
     async fn try_resume(&self, rel: Oid, now: &Found, secondary: &HashMap<Oid, Found>) -> Result<bool, ApplyError> {
@@ -397,6 +408,9 @@ impl Session {
             .map_err(doing("read a table's name"))?;
         let Some(names) = names else { return Ok(false) };
         let (schema, name): (String, String) = (names.get(0), names.get(1));
+        if self.has_no_face(rel, &schema, &name) {
+            return Ok(false);
+        }
         let local = self
             .secondary
             .query_opt(

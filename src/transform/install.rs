@@ -182,7 +182,8 @@ impl Face {
         // OFFSET 0 keeps the planner from reading the image again for every column. What cannot be
         // computed is no image: the secondary refuses it, with these words.
         let body = format!(
-            "DECLARE mapped text;
+            "#variable_conflict use_column
+             DECLARE mapped text;
              BEGIN
                  SELECT ROW({})::text INTO mapped
                    FROM (SELECT (o.r).* FROM (SELECT image::{source} AS r OFFSET 0) AS o) AS {alias};

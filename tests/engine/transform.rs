@@ -560,17 +560,18 @@ async fn a_row_that_cannot_be_computed_is_held() {
 /// A mapping that is wrong mirrors nothing; one that changed needs seeding again.
 #[tokio::test]
 async fn a_mapping_is_refused_or_makes_a_table_anew() {
-    let legacy = "CREATE TABLE t (id int PRIMARY KEY, a text)";
-    let new = "CREATE TABLE t (id int PRIMARY KEY, b text)";
+    // Names that the mapping's own functions use as well.
+    let legacy = "CREATE TABLE t (id int PRIMARY KEY, image text)";
+    let new = "CREATE TABLE t (id int PRIMARY KEY, mapped text)";
     let mapped = |sql_text: &str| Transform {
         schemas: Default::default(),
         tables: [(
             name("public.t"),
-            table("public.t", &[("b", sql(sql_text))], &[], &[("a", "b")]),
+            table("public.t", &[("mapped", sql(sql_text))], &[], &[("image", "mapped")]),
         )]
         .into(),
     };
-    let (bed, wrong) = bed("transform_change", legacy, new, mapped("a || now()")).await;
+    let (bed, wrong) = bed("transform_change", legacy, new, mapped("image || now()")).await;
     bed.app(Side::Legacy)
         .await
         .batch_execute("INSERT INTO t VALUES (1, 'one')")
@@ -582,13 +583,13 @@ async fn a_mapping_is_refused_or_makes_a_table_anew() {
         panic!()
     };
     assert!(
-        error.contains("not immutable") && error.contains("public.t.b"),
+        error.contains("not immutable") && error.contains("public.t.mapped"),
         "{error}"
     );
-    assert_eq!(rows(&bed, Side::New, "SELECT b FROM t").await, [] as [String; 0]);
+    assert_eq!(rows(&bed, Side::New, "SELECT mapped FROM t").await, [] as [String; 0]);
     applier.stop().await;
 
-    for (text, expected) in [("upper(a)", "ONE"), ("lower(a) || '!'", "one!")] {
+    for (text, expected) in [("upper(image)", "ONE"), ("lower(image) || '!'", "one!")] {
         let transform = Arc::new(mapped(text));
         let applier = Arc::new(apply::spawn(config(&bed, &transform)));
         caught_up(&applier).await;
@@ -600,7 +601,7 @@ async fn a_mapping_is_refused_or_makes_a_table_anew() {
             backfilled(&bed, &applier).await;
         }
         assert_clean(&applier).await;
-        assert_eq!(rows(&bed, Side::New, "SELECT b FROM t").await, [expected]);
+        assert_eq!(rows(&bed, Side::New, "SELECT mapped FROM t").await, [expected]);
         applier.stop().await;
     }
 }
@@ -716,4 +717,47 @@ async fn wrong_expressions_are_found_beforehand() {
         .await
         .unwrap();
     assert_eq!(left.len(), 0);
+}
+
+/// After a forced flip: what looks alike on both sides is not, and is not mirrored as if it were.
+#[tokio::test]
+async fn without_a_way_back_nothing_goes_back() {
+    let tables = "CREATE TABLE t (id int PRIMARY KEY, n int); CREATE TABLE other (id int PRIMARY KEY)";
+    let transform = Transform {
+        schemas: Default::default(),
+        tables: [(name("public.t"), table("public.t", &[("n", sql("n * 2"))], &[], &[]))].into(),
+    };
+    let (bed, transform) = bed("transform_one_way", tables, tables, transform).await;
+    let applier = apply::spawn(config(&bed, &transform));
+    caught_up(&applier).await;
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute("INSERT INTO t VALUES (1, 4)")
+        .await
+        .unwrap();
+    assert_clean(&applier).await;
+    let status = applier.status().borrow().clone();
+    assert!(
+        status.one_way.iter().any(|why| why.contains("public.t.n")),
+        "{status:#?}"
+    );
+    let applier = flipped(&bed, &transform, &applier, Side::New, Epoch(2)).await;
+    bed.app(Side::New)
+        .await
+        .batch_execute("INSERT INTO t VALUES (2, 6); INSERT INTO other VALUES (1)")
+        .await
+        .unwrap();
+    caught_up(&applier).await;
+    assert_eq!(
+        rows(&bed, Side::Legacy, "SELECT (id, n)::text FROM t ORDER BY id").await,
+        ["(1,4)"]
+    );
+    assert_eq!(rows(&bed, Side::Legacy, "SELECT id::text FROM other").await, ["1"]);
+    let status = applier.status().borrow().clone();
+    let paused = status
+        .tables
+        .iter()
+        .find(|table| table.name == "t")
+        .and_then(|table| table.paused.clone());
+    assert!(paused.is_some_and(|why| why.contains("no way back")), "{status:#?}");
 }
