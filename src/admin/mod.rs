@@ -15,6 +15,7 @@
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
 //! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
 //! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
+//! | `GET /api/v1/shadows` | [`api::ShadowsAnswer`]: shadow reads by fingerprint, coverage, latencies |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -42,7 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::api::{
     BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status, SwitchoverAnswer,
+    HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, ShadowsAnswer, Status, SwitchoverAnswer,
     SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
@@ -59,6 +60,7 @@ pub trait Operations: Send + Sync + 'static {
         request: SwitchoverRequest,
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
+    fn shadows(&self) -> ShadowsAnswer;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
@@ -89,6 +91,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/reload", post(reload::<O>))
         .route("/api/v1/switchover", post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
+        .route("/api/v1/shadows", get(shadows::<O>))
         .route("/api/v1/explain", get(explain::<O>))
         .route("/api/v1/verify", post(verify::<O>))
         .route("/api/v1/repair", post(repair::<O>))
@@ -165,6 +168,10 @@ async fn wait<O: Operations>(State(operations): State<Arc<O>>, Query(query): Que
         Ok(answer) => (StatusCode::REQUEST_TIMEOUT, Json(answer)).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
+}
+
+async fn shadows<O: Operations>(State(operations): State<Arc<O>>) -> Json<ShadowsAnswer> {
+    Json(operations.shadows())
 }
 
 #[derive(Deserialize)]

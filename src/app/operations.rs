@@ -12,8 +12,8 @@ use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
     BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status,
-    SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions,
+    ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
@@ -282,6 +282,10 @@ impl Operations for World {
         } else {
             Err("no backfill is running".into())
         }
+    }
+
+    fn shadows(&self) -> ShadowsAnswer {
+        self.shadows.report()
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

@@ -2,20 +2,19 @@
 //! sessions come by.
 
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use bytes::Bytes;
 use dashmap::DashMap;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::admin::api::ShadowReads;
+use crate::admin::api::{ShadowReads, ShadowsAnswer};
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
-    ShadowSink, ShadowTasks, ValueWriter, spawn,
+    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Outcome, Shadow, ShadowLimits,
+    ShadowRead, ShadowSink, ShadowTasks, Timing, ValueWriter, spawn,
 };
 use crate::sql::{LexSettings, NotComparable, Script, glance};
 use crate::switchover::Tandem;
@@ -107,25 +106,32 @@ impl Shadows {
             return ShadowReads::default();
         };
         let stats = database.sink.stats();
+        let counts = stats.counts;
         ShadowReads {
-            matched: stats.matched + stats.order_ties,
-            mismatched: stats.mismatched,
-            transient: stats.transient,
-            not_comparable: owned(stats.not_comparable),
-            skipped: stats.skipped.values().sum(),
-            dropped: stats.dropped.values().sum(),
-            failed: owned(stats.failed),
+            matched: counts.matched,
+            mismatched: counts.mismatched,
+            transient: counts.transient,
+            not_comparable: counts.not_comparable,
+            skipped: counts.skipped.values().sum(),
+            dropped: counts.dropped.values().sum(),
+            failed: counts.failed,
             log_lost: stats.log_lost,
+        }
+    }
+
+    /// All that is known of the reads, by database.
+    pub(super) fn report(&self) -> ShadowsAnswer {
+        let databases = self.databases.iter();
+        ShadowsAnswer {
+            databases: databases
+                .map(|database| (database.key().clone(), database.sink.report(SLOWER)))
+                .collect(),
         }
     }
 }
 
-fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collections::BTreeMap<String, u64> {
-    counts
-        .into_iter()
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect()
-}
+/// How many times as slow as legacy a statement is on new to be named.
+const SLOWER: f64 = 2.0;
 
 /// Each primary's catalog, kept current for the shadow reads.
 pub(super) struct Catalogs(Arc<DashMap<String, Intake>>);
@@ -168,11 +174,17 @@ impl hooks::Shadow for Shown {
             return None;
         }
         if read.after_write {
-            sink.withdraw(NotComparable::EarlierWrite);
+            sink.withdraw(
+                read.script.fingerprint(read.text),
+                Outcome::NotComparable(NotComparable::EarlierWrite),
+            );
             return None;
         }
         let Some(settings) = read.settings else {
-            sink.withdraw(NotComparable::UnknownSettings);
+            sink.withdraw(
+                read.script.fingerprint(read.text),
+                Outcome::NotComparable(NotComparable::UnknownSettings),
+            );
             return None;
         };
         Some(Box::new(Observed {
@@ -185,7 +197,7 @@ impl hooks::Shadow for Shown {
                 script: read.script.clone(),
                 call,
                 digest: DigestBuilder::default().finish(),
-                latency: Duration::ZERO,
+                timing: Timing::default(),
             },
             digest: DigestBuilder::default(),
         }))
@@ -212,9 +224,9 @@ impl Observer for Observed {
         self.digest.end();
     }
 
-    fn complete(mut self: Box<Self>, latency: Duration) {
+    fn complete(mut self: Box<Self>, timing: Timing) {
         self.read.digest = self.digest.finish();
-        self.read.latency = latency;
+        self.read.timing = timing;
         self.sink.offer(self.read);
     }
 }

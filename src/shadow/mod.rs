@@ -15,6 +15,8 @@ mod confirm;
 mod connection;
 mod cuts;
 mod digest;
+mod fingerprints;
+mod histogram;
 mod log;
 mod log_reader;
 mod read;
@@ -38,7 +40,10 @@ pub use log::{BothSides, Mismatch, MismatchLog, ValueWriter};
 pub use log_reader::{Filter, FingerprintSummary, LogContents, by_fingerprint, read_log};
 pub use read::{Call, ShadowRead};
 pub use sink::ShadowSink;
-pub use stats::{Dropped, Failed, NonDeterministic, Outcome, ShadowStats, Skipped};
+pub use stats::{
+    Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
+    ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,
+};
 
 use crate::config::DatabaseConfig;
 use crate::control::Control;

@@ -23,7 +23,7 @@ use super::cuts::Cuts;
 use super::log::{BothSides, Mismatch, MismatchLog, VERSION};
 use super::read::{BindValues, Call, ShadowRead};
 use super::sink::Queued;
-use super::stats::{Counters, Failed, Outcome, Skipped};
+use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
 use crate::sql::NotComparable;
@@ -64,7 +64,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
         batch.retain(|queued: &Queued| {
             let current = worker.is_current(&queued.read);
             if !current {
-                worker.counters.count(Outcome::Skipped(Skipped::Flip));
+                worker.count(&queued.read, Outcome::Skipped(Skipped::Flip));
             }
             current
         });
@@ -72,8 +72,8 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             continue;
         }
         if worker.cuts.round_after_now().await.is_err() {
-            for _ in batch.drain(..) {
-                worker.counters.count(Outcome::Failed(Failed::NoCut));
+            for queued in batch.drain(..) {
+                worker.count(&queued.read, Outcome::Failed(Failed::NoCut));
             }
             continue;
         }
@@ -85,7 +85,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             let worker = worker.clone();
             running.spawn(async move {
                 let outcome = worker.judge(&queued.read).await;
-                worker.counters.count(outcome);
+                worker.count(&queued.read, outcome);
                 drop((permit, queued));
             });
             while running.try_join_next().is_some() {}
@@ -139,14 +139,11 @@ impl Worker {
             self.pool.give(key, connection);
             Ok(answer)
         };
-        let (digest, latency) = match asked.await {
+        let (digest, timing) = match asked.await {
             Ok(answer) => answer,
             Err(error) => return self.failed(&error),
         };
-        for (side, latency) in [("primary", read.latency), ("secondary", latency)] {
-            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => side)
-                .record(latency.as_secs_f64());
-        }
+        self.record(read, timing);
         if same(facts, &read.digest, &digest) {
             return Outcome::Matched;
         }
@@ -173,16 +170,10 @@ impl Worker {
             confirmed
         };
         match confirmed {
-            Ok(Confirmed::Is(outcome)) => {
-                if outcome == Outcome::NotComparable(NotComparable::NonDeterministic) {
-                    self.counters
-                        .count_non_deterministic(read.script.fingerprint(&read.text));
-                }
-                outcome
-            }
+            Ok(Confirmed::Is(outcome)) => outcome,
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
             Ok(Confirmed::Mismatch { round, found, sides }) => {
-                let fingerprint = read.script.fingerprint(&read.text);
+                let fingerprint = read.fingerprint();
                 let values = &self.log.values;
                 let mismatch = Mismatch {
                     version: VERSION,
@@ -207,8 +198,8 @@ impl Worker {
                         secondary: values.rows(&found.secondary),
                     },
                     latency_ms: BothSides {
-                        primary: read.latency.as_secs_f64() * 1000.0,
-                        secondary: latency.as_secs_f64() * 1000.0,
+                        primary: read.timing.total.as_secs_f64() * 1000.0,
+                        secondary: timing.total.as_secs_f64() * 1000.0,
                     },
                     round,
                 };
@@ -224,6 +215,28 @@ impl Worker {
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
+        }
+    }
+
+    fn count(&self, read: &ShadowRead, outcome: Outcome) {
+        self.counters.count(&self.counters.of(read.fingerprint()), outcome);
+    }
+
+    /// The primary was asked twice in one snapshot.
+    pub(super) fn asked_twice(&self, read: &ShadowRead, agreed: bool) {
+        self.counters.of(read.fingerprint()).asked_twice(agreed);
+    }
+
+    /// How long both sides took.
+    fn record(&self, read: &ShadowRead, secondary: Timing) {
+        let entry = self.counters.of(read.fingerprint());
+        for (side, role, timing) in [
+            (read.control.primary, "primary", read.timing),
+            (read.control.secondary(), "secondary", secondary),
+        ] {
+            entry.record(side, timing);
+            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => role)
+                .record(timing.total.as_secs_f64());
         }
     }
 
@@ -262,7 +275,8 @@ pub(super) fn is_circumstance(sqlstate: &str) -> bool {
     matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
 }
 
-fn now() -> String {
+/// RFC 3339, UTC.
+pub(super) fn now() -> String {
     time::OffsetDateTime::now_utc()
         .format(&time::format_description::well_known::Rfc3339)
         .unwrap_or_default()
