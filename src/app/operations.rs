@@ -19,6 +19,7 @@ use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
+use crate::shadow::Plans;
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
 
@@ -286,6 +287,10 @@ impl Operations for World {
 
     fn shadows(&self) -> ShadowsAnswer {
         self.shadows.report()
+    }
+
+    async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
+        self.shadows.plans(fingerprint).await
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

@@ -20,6 +20,7 @@ mod fingerprints;
 mod histogram;
 mod log;
 mod log_reader;
+mod plans;
 mod read;
 mod rules;
 mod sample;
@@ -40,6 +41,7 @@ pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
 pub use digest::{Digest, DigestBuilder};
 pub use log::{BothSides, Mismatch, MismatchLog, ValueWriter};
 pub use log_reader::{Filter, FingerprintSummary, LogContents, by_fingerprint, read_log};
+pub use plans::{Planner, Plans};
 pub use read::{BindValues, Call, ShadowRead};
 pub use sample::Asked;
 pub use sink::{Candidate, ShadowSink};
@@ -69,6 +71,8 @@ pub struct Shadow {
 /// gone; the catalog's reader ends with this.
 pub struct ShadowTasks {
     pub worker: JoinHandle<()>,
+    /// Asks both sides for plans.
+    pub planner: Planner,
     _catalog: AbortOnDropHandle<()>,
 }
 
@@ -97,6 +101,7 @@ pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
         confirming: Mutex::new(()),
     });
     let tasks = ShadowTasks {
+        planner: Planner(worker.clone()),
         worker: tokio::spawn(worker::run(worker, queue, shadow.reads.shadow_max_concurrency)),
         _catalog: AbortOnDropHandle::new(tokio::spawn(reader)),
     };
