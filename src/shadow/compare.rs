@@ -309,7 +309,6 @@ impl Comparison<'_> {
                 primary: vec![primary.kept[row].clone()],
                 secondary: vec![secondary.kept[row].clone()],
                 columns: names(&primary.columns, [place]),
-                ..Difference::default()
             });
         }
         Verdict::OrderTies

@@ -202,10 +202,14 @@ impl Fingerprints {
     }
 
     fn make(&self, fingerprint: &Fingerprint, read: Result<ReadFacts, NotComparable>) -> Arc<Entry> {
-        let end = fingerprint.text.floor_char_boundary(TEXT_BYTES_MAX);
+        let text = &fingerprint.text;
+        let mut end = text.len().min(TEXT_BYTES_MAX);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
         let made = || Entry {
             id: Some(fingerprint.id),
-            text: fingerprint.text[..end].into(),
+            text: text[..end].into(),
             read: Some(read),
             ..Entry::default()
         };

@@ -42,7 +42,7 @@ pub(super) enum Query {
 }
 
 pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
-    let mut facts = ReadFacts::default();
+    let mut facts = Box::<ReadFacts>::default();
     let Some(rendered) = render(statement, settings, &mut facts) else {
         return Query::NotUnderstood;
     };
@@ -57,7 +57,11 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
 }
 
 /// Parses and walks over the tree; gives the facts back where it cannot be parsed.
-fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Query, (ReadFacts, ParserError)> {
+fn collect(
+    rendered: &str,
+    facts: Box<ReadFacts>,
+    recursion_max: usize,
+) -> Result<Query, (Box<ReadFacts>, ParserError)> {
     let parsed = Parser::new(&PostgreSqlDialect {})
         .with_recursion_limit(recursion_max)
         .try_with_sql(rendered)
@@ -70,7 +74,7 @@ fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Que
         return Ok(Query::NotUnderstood);
     };
     let mut collector = Collector {
-        facts,
+        facts: *facts,
         ctes: HashSet::new(),
         ordered_input: Vec::new(),
     };
