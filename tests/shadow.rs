@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "shadow/kinds.rs"]
+mod kinds;
+
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,12 +13,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pgtandem::config::{DatabaseConfig, LoggedValues, Secret, Target};
+use pgtandem::config::{DatabaseConfig, LoggedValues, Reads, Secret, Target};
 use pgtandem::control::{Control, Epoch, Phase, Side};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
 use pgtandem::shadow::{
-    Call, Cuts, CutsFuture, DigestBuilder, Filter, HeldCut, Mismatch, MismatchLog, NoCut, Shadow, ShadowLimits,
-    ShadowRead, ShadowSink, ShadowStats, ShadowTasks, ValueWriter, read_log,
+    Asked, Call, Candidate, Cuts, CutsFuture, DigestBuilder, Filter, HeldCut, Mismatch, MismatchLog, NoCut, Shadow,
+    ShadowRead, ShadowSink, ShadowStats, ShadowTasks, Timing, ValueWriter, read_log,
 };
 use pgtandem::sql::{Script, analyze};
 use pgtandem::upstream::control::{Control as Connection, connect};
@@ -136,7 +139,7 @@ struct Shadows {
 }
 
 impl Shadows {
-    async fn start(pair: &Pair, log_path: &Path, limits: ShadowLimits) -> Self {
+    async fn start(pair: &Pair, log_path: &Path, reads: Reads) -> Self {
         let (control, watching) = watch::channel(DUAL_READ);
         let cuts = Arc::new(StaticCuts {
             primary: pair.targets.legacy.clone(),
@@ -148,11 +151,13 @@ impl Shadows {
         let (sink, tasks) = pgtandem::shadow::spawn(Shadow {
             database: "shop".into(),
             targets: pair.targets.clone(),
-            percent: 100.0,
+            reads: Reads {
+                shadow_percent: 100.0,
+                ..reads
+            },
             control: watching,
             cuts: cuts.clone(),
             log: log.clone(),
-            limits,
         });
         let login = Arc::new(Login {
             user: "app".into(),
@@ -199,14 +204,27 @@ impl Shadows {
                 frontend::put_execute(&mut request, b"");
                 request.extend_from_slice(frontend::SYNC);
             }
+            Call::Prepared { prepare, execute, .. } => {
+                frontend::put_query(&mut request, prepare);
+                frontend::put_query(&mut request, execute);
+                frontend::put_query(&mut request, b"deallocate p");
+            }
         }
         self.session.stream.write_all(&request).await.unwrap();
+        let prepared = matches!(call, Call::Prepared { .. });
+        let answers = if prepared { 3 } else { 1 };
         let mut answer = Vec::new();
-        while frames(&answer).all(|(kind, _)| kind != b'Z') {
+        while frames(&answer).filter(|(kind, _)| *kind == b'Z').count() < answers {
             assert_ne!(self.session.stream.read_some(&mut answer).await.unwrap(), 0);
         }
         let mut builder = DigestBuilder::default();
-        frames(&answer).for_each(|(kind, body)| builder.frame(kind, body));
+        let ours = frames(&answer).scan(0, |answered, (kind, body)| {
+            *answered += usize::from(kind == b'Z');
+            Some((*answered, kind, body))
+        });
+        // Of PREPARE, EXECUTE, DEALLOCATE the one in the middle.
+        ours.filter(|&(answered, kind, _)| kind != b'Z' && answered == usize::from(prepared))
+            .for_each(|(_, kind, body)| builder.frame(kind, body));
         ShadowRead {
             control: DUAL_READ,
             login: self.login.clone(),
@@ -215,13 +233,32 @@ impl Shadows {
             script: Arc::new(analyze(sql.as_bytes())),
             call,
             digest: builder.finish(),
-            latency: Duration::from_millis(1),
+            timing: Timing {
+                first_row: None,
+                total: Duration::from_millis(1),
+            },
         }
     }
 
     fn wants(&self, sql: &str) -> bool {
+        let asked = Asked {
+            database: "shop",
+            user: "app",
+            application: &std::sync::Mutex::default(),
+            text: sql.as_bytes(),
+            values: &[],
+        };
         let script: Script = analyze(sql.as_bytes());
-        self.sink.wants(DUAL_READ, &script, sql.as_bytes(), &[])
+        self.sink.is_on(DUAL_READ)
+            && self.sink.samples(&asked)
+            && self.sink.wants(&Candidate {
+                script: &script,
+                text: sql.as_bytes(),
+                arguments: None,
+                after_write: false,
+                temporary: &[],
+                settings_known: true,
+            })
     }
 
     async fn settled(&self) -> ShadowStats {
@@ -266,7 +303,7 @@ fn moved(before: &ShadowStats, after: &ShadowStats) -> Vec<String> {
     let mut moved = Vec::new();
     for (name, now) in after.as_object().unwrap() {
         let then = &before[name];
-        if now == then || name == "non_deterministic" {
+        if now == then || name == "executions" || name == "compared" {
             continue;
         }
         match now.as_object() {
@@ -329,7 +366,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     pair.both("create table person (name text, mood mood); insert into person values ('a', 'sad'), ('b', 'glad')")
         .await;
     let path = pair.log_path();
-    let mut shadows = Shadows::start(&pair, &path, ShadowLimits::default()).await;
+    let mut shadows = Shadows::start(&pair, &path, Reads::default()).await;
 
     // Equal.
     for sql in [
@@ -418,7 +455,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
         .await
         .unwrap();
     shadows
-        .check("select a from other.only_by_path", "mismatched: columns")
+        .check("select a from other.only_by_path", "mismatched: type")
         .await;
     shadows.check("select from other.only_by_path", "matched").await;
     pair.secondary
@@ -436,21 +473,21 @@ async fn every_planted_difference_is_found_and_nothing_else() {
         .await
         .unwrap();
     shadows.check("select * from item", "matched").await;
-    let before = shadows.sink.stats().order_ties;
+    let before = shadows.sink.stats().counts.order_ties;
     shadows
         .check(
             "select id, id % 3 as third from item order by third",
             "matched order_ties",
         )
         .await;
-    assert_eq!(shadows.sink.stats().order_ties, before + 1);
+    assert_eq!(shadows.sink.stats().counts.order_ties, before + 1);
     shadows
-        .check("select id from item limit 5", "not_comparable.limit_without_order")
+        .check("select id from item limit 5", "matched partly.limit_without_order")
         .await;
     shadows
         .check(
             "select array_agg(id) from item",
-            "not_comparable.order_dependent_function",
+            "matched partly.order_dependent_function",
         )
         .await;
 
@@ -459,8 +496,10 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     shadows
         .check("select noisy()", "not_comparable.non_deterministic")
         .await;
-    let known = shadows.sink.stats().non_deterministic;
-    assert_eq!((known.len(), known[0].text.as_str()), (1, "select noisy()"));
+    let report = shadows.sink.report(2.0);
+    let noisy: Vec<_> = report.fingerprints.iter().filter(|one| one.noise.rate > 0.0).collect();
+    assert_eq!((noisy.len(), noisy[0].text.as_str()), (1, "select noisy()"));
+    assert_eq!((noisy[0].noise.asked_twice, noisy[0].noise.disagreed), (1, 1));
 
     // Different only for a moment.
     let read = shadows.ask("select price from item where id = 1", Call::Simple).await;
@@ -480,7 +519,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     ] {
         assert!(!shadows.wants(sql), "{sql}");
     }
-    let reasons = shadows.sink.stats().not_comparable;
+    let reasons = shadows.sink.stats().counts.not_comparable;
     for reason in [
         "clock",
         "volatile_function",
@@ -572,7 +611,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
 async fn a_schema_migration_after_the_cut_makes_no_mismatch() {
     let pair = Pair::start().await;
     pair.both("create table t (a int); insert into t values (1)").await;
-    let mut shadows = Shadows::start(&pair, &pair.log_path(), ShadowLimits::default()).await;
+    let mut shadows = Shadows::start(&pair, &pair.log_path(), Reads::default()).await;
     let read = shadows.ask("select * from t", Call::Simple).await;
     pair.both("update t set a = 2").await;
     let rewrites = ["alter table t set unlogged", "alter table t set logged"];
@@ -598,10 +637,11 @@ async fn nobody_waits_for_a_shadow() {
     let mut pair = Pair::start().await;
     pair.both("create table t (a int); insert into t values (1)").await;
     {
-        let limits = ShadowLimits {
-            queue_reads: 2,
-            concurrency: 1,
-            deadline: Duration::from_secs(1),
+        let limits = Reads {
+            shadow_queue: 2,
+            shadow_max_concurrency: 1,
+            shadow_timeout: Duration::from_secs(1),
+            ..Reads::default()
         };
         let nowhere = pair.directory.path().join("no such directory/mismatches.jsonl");
         let mut shadows = Shadows::start(&pair, &nowhere, limits).await;
@@ -613,29 +653,33 @@ async fn nobody_waits_for_a_shadow() {
         for _ in 0..100 {
             shadows.sink.offer(read.clone());
         }
-        let dropped = shadows.sink.stats().dropped["queue_full"];
+        let dropped = shadows.sink.stats().counts.dropped["queue_full"];
         assert!((96..=98).contains(&dropped), "{dropped}");
         drop(permit);
         let stats = shadows.settled().await;
-        assert_eq!(stats.matched + stats.dropped["queue_full"], 100);
+        assert_eq!(stats.counts.matched + stats.counts.dropped["queue_full"], 100);
 
         // Too large for the queue.
         let mut large = read.clone();
         large.text = Bytes::from(vec![b' '; 2 * 1024 * 1024]);
         shadows.sink.offer(large);
-        assert_eq!(shadows.sink.stats().dropped["too_large"], 1);
+        assert_eq!(shadows.sink.stats().counts.dropped["too_large"], 1);
 
         // No sampling, no work.
-        shadows.sink.set_percent(0.0);
+        let percent = |shadow_percent| Reads {
+            shadow_percent,
+            ..Reads::default()
+        };
+        shadows.sink.configure(&percent(0.0));
         assert!(!shadows.wants("select * from t") && !shadows.sink.is_on(DUAL_READ));
-        shadows.sink.set_percent(100.0);
+        shadows.sink.configure(&percent(100.0));
         assert!(shadows.sink.is_on(DUAL_READ));
 
         // A log that cannot be written: counted, and reads go on.
         pair.secondary.batch_execute("update t set a = 2").await.unwrap();
         shadows.sink.offer(read.clone());
         let stats = shadows.settled().await;
-        assert_eq!((stats.mismatched, stats.log_lost), (1, 1));
+        assert_eq!((stats.counts.mismatched, stats.log_lost), (1, 1));
 
         // Too slow on the secondary.
         let slow = "select count(*) from generate_series(1, 20) a";
@@ -651,7 +695,10 @@ async fn nobody_waits_for_a_shadow() {
     let (sink, _tasks) = pgtandem::shadow::spawn(Shadow {
         database: "shop".into(),
         targets: pair.targets.clone(),
-        percent: 100.0,
+        reads: Reads {
+            shadow_percent: 100.0,
+            ..Reads::default()
+        },
         control: watching,
         cuts: Arc::new(StaticCuts {
             primary: pair.targets.legacy.clone(),
@@ -660,7 +707,6 @@ async fn nobody_waits_for_a_shadow() {
             after_cut: Mutex::default(),
         }),
         log,
-        limits: ShadowLimits::default(),
     });
     sink.offer(ShadowRead {
         control: DUAL_READ,
@@ -675,11 +721,11 @@ async fn nobody_waits_for_a_shadow() {
         script: Arc::new(analyze(b"select 1")),
         call: Call::Simple,
         digest: DigestBuilder::default().finish(),
-        latency: Duration::ZERO,
+        timing: Timing::default(),
     });
     while sink.stats().waiting > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert_eq!(sink.stats().failed["connection"], 1);
+    assert_eq!(sink.stats().counts.failed["connection"], 1);
     drop(control);
 }

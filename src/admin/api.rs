@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::control::{Epoch, Phase, Side};
 use crate::reconcile::backfill::{BackfillStatus, Order};
+use crate::shadow::ShadowReport;
 
 /// `GET /api/v1/status`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -345,6 +346,12 @@ pub struct BackfillCancelRequest {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BackfillAnswer {
     pub databases: BTreeMap<String, BackfillStatus>,
+}
+
+/// `GET /api/v1/shadows`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ShadowsAnswer {
+    pub databases: BTreeMap<String, ShadowReport>,
 }
 
 /// `GET /api/v1/explain?sql=…`

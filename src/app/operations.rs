@@ -12,13 +12,14 @@ use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
     BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions, Status,
-    SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions,
+    ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::control::{Phase, Side};
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
+use crate::shadow::Plans;
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
 
@@ -282,6 +283,14 @@ impl Operations for World {
         } else {
             Err("no backfill is running".into())
         }
+    }
+
+    fn shadows(&self) -> ShadowsAnswer {
+        self.shadows.report()
+    }
+
+    async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
+        self.shadows.plans(fingerprint).await
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

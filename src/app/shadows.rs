@@ -1,28 +1,33 @@
 //! The shadow reads of every database: starts one intake for each, and shows it the reads that
 //! sessions come by.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use dashmap::DashMap;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::admin::api::ShadowReads;
+use crate::admin::api::{ShadowReads, ShadowsAnswer};
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
-    ShadowSink, ShadowTasks, ValueWriter, spawn,
+    Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Outcome, Plans,
+    Shadow, ShadowRead, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, spawn,
 };
-use crate::sql::{LexSettings, NotComparable, Script, glance};
+use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
 use crate::upstream::control::connect;
 
 pub(super) struct Shadows {
     databases: Arc<DashMap<String, Intake>>,
+    /// Whether proxy.yaml wants any read shadowed.
+    wanted: Arc<AtomicBool>,
+    /// How many times as slow as legacy a statement is on new to be named.
+    slower_ratio: ArcSwap<f64>,
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
     control: watch::Receiver<Control>,
@@ -30,7 +35,7 @@ pub(super) struct Shadows {
 
 struct Intake {
     sink: ShadowSink,
-    _tasks: ShadowTasks,
+    tasks: ShadowTasks,
 }
 
 impl Shadows {
@@ -40,6 +45,8 @@ impl Shadows {
         let (log, log_writer) = MismatchLog::open(log.path.clone(), ValueWriter::new(log.values));
         Self {
             databases: Arc::default(),
+            wanted: Arc::new(AtomicBool::new(config.reads.shadows_any())),
+            slower_ratio: ArcSwap::from_pointee(config.reads.slower_ratio),
             log,
             _log_writer: log_writer,
             control,
@@ -55,6 +62,7 @@ impl Shadows {
     pub(super) fn hook(&self) -> Arc<dyn hooks::Shadow> {
         Arc::new(Shown {
             databases: self.databases.clone(),
+            wanted: self.wanted.clone(),
         })
     }
 
@@ -72,21 +80,22 @@ impl Shadows {
                 let (sink, tasks) = spawn(Shadow {
                     database: tandem.name().to_owned(),
                     targets: tandem.targets().clone(),
-                    percent: config.reads.shadow_percent,
+                    reads: config.reads.clone(),
                     control: self.control.clone(),
                     cuts: Arc::new(TandemCuts(Arc::downgrade(tandem))),
                     log: self.log.clone(),
-                    limits: ShadowLimits::default(),
                 });
-                Intake { sink, _tasks: tasks }
+                Intake { sink, tasks }
             });
         }
     }
 
     /// After a reload.
     pub(super) fn reload(&self, config: &Config) {
+        self.wanted.store(config.reads.shadows_any(), Ordering::Relaxed);
+        self.slower_ratio.store(Arc::new(config.reads.slower_ratio));
         for database in self.databases.iter() {
-            database.sink.set_percent(config.reads.shadow_percent);
+            database.sink.configure(&config.reads);
         }
     }
 
@@ -107,24 +116,46 @@ impl Shadows {
             return ShadowReads::default();
         };
         let stats = database.sink.stats();
+        let counts = stats.counts;
         ShadowReads {
-            matched: stats.matched + stats.order_ties,
-            mismatched: stats.mismatched,
-            transient: stats.transient,
-            not_comparable: owned(stats.not_comparable),
-            skipped: stats.skipped.values().sum(),
-            dropped: stats.dropped.values().sum(),
-            failed: owned(stats.failed),
+            matched: counts.matched,
+            mismatched: counts.mismatched,
+            transient: counts.transient,
+            not_comparable: counts.not_comparable,
+            skipped: counts.skipped.values().sum(),
+            dropped: counts.dropped.values().sum(),
+            failed: counts.failed,
             log_lost: stats.log_lost,
         }
     }
-}
 
-fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collections::BTreeMap<String, u64> {
-    counts
-        .into_iter()
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect()
+    /// Both sides' plans of a statement.
+    pub(super) async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
+        let id: FingerprintId = fingerprint.parse()?;
+        let planners: Vec<_> = self
+            .databases
+            .iter()
+            .map(|database| database.tasks.planner.clone())
+            .collect();
+        let mut outcome = Err("no database is attended to".to_owned());
+        for planner in planners {
+            outcome = planner.plans(id).await;
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
+
+    /// All that is known of the reads, by database.
+    pub(super) fn report(&self) -> ShadowsAnswer {
+        let databases = self.databases.iter();
+        ShadowsAnswer {
+            databases: databases
+                .map(|database| (database.key().clone(), database.sink.report(**self.slower_ratio.load())))
+                .collect(),
+        }
+    }
 }
 
 /// Each primary's catalog, kept current for the shadow reads.
@@ -142,42 +173,61 @@ impl Catalogs {
 /// The sessions' view: a read goes to its database's intake.
 struct Shown {
     databases: Arc<DashMap<String, Intake>>,
+    wanted: Arc<AtomicBool>,
 }
 
 impl hooks::Shadow for Shown {
-    fn sampled(&self, database: &str, text: &[u8], values: &[u8]) -> bool {
-        let glance = glance(text, LexSettings::default());
+    fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    fn sampled(&self, asked: &Asked<'_>) -> bool {
+        self.databases
+            .get(asked.database)
+            .is_some_and(|database| database.sink.samples(asked))
+    }
+
+    fn passed_over(&self, database: &str, script: &Script, text: &[u8], why: Outcome) {
+        if let Some(database) = self.databases.get(database) {
+            database.sink.withdraw(script.fingerprint(text), why);
+        }
+    }
+
+    fn may_write(&self, database: &str, text: &[u8]) -> bool {
         self.databases
             .get(database)
-            .is_some_and(|database| database.sink.samples(glance, text, values))
+            .is_none_or(|database| database.sink.read_may_write(text))
     }
 
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
         let sink = self.databases.get(read.database)?.sink.clone();
-        let (parameters, call) = match read.call {
-            hooks::Call::Simple => (&[][..], Call::Simple),
-            hooks::Call::Extended { types, values } => (
-                values,
-                Call::Extended {
-                    parameter_types: Bytes::copy_from_slice(types),
-                    bind: Bytes::copy_from_slice(values),
-                },
-            ),
+        let candidate = Candidate {
+            script: read.script,
+            text: read.text,
+            arguments: read.arguments,
+            after_write: read.after_write,
+            temporary: read.temporary,
+            settings_known: read.settings.is_some(),
         };
-        if !sink.wants(read.control, read.script, read.text, parameters) {
+        if !sink.wants(&candidate) {
             return None;
         }
-        if read.after_write {
-            sink.withdraw(NotComparable::EarlierWrite);
-            return None;
-        }
-        let Some(settings) = read.settings else {
-            sink.withdraw(NotComparable::UnknownSettings);
-            return None;
+        let settings = read.settings?;
+        let call = match read.call {
+            hooks::Call::Simple => Call::Simple,
+            hooks::Call::Extended { types, values } => Call::Extended {
+                parameter_types: Bytes::copy_from_slice(types),
+                bind: Bytes::copy_from_slice(values),
+            },
+            hooks::Call::Prepared { name, prepare, execute } => Call::Prepared {
+                name: name.to_owned(),
+                prepare: Bytes::copy_from_slice(prepare),
+                execute: Bytes::copy_from_slice(execute),
+            },
         };
         Some(Box::new(Observed {
             sink,
-            read: ShadowRead {
+            read: Some(ShadowRead {
                 control: read.control,
                 login: read.login.clone(),
                 settings: settings.clone(),
@@ -185,8 +235,8 @@ impl hooks::Shadow for Shown {
                 script: read.script.clone(),
                 call,
                 digest: DigestBuilder::default().finish(),
-                latency: Duration::ZERO,
-            },
+                timing: Timing::default(),
+            }),
             digest: DigestBuilder::default(),
         }))
     }
@@ -195,8 +245,17 @@ impl hooks::Shadow for Shown {
 /// One answer passing through.
 struct Observed {
     sink: ShadowSink,
-    read: ShadowRead,
+    /// Taken when it is known what becomes of it.
+    read: Option<ShadowRead>,
     digest: DigestBuilder,
+}
+
+impl Observed {
+    fn withdraw(&mut self, why: Outcome) {
+        if let Some(read) = self.read.take() {
+            self.sink.withdraw(read.script.fingerprint(&read.text), why);
+        }
+    }
 }
 
 impl Observer for Observed {
@@ -212,10 +271,22 @@ impl Observer for Observed {
         self.digest.end();
     }
 
-    fn complete(mut self: Box<Self>, latency: Duration) {
-        self.read.digest = self.digest.finish();
-        self.read.latency = latency;
-        self.sink.offer(self.read);
+    fn complete(mut self: Box<Self>, timing: Timing) {
+        if let Some(mut read) = self.read.take() {
+            read.digest = self.digest.finish();
+            read.timing = timing;
+            self.sink.offer(read);
+        }
+    }
+
+    fn give_up(mut self: Box<Self>, why: Outcome) {
+        self.withdraw(why);
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        self.withdraw(Outcome::Skipped(Skipped::CutOff));
     }
 }
 

@@ -6,6 +6,7 @@ mod backfill;
 mod check;
 mod explain;
 mod mismatches;
+mod plans;
 mod quarantine;
 mod reconcile;
 mod schema;
@@ -140,6 +141,10 @@ enum Command {
         /// Only this fingerprint.
         #[arg(long, value_name = "ID")]
         fingerprint: Option<String>,
+        /// Ask the running proxy for both sides' plans, of this fingerprint or of all statements that
+        /// are slower on new.
+        #[arg(long)]
+        explain: bool,
     },
     /// Compare the rows of both sides, exactly, while applications write. Exit 1 on any difference
     /// or where something could not be compared.
@@ -271,7 +276,14 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             each,
             since,
             fingerprint,
+            explain: false,
         } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
+        Command::Mismatches {
+            common,
+            output,
+            fingerprint,
+            ..
+        } => plans::run(&client(&common)?, output.json, fingerprint.as_deref()).await,
         Command::Verify { common, output, which } => {
             reconcile::run(&common, output.json, which, reconcile::Doing::Verify).await
         }

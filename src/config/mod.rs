@@ -4,6 +4,7 @@
 //! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
 
 mod raw;
+mod reads;
 mod target;
 mod transform;
 
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use raw::ConfigError;
+pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
 pub use target::{Secret, SslMode, Target};
 pub use transform::{Name, Origin, Part, TableMap, Transform};
 
@@ -199,12 +201,6 @@ pub struct Journal {
 pub enum WhenFull {
     Block,
     StopMirroring,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Reads {
-    /// 0 to 100.
-    pub shadow_percent: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

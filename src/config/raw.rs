@@ -12,11 +12,11 @@ use std::time::Duration;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
+use super::reads::RawReads;
 use super::transform::RawTransform;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    LoggedValues, MaxRate, MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate,
-    Writes,
+    LoggedValues, MaxRate, MismatchLog, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -174,9 +174,7 @@ impl RawConfig {
                     RawWhenFull::StopMirroring => WhenFull::StopMirroring,
                 },
             },
-            reads: Reads {
-                shadow_percent: self.reads.shadow_percent.0,
-            },
+            reads: self.reads.check()?,
             mismatch_log: MismatchLog {
                 path: beside(path, &self.mismatch_log.path.0),
                 values: match self.mismatch_log.values {
@@ -457,22 +455,6 @@ enum RawWhenFull {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct RawReads {
-    shadow_percent: Percent,
-    canary_percent: Percent,
-}
-
-impl Default for RawReads {
-    fn default() -> Self {
-        Self {
-            shadow_percent: Percent(10.0),
-            canary_percent: Percent(0.0),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
 struct RawMismatchLog {
     path: Text,
     values: RawLoggedValues,
@@ -564,7 +546,7 @@ impl<T> OneOrMany<T> {
 }
 
 /// Text in which `${NAME}` has been replaced from the environment.
-struct Text(String);
+pub(super) struct Text(pub(super) String);
 
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -625,7 +607,7 @@ impl<'de> Deserialize<'de> for Url {
 }
 
 /// `500ms`, `5s`, `2min`, `1h`.
-struct Seconds(Duration);
+pub(super) struct Seconds(pub(super) Duration);
 
 impl<'de> Deserialize<'de> for Seconds {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -658,7 +640,7 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-struct Percent(f64);
+pub(super) struct Percent(pub(super) f64);
 
 impl<'de> Deserialize<'de> for Percent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -8,6 +8,7 @@
 //! Several run at once; when all are busy the queue fills up, and what does not fit is dropped
 //! and counted.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -20,13 +21,15 @@ use super::compare::same;
 use super::confirm::{Confirmed, confirm};
 use super::connection::{Connection, ConnectionError, Pool, PoolKey};
 use super::cuts::Cuts;
+use super::digest::Digest;
 use super::log::{BothSides, Mismatch, MismatchLog, VERSION};
 use super::read::{BindValues, Call, ShadowRead};
+use super::rules::Rules;
 use super::sink::Queued;
-use super::stats::{Counters, Failed, Outcome, Skipped};
+use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
-use crate::sql::NotComparable;
+use crate::sql::{NotComparable, ReadFacts, Unstable};
 
 /// Reads that wait for one round together.
 const BATCH: usize = 64;
@@ -41,6 +44,7 @@ pub(super) struct Worker {
     pub(super) control: watch::Receiver<Control>,
     pub(super) cuts: Arc<dyn Cuts>,
     pub(super) catalog: Arc<ArcSwap<Catalog>>,
+    pub(super) rules: Arc<ArcSwap<Rules>>,
     pub(super) counters: Arc<Counters>,
     pub(super) log: MismatchLog,
     pub(super) pool: Pool,
@@ -64,7 +68,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
         batch.retain(|queued: &Queued| {
             let current = worker.is_current(&queued.read);
             if !current {
-                worker.counters.count(Outcome::Skipped(Skipped::Flip));
+                worker.count(&queued.read, Outcome::Skipped(Skipped::Flip));
             }
             current
         });
@@ -72,8 +76,8 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             continue;
         }
         if worker.cuts.round_after_now().await.is_err() {
-            for _ in batch.drain(..) {
-                worker.counters.count(Outcome::Failed(Failed::NoCut));
+            for queued in batch.drain(..) {
+                worker.count(&queued.read, Outcome::Failed(Failed::NoCut));
             }
             continue;
         }
@@ -85,7 +89,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             let worker = worker.clone();
             running.spawn(async move {
                 let outcome = worker.judge(&queued.read).await;
-                worker.counters.count(outcome);
+                worker.count(&queued.read, outcome);
                 drop((permit, queued));
             });
             while running.try_join_next().is_some() {}
@@ -118,9 +122,15 @@ impl Worker {
     }
 
     async fn judge(&self, read: &ShadowRead) -> Outcome {
-        let Ok(facts) = crate::sql::single_read(&read.script) else {
-            return Outcome::NotComparable(NotComparable::NotARead);
+        let facts = match crate::sql::single_read(&read.script) {
+            Ok(facts) => fetched(facts, &read.digest),
+            Err(reason) => return Outcome::NotComparable(reason),
         };
+        let facts = &*facts;
+        let rules = self.rules.load().about(read.fingerprint().id, facts);
+        if rules.ignored {
+            return Outcome::NotComparable(NotComparable::Ignored);
+        }
         if read.digest.partial {
             return Outcome::NotComparable(NotComparable::PartialAnswer);
         }
@@ -133,21 +143,19 @@ impl Worker {
         let key = self.key(read, read.control.secondary());
         let asked = async {
             let mut connection = self.connection(&key).await?;
-            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call))
+            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call, read.first_rows()))
                 .await
                 .unwrap_or(Err(ConnectionError::Deadline))?;
             self.pool.give(key, connection);
             Ok(answer)
         };
-        let (digest, latency) = match asked.await {
+        let (digest, timing) = match asked.await {
             Ok(answer) => answer,
             Err(error) => return self.failed(&error),
         };
-        for (side, latency) in [("primary", read.latency), ("secondary", latency)] {
-            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => side)
-                .record(latency.as_secs_f64());
-        }
-        if same(facts, &read.digest, &digest) {
+        self.record(read, timing);
+        self.counters.of(read.fingerprint()).keep_example(read);
+        if same(facts, rules.notices, &read.digest, &digest) {
             return Outcome::Matched;
         }
         match digest.sqlstate() {
@@ -163,26 +171,20 @@ impl Worker {
         }
         let confirmed = {
             let _one_at_a_time = self.confirming.lock().await;
-            let mut confirmed = confirm(self, read, facts, &call).await;
+            let mut confirmed = confirm(self, read, facts, &rules, &call).await;
             for _ in 1..CUTS_MAX {
                 if !matches!(confirmed, Ok(Confirmed::Again)) {
                     break;
                 }
-                confirmed = confirm(self, read, facts, &call).await;
+                confirmed = confirm(self, read, facts, &rules, &call).await;
             }
             confirmed
         };
         match confirmed {
-            Ok(Confirmed::Is(outcome)) => {
-                if outcome == Outcome::NotComparable(NotComparable::NonDeterministic) {
-                    self.counters
-                        .count_non_deterministic(read.script.fingerprint(&read.text));
-                }
-                outcome
-            }
+            Ok(Confirmed::Is(outcome)) => outcome,
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
             Ok(Confirmed::Mismatch { round, found, sides }) => {
-                let fingerprint = read.script.fingerprint(&read.text);
+                let fingerprint = read.fingerprint();
                 let values = &self.log.values;
                 let mismatch = Mismatch {
                     version: VERSION,
@@ -207,8 +209,8 @@ impl Worker {
                         secondary: values.rows(&found.secondary),
                     },
                     latency_ms: BothSides {
-                        primary: read.latency.as_secs_f64() * 1000.0,
-                        secondary: latency.as_secs_f64() * 1000.0,
+                        primary: read.timing.total.as_secs_f64() * 1000.0,
+                        secondary: timing.total.as_secs_f64() * 1000.0,
                     },
                     round,
                 };
@@ -217,6 +219,7 @@ impl Worker {
                     fingerprint = mismatch.fingerprint,
                     statement = mismatch.statement,
                     kind = mismatch.kind.as_str(),
+                    columns = ?found.columns,
                     round,
                     "shadow read: mismatch"
                 );
@@ -224,6 +227,28 @@ impl Worker {
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
+        }
+    }
+
+    fn count(&self, read: &ShadowRead, outcome: Outcome) {
+        self.counters.count(&self.counters.of(read.fingerprint()), outcome);
+    }
+
+    /// The primary was asked twice in one snapshot.
+    pub(super) fn asked_twice(&self, read: &ShadowRead, agreed: bool) {
+        self.counters.of(read.fingerprint()).asked_twice(agreed);
+    }
+
+    /// How long both sides took.
+    fn record(&self, read: &ShadowRead, secondary: Timing) {
+        let entry = self.counters.of(read.fingerprint());
+        for (side, role, timing) in [
+            (read.control.primary, "primary", read.timing),
+            (read.control.secondary(), "secondary", secondary),
+        ] {
+            entry.record(side, timing);
+            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => role)
+                .record(timing.total.as_secs_f64());
         }
     }
 
@@ -238,9 +263,9 @@ impl Worker {
     }
 
     /// The call with the secondary's OIDs of custom types.
-    fn call_for_secondary(&self, call: &Call) -> Option<Call> {
+    pub(super) fn call_for_secondary(&self, call: &Call) -> Option<Call> {
         Some(match call {
-            Call::Simple => Call::Simple,
+            Call::Simple | Call::Prepared { .. } => call.clone(),
             Call::Extended { parameter_types, bind } => Call::Extended {
                 parameter_types: self.catalog.load().map_types(parameter_types)?.into(),
                 bind: bind.clone(),
@@ -249,20 +274,41 @@ impl Worker {
     }
 }
 
+/// What is compared of an answer of which only the first rows were fetched.
+fn fetched<'a>(facts: &'a ReadFacts, digest: &Digest) -> Cow<'a, ReadFacts> {
+    if !digest.suspended {
+        return Cow::Borrowed(facts);
+    }
+    let unstable = match facts.unstable {
+        None if !facts.ordered => Some(Unstable::LimitWithoutOrder),
+        unstable => unstable,
+    };
+    Cow::Owned(ReadFacts {
+        limited: true,
+        unstable,
+        ..facts.clone()
+    })
+}
+
 fn has_binary_parameters(call: &Call) -> bool {
     match call {
-        Call::Simple => false,
+        Call::Simple | Call::Prepared { .. } => false,
         Call::Extended { bind, .. } => BindValues::read(bind).is_some_and(|values| values.any_binary()),
     }
 }
 
 /// Errors that tell of a moment or a session, not of data: lost connections (08), invalid
-/// transaction state (25), conflicts (40), resources (53), intervention (57), system (58).
+/// transaction state (25), conflicts (40), resources (53), intervention (57), system (58), and
+/// prepared statements and cursors that a session does not have (26, 34).
 pub(super) fn is_circumstance(sqlstate: &str) -> bool {
-    matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
+    matches!(
+        sqlstate.get(..2),
+        Some("08" | "25" | "26" | "34" | "40" | "53" | "57" | "58")
+    ) || sqlstate == "55P03"
 }
 
-fn now() -> String {
+/// RFC 3339, UTC.
+pub(super) fn now() -> String {
     time::OffsetDateTime::now_utc()
         .format(&time::format_description::well_known::Rfc3339)
         .unwrap_or_default()

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
+    DataType, Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
     Query as AstQuery, Select, SetExpr, Statement, TableFactor, Value, Visit, Visitor, WindowType,
 };
 use sqlparser::dialect::PostgreSqlDialect;
@@ -42,7 +42,7 @@ pub(super) enum Query {
 }
 
 pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
-    let mut facts = ReadFacts::default();
+    let mut facts = Box::<ReadFacts>::default();
     let Some(rendered) = render(statement, settings, &mut facts) else {
         return Query::NotUnderstood;
     };
@@ -57,7 +57,11 @@ pub(super) fn read(statement: &[u8], settings: LexSettings) -> Query {
 }
 
 /// Parses and walks over the tree; gives the facts back where it cannot be parsed.
-fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Query, (ReadFacts, ParserError)> {
+fn collect(
+    rendered: &str,
+    facts: Box<ReadFacts>,
+    recursion_max: usize,
+) -> Result<Query, (Box<ReadFacts>, ParserError)> {
     let parsed = Parser::new(&PostgreSqlDialect {})
         .with_recursion_limit(recursion_max)
         .try_with_sql(rendered)
@@ -70,7 +74,7 @@ fn collect(rendered: &str, facts: ReadFacts, recursion_max: usize) -> Result<Que
         return Ok(Query::NotUnderstood);
     };
     let mut collector = Collector {
-        facts,
+        facts: *facts,
         ctes: HashSet::new(),
         ordered_input: Vec::new(),
     };
@@ -97,6 +101,7 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
     // What the token before means for this one: a name after AS or a dot is a mere label, ONLY
     // after FROM, JOIN, a comma or a parenthesis is that of inheritance.
     let (mut naming, mut from_item, mut unicode) = (false, false, false);
+    let mut symbol_end = usize::MAX;
     let mut tokens = Lexer::new(statement, settings);
     while let Some(token) = tokens.next() {
         let bytes = &statement[token.span.clone()];
@@ -164,6 +169,12 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
             }
             TokenKind::Symbol => {
                 operators += 1;
+                // Symbols without a blank between them are one operator.
+                match facts.operators.last_mut().filter(|_| symbol_end == token.span.start) {
+                    Some(operator) => operator.push_str(std::str::from_utf8(bytes).ok()?),
+                    None => facts.operators.push(std::str::from_utf8(bytes).ok()?.to_owned()),
+                }
+                symbol_end = token.span.end;
                 rendered.push_str(std::str::from_utf8(bytes).ok()?);
             }
             TokenKind::Parameter | TokenKind::Semicolon | TokenKind::Comma | TokenKind::Dot => {
@@ -178,6 +189,8 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
         from_item = matches!(token.kind, TokenKind::Comma | TokenKind::OpenParen) || is("FROM") || is("JOIN");
         unicode = false;
     }
+    facts.operators.sort_unstable();
+    facts.operators.dedup();
     Some(rendered)
 }
 
@@ -460,6 +473,10 @@ impl Visitor for Collector {
             }
             Expr::Identifier(name) => self.column(Some(name)),
             Expr::CompoundIdentifier(names) => self.column(names.last()),
+            Expr::Cast {
+                data_type: DataType::Custom(name, _),
+                ..
+            } => self.facts.casts.extend(qualified(name).map(|name| name.name)),
             _ => {}
         }
         ControlFlow::Continue(())
