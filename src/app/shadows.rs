@@ -4,18 +4,21 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use dashmap::DashMap;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
-use crate::admin::api::ShadowReads;
+use crate::admin::api::{Flip, ShadowReads};
+use crate::chain;
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
     Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
-    ShadowSink, ShadowTasks, ValueWriter, spawn,
+    ShadowSink, ShadowTasks, ValueWriter, events, load_or_create_key, spawn,
 };
 use crate::sql::{LexSettings, NotComparable, Script, glance};
 use crate::switchover::Tandem;
@@ -25,6 +28,7 @@ pub(super) struct Shadows {
     databases: Arc<DashMap<String, Intake>>,
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
+    _phases: AbortOnDropHandle<()>,
     control: watch::Receiver<Control>,
 }
 
@@ -35,15 +39,40 @@ struct Intake {
 
 impl Shadows {
     /// Opens the mismatch log; databases are attended to one by one.
-    pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> Self {
+    ///
+    /// # Errors
+    /// The key of the hashes cannot be had. A log that cannot be written is alarmed instead.
+    pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> anyhow::Result<Self> {
         let log = &config.mismatch_log;
-        let (log, log_writer) = MismatchLog::open(log.path.clone(), ValueWriter::new(log.values));
-        Self {
+        let key = load_or_create_key(&log.key_file)
+            .with_context(|| format!("mismatch_log: key_file: {}", log.key_file.display()))?;
+        let values = ValueWriter::with_key(log.values, key).by_column(log.columns.clone());
+        let (log, log_writer) = MismatchLog::open(log.chain(), values);
+        Ok(Self {
             databases: Arc::default(),
-            log,
             _log_writer: log_writer,
+            _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
+            log,
             control,
-        }
+        })
+    }
+
+    /// Also one that was abandoned: an auditor asks why. Nobody waits for the disk.
+    pub(super) fn note_switchover(&self, flip: &Flip) {
+        let (log, keys) = (self.log.clone(), chain::body(flip));
+        tokio::spawn(async move {
+            let recorded = match keys {
+                Ok(keys) => log.record(events::SWITCHOVER, keys).await.map(|_| ()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = recorded {
+                tracing::warn!(error, "the mismatch log does not tell of a switchover");
+            }
+        });
+    }
+
+    pub(super) const fn log(&self) -> &MismatchLog {
+        &self.log
     }
 
     /// How values are shown to operators.
@@ -116,6 +145,19 @@ impl Shadows {
             dropped: stats.dropped.values().sum(),
             failed: owned(stats.failed),
             log_lost: stats.log_lost,
+        }
+    }
+}
+
+/// The log says where the migration stood when.
+async fn record_phases(log: MismatchLog, mut control: watch::Receiver<Control>) {
+    while control.changed().await.is_ok() {
+        let now = *control.borrow_and_update();
+        let keys = serde_json::json!({ "phase": now.phase, "primary": now.primary, "epoch": now.epoch });
+        if let serde_json::Value::Object(keys) = keys
+            && let Err(error) = log.record(events::PHASE, keys).await
+        {
+            tracing::warn!(error, "the mismatch log does not tell of a change of phase");
         }
     }
 }

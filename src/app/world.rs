@@ -89,7 +89,7 @@ impl World {
             epoch: Epoch::FIRST,
         };
         let (sender, receiver) = watch::channel(control);
-        let shadows = Shadows::start(&config, receiver.clone());
+        let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
@@ -414,6 +414,9 @@ impl World {
         if of_quarantine(old) != of_quarantine(new) {
             return fixed("writes: retry_attempts, error_threshold, error_window");
         }
+        if old.mismatch_log != new.mismatch_log {
+            return fixed("mismatch_log");
+        }
         if old.stray_writers != new.stray_writers {
             return fixed("stray_writers");
         }
@@ -423,7 +426,6 @@ impl World {
             ("limits", old.limits != new.limits),
             ("writes", old.writes != new.writes),
             ("reads", old.reads != new.reads),
-            ("mismatch_log", old.mismatch_log != new.mismatch_log),
             ("switchover", old.switchover != new.switchover),
             ("backfill", old.backfill != new.backfill),
         ] {
@@ -439,5 +441,6 @@ impl World {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;
         }
+        self.shadows.log().flushed().await;
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
 
+mod mismatch_log;
 mod raw;
 mod target;
 
@@ -11,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
 pub use target::{Secret, SslMode, Target};
 
@@ -194,19 +196,6 @@ pub enum WhenFull {
 pub struct Reads {
     /// 0 to 100.
     pub shadow_percent: f64,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MismatchLog {
-    pub path: PathBuf,
-    pub values: LoggedValues,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoggedValues {
-    Hashed,
-    Plain,
-    None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

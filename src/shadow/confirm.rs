@@ -25,6 +25,7 @@ pub(super) enum Confirmed {
     Is(Outcome),
     Mismatch {
         round: u64,
+        columns: Vec<String>,
         found: Difference,
         sides: Box<BothSides<Digest>>,
     },
@@ -165,6 +166,7 @@ pub(super) async fn confirm(
                 _ if now != defined => Confirmed::Again,
                 Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
                     round,
+                    columns: names(&asked.ours, &asked.theirs),
                     found,
                     sides: Box::new(BothSides {
                         primary: asked.ours.digest,
@@ -186,6 +188,19 @@ pub(super) async fn confirm(
         }
     }
     Ok(confirmed)
+}
+
+/// Of the primary's answer; of the secondary's where that has none, being an error.
+fn names(ours: &Answer, theirs: &Answer) -> Vec<String> {
+    let columns = if ours.columns.is_empty() {
+        &theirs.columns
+    } else {
+        &ours.columns
+    };
+    columns
+        .iter()
+        .map(|column| String::from_utf8_lossy(&column.name).into_owned())
+        .collect()
 }
 
 async fn end(worker: &Worker, connection: &mut Connection) -> Result<(), ConnectionError> {

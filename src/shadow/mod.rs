@@ -18,8 +18,10 @@ mod digest;
 mod log;
 mod log_reader;
 mod read;
+mod shown;
 mod sink;
 mod stats;
+mod values;
 mod worker;
 
 use std::sync::Arc;
@@ -34,11 +36,14 @@ pub use catalog::Catalog;
 pub use compare::Kind;
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
 pub use digest::{Digest, DigestBuilder};
-pub use log::{BothSides, Mismatch, MismatchLog, ValueWriter};
-pub use log_reader::{Filter, FingerprintSummary, LogContents, by_fingerprint, read_log};
+pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
+pub use log_reader::{
+    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
+};
 pub use read::{Call, ShadowRead};
 pub use sink::ShadowSink;
 pub use stats::{Dropped, Failed, NonDeterministic, Outcome, ShadowStats, Skipped};
+pub use values::{ValueWriter, load_or_create_key};
 
 use crate::config::DatabaseConfig;
 use crate::control::Control;

@@ -16,12 +16,14 @@ use tokio::task::JoinSet;
 use tokio::time::Duration;
 
 use super::catalog::Catalog;
-use super::compare::same;
+use super::compare::{Difference, same};
 use super::confirm::{Confirmed, confirm};
 use super::connection::{Connection, ConnectionError, Pool, PoolKey};
 use super::cuts::Cuts;
-use super::log::{BothSides, Mismatch, MismatchLog, VERSION};
+use super::digest::Digest;
+use super::log::{BothSides, Mismatch, MismatchLog};
 use super::read::{BindValues, Call, ShadowRead};
+use super::shown::told_apart;
 use super::sink::Queued;
 use super::stats::{Counters, Failed, Outcome, Skipped};
 use crate::config::DatabaseConfig;
@@ -181,50 +183,80 @@ impl Worker {
                 outcome
             }
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
-            Ok(Confirmed::Mismatch { round, found, sides }) => {
-                let fingerprint = read.script.fingerprint(&read.text);
-                let values = &self.log.values;
-                let mismatch = Mismatch {
-                    version: VERSION,
-                    time: now(),
-                    database: self.database.clone(),
-                    user: read.login.user.clone(),
-                    fingerprint: fingerprint.id.to_string(),
-                    statement: fingerprint.text.clone(),
-                    key: values.hash(&[&read.text, &[0], read.call.parameters()]),
-                    kind: found.kind,
-                    primary: read.control.primary,
-                    rows: BothSides {
-                        primary: sides.primary.rows,
-                        secondary: sides.secondary.rows,
-                    },
-                    error: BothSides {
-                        primary: sides.primary.sqlstate().map(str::to_owned),
-                        secondary: sides.secondary.sqlstate().map(str::to_owned),
-                    },
-                    first_rows: BothSides {
-                        primary: values.rows(&found.primary),
-                        secondary: values.rows(&found.secondary),
-                    },
-                    latency_ms: BothSides {
-                        primary: read.latency.as_secs_f64() * 1000.0,
-                        secondary: latency.as_secs_f64() * 1000.0,
-                    },
-                    round,
-                };
-                tracing::warn!(
-                    database = self.database,
-                    fingerprint = mismatch.fingerprint,
-                    statement = mismatch.statement,
-                    kind = mismatch.kind.as_str(),
-                    round,
-                    "shadow read: mismatch"
-                );
-                self.log.write(mismatch, &self.counters);
+            Ok(Confirmed::Mismatch {
+                round,
+                columns,
+                found,
+                sides,
+            }) => {
+                self.log_mismatch(read, latency, round, columns, &found, &sides);
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
         }
+    }
+
+    fn log_mismatch(
+        &self,
+        read: &ShadowRead,
+        latency: Duration,
+        round: u64,
+        columns: Vec<String>,
+        found: &Difference,
+        sides: &BothSides<Digest>,
+    ) {
+        let fingerprint = read.script.fingerprint(&read.text);
+        let values = &self.log.values;
+        let first_rows = BothSides {
+            primary: values.rows(&columns, &found.primary),
+            secondary: values.rows(&columns, &found.secondary),
+        };
+        let apart = told_apart(&columns, &found.primary, &found.secondary, &first_rows);
+        let mismatch = Mismatch {
+            seq: 0,
+            time: String::new(),
+            database: self.database.clone(),
+            user: read.login.user.clone(),
+            fingerprint: fingerprint.id.to_string(),
+            statement: fingerprint.text.clone(),
+            sql: values
+                .shows_values()
+                .then(|| String::from_utf8_lossy(&read.text).into_owned()),
+            key: values.hash(&[&read.text, &[0], read.call.parameters()]),
+            kind: found.kind,
+            primary: read.control.primary,
+            rows: BothSides {
+                primary: sides.primary.rows,
+                secondary: sides.secondary.rows,
+            },
+            digest: BothSides {
+                primary: values.hash(&[&sides.primary.ordered.to_be_bytes()]),
+                secondary: values.hash(&[&sides.secondary.ordered.to_be_bytes()]),
+            },
+            error: BothSides {
+                primary: sides.primary.sqlstate().map(str::to_owned),
+                secondary: sides.secondary.sqlstate().map(str::to_owned),
+            },
+            columns,
+            differing_columns: apart.differing_columns,
+            keys: apart.keys,
+            first_rows,
+            latency_ms: BothSides {
+                primary: read.latency.as_secs_f64() * 1000.0,
+                secondary: latency.as_secs_f64() * 1000.0,
+            },
+            epoch: read.control.epoch,
+            round,
+        };
+        tracing::warn!(
+            database = self.database,
+            fingerprint = mismatch.fingerprint,
+            statement = mismatch.statement,
+            kind = mismatch.kind.as_str(),
+            round,
+            "shadow read: mismatch"
+        );
+        self.log.write(mismatch, &self.counters);
     }
 
     pub(super) fn failed(&self, error: &ConnectionError) -> Outcome {
@@ -260,10 +292,4 @@ fn has_binary_parameters(call: &Call) -> bool {
 /// transaction state (25), conflicts (40), resources (53), intervention (57), system (58).
 pub(super) fn is_circumstance(sqlstate: &str) -> bool {
     matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
-}
-
-fn now() -> String {
-    time::OffsetDateTime::now_utc()
-        .format(&time::format_description::well_known::Rfc3339)
-        .unwrap_or_default()
 }

@@ -1,0 +1,5 @@
+//! What an auditor relies on: the chained log and the report made of it.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod chain;
