@@ -15,7 +15,7 @@ use pgtandem::control::{Control, Epoch, Phase, Side};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
 use pgtandem::shadow::{
     Call, Cuts, CutsFuture, DigestBuilder, Filter, HeldCut, Mismatch, MismatchLog, NoCut, Shadow, ShadowLimits,
-    ShadowRead, ShadowSink, ShadowStats, ShadowTasks, ValueWriter, read_log,
+    ShadowRead, ShadowSink, ShadowStats, ShadowTasks, Timing, ValueWriter, read_log,
 };
 use pgtandem::sql::{Script, analyze};
 use pgtandem::upstream::control::{Control as Connection, connect};
@@ -214,7 +214,10 @@ impl Shadows {
             script: Arc::new(analyze(sql.as_bytes())),
             call,
             digest: builder.finish(),
-            latency: Duration::from_millis(1),
+            timing: Timing {
+                first_row: None,
+                total: Duration::from_millis(1),
+            },
         }
     }
 
@@ -265,7 +268,7 @@ fn moved(before: &ShadowStats, after: &ShadowStats) -> Vec<String> {
     let mut moved = Vec::new();
     for (name, now) in after.as_object().unwrap() {
         let then = &before[name];
-        if now == then || name == "non_deterministic" {
+        if now == then || name == "executions" || name == "compared" {
             continue;
         }
         match now.as_object() {
@@ -435,14 +438,14 @@ async fn every_planted_difference_is_found_and_nothing_else() {
         .await
         .unwrap();
     shadows.check("select * from item", "matched").await;
-    let before = shadows.sink.stats().order_ties;
+    let before = shadows.sink.stats().counts.order_ties;
     shadows
         .check(
             "select id, id % 3 as third from item order by third",
             "matched order_ties",
         )
         .await;
-    assert_eq!(shadows.sink.stats().order_ties, before + 1);
+    assert_eq!(shadows.sink.stats().counts.order_ties, before + 1);
     shadows
         .check("select id from item limit 5", "not_comparable.limit_without_order")
         .await;
@@ -458,8 +461,10 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     shadows
         .check("select noisy()", "not_comparable.non_deterministic")
         .await;
-    let known = shadows.sink.stats().non_deterministic;
-    assert_eq!((known.len(), known[0].text.as_str()), (1, "select noisy()"));
+    let report = shadows.sink.report(2.0);
+    let noisy: Vec<_> = report.fingerprints.iter().filter(|one| one.noise.rate > 0.0).collect();
+    assert_eq!((noisy.len(), noisy[0].text.as_str()), (1, "select noisy()"));
+    assert_eq!((noisy[0].noise.asked_twice, noisy[0].noise.disagreed), (1, 1));
 
     // Different only for a moment.
     let read = shadows.ask("select price from item where id = 1", Call::Simple).await;
@@ -479,7 +484,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     ] {
         assert!(!shadows.wants(sql), "{sql}");
     }
-    let reasons = shadows.sink.stats().not_comparable;
+    let reasons = shadows.sink.stats().counts.not_comparable;
     for reason in [
         "clock",
         "volatile_function",
@@ -612,17 +617,17 @@ async fn nobody_waits_for_a_shadow() {
         for _ in 0..100 {
             shadows.sink.offer(read.clone());
         }
-        let dropped = shadows.sink.stats().dropped["queue_full"];
+        let dropped = shadows.sink.stats().counts.dropped["queue_full"];
         assert!((96..=98).contains(&dropped), "{dropped}");
         drop(permit);
         let stats = shadows.settled().await;
-        assert_eq!(stats.matched + stats.dropped["queue_full"], 100);
+        assert_eq!(stats.counts.matched + stats.counts.dropped["queue_full"], 100);
 
         // Too large for the queue.
         let mut large = read.clone();
         large.text = Bytes::from(vec![b' '; 2 * 1024 * 1024]);
         shadows.sink.offer(large);
-        assert_eq!(shadows.sink.stats().dropped["too_large"], 1);
+        assert_eq!(shadows.sink.stats().counts.dropped["too_large"], 1);
 
         // No sampling, no work.
         shadows.sink.set_percent(0.0);
@@ -634,7 +639,7 @@ async fn nobody_waits_for_a_shadow() {
         pair.secondary.batch_execute("update t set a = 2").await.unwrap();
         shadows.sink.offer(read.clone());
         let stats = shadows.settled().await;
-        assert_eq!((stats.mismatched, stats.log_lost), (1, 1));
+        assert_eq!((stats.counts.mismatched, stats.log_lost), (1, 1));
 
         // Too slow on the secondary.
         let slow = "select count(*) from generate_series(1, 20) a";
@@ -674,11 +679,11 @@ async fn nobody_waits_for_a_shadow() {
         script: Arc::new(analyze(b"select 1")),
         call: Call::Simple,
         digest: DigestBuilder::default().finish(),
-        latency: Duration::ZERO,
+        timing: Timing::default(),
     });
     while sink.stats().waiting > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert_eq!(sink.stats().failed["connection"], 1);
+    assert_eq!(sink.stats().counts.failed["connection"], 1);
     drop(control);
 }

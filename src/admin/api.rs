@@ -11,7 +11,7 @@ use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
 use crate::reconcile::backfill::{BackfillStatus, Order};
-use crate::shadow::{Acknowledgement, Kind, LogStatus};
+use crate::shadow::{Acknowledgement, Kind, LogStatus, ShadowReport};
 
 /// `GET /api/v1/status`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -391,6 +391,12 @@ pub struct BackfillCancelRequest {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BackfillAnswer {
     pub databases: BTreeMap<String, BackfillStatus>,
+}
+
+/// `GET /api/v1/shadows`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ShadowsAnswer {
+    pub databases: BTreeMap<String, ShadowReport>,
 }
 
 /// `GET /api/v1/explain?sql=…`

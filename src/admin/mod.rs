@@ -13,9 +13,11 @@
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
 //! | `POST /api/v1/mismatches/acknowledge` | records it in the mismatch log: [`api::Recorded`], or 422 and why not |
+//! | `POST /api/v1/mismatches/statistics` | writes what the shadow reads came to now: [`api::Recorded`], or 422 and why not |
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
 //! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
 //! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
+//! | `GET /api/v1/shadows` | [`api::ShadowsAnswer`]: shadow reads by fingerprint, coverage, latencies |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -43,8 +45,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::api::{
     AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure,
-    HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest, Status,
-    SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest, ShadowsAnswer,
+    Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
@@ -60,6 +62,7 @@ pub trait Operations: Send + Sync + 'static {
         request: SwitchoverRequest,
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
+    fn shadows(&self) -> ShadowsAnswer;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
@@ -69,6 +72,7 @@ pub trait Operations: Send + Sync + 'static {
     fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String>;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
     fn acknowledge(&self, request: AcknowledgeRequest) -> impl Future<Output = Result<Recorded, String>> + Send;
+    fn record_statistics(&self) -> impl Future<Output = Result<Recorded, String>> + Send;
     fn backfill(&self) -> BackfillAnswer;
     fn start_backfill(&self, request: BackfillRequest) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
     fn cancel_backfill(
@@ -91,6 +95,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/reload", post(reload::<O>))
         .route("/api/v1/switchover", post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
+        .route("/api/v1/shadows", get(shadows::<O>))
         .route("/api/v1/explain", get(explain::<O>))
         .route("/api/v1/verify", post(verify::<O>))
         .route("/api/v1/repair", post(repair::<O>))
@@ -98,6 +103,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
         .route("/api/v1/mismatches/acknowledge", post(acknowledge::<O>))
+        .route("/api/v1/mismatches/statistics", post(record_statistics::<O>))
         .route("/api/v1/schema/heal", post(heal::<O>))
         .route("/api/v1/backfill", get(backfill::<O>).post(start_backfill::<O>))
         .route("/api/v1/backfill/cancel", post(cancel_backfill::<O>))
@@ -161,7 +167,15 @@ async fn acknowledge<O: Operations>(
     State(operations): State<Arc<O>>,
     Json(request): Json<AcknowledgeRequest>,
 ) -> Response {
-    match operations.acknowledge(request).await {
+    answer_recorded(operations.acknowledge(request).await)
+}
+
+async fn record_statistics<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    answer_recorded(operations.record_statistics().await)
+}
+
+fn answer_recorded(answer: Result<Recorded, String>) -> Response {
+    match answer {
         Ok(recorded) => Json(recorded).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
@@ -178,6 +192,10 @@ async fn wait<O: Operations>(State(operations): State<Arc<O>>, Query(query): Que
         Ok(answer) => (StatusCode::REQUEST_TIMEOUT, Json(answer)).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
+}
+
+async fn shadows<O: Operations>(State(operations): State<Arc<O>>) -> Json<ShadowsAnswer> {
+    Json(operations.shadows())
 }
 
 #[derive(Deserialize)]

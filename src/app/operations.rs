@@ -13,7 +13,7 @@ use crate::admin::Operations;
 use crate::admin::api::{
     AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest,
     ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded, ReloadAnswer,
-    RetryRequest, Sessions, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::chain;
@@ -221,6 +221,11 @@ impl Operations for World {
         Ok(Recorded { head })
     }
 
+    async fn record_statistics(&self) -> Result<Recorded, String> {
+        let head = self.shadows.record_statistics().await?;
+        Ok(Recorded { head })
+    }
+
     fn backfill(&self) -> BackfillAnswer {
         let tandems = self.tandems();
         let databases = tandems
@@ -291,6 +296,10 @@ impl Operations for World {
         } else {
             Err("no backfill is running".into())
         }
+    }
+
+    fn shadows(&self) -> ShadowsAnswer {
+        self.shadows.report()
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

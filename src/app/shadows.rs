@@ -1,24 +1,24 @@
 //! The shadow reads of every database: starts one intake for each, and shows it the reads that
 //! sessions come by.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use dashmap::DashMap;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::admin::api::{Flip, ShadowReads};
-use crate::chain;
+use crate::admin::api::{Flip, ShadowReads, ShadowsAnswer};
+use crate::chain::{self, Head};
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Shadow, ShadowLimits, ShadowRead,
-    ShadowSink, ShadowTasks, ValueWriter, events, load_or_create_key, spawn,
+    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome, Shadow, ShadowLimits,
+    ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Timing, ValueWriter, events, load_or_create_key, spawn,
 };
 use crate::sql::{LexSettings, NotComparable, Script, glance};
 use crate::switchover::Tandem;
@@ -29,6 +29,8 @@ pub(super) struct Shadows {
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
     _phases: AbortOnDropHandle<()>,
+    /// By database, what the log's lines of statistics have told.
+    told: Mutex<HashMap<String, ShadowReport>>,
     control: watch::Receiver<Control>,
 }
 
@@ -53,8 +55,27 @@ impl Shadows {
             _log_writer: log_writer,
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
             log,
+            told: Mutex::default(),
             control,
         })
+    }
+
+    /// Writes what the shadow reads came to since the last such lines. What cannot be written is
+    /// told by the next ones.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_statistics(&self) -> Result<Head, String> {
+        let mut told = self.told.lock().await;
+        for (database, now) in self.report().databases {
+            let before = told.get(&database).cloned().unwrap_or_default();
+            for interval in Interval::between(&database, &before, &now) {
+                let keys = chain::body(&interval).map_err(|error| error.to_string())?;
+                self.log.record(events::STATISTICS, keys).await?;
+            }
+            told.insert(database, now);
+        }
+        Ok(self.log.status().head)
     }
 
     /// Also one that was abandoned: an auditor asks why. Nobody waits for the disk.
@@ -136,15 +157,26 @@ impl Shadows {
             return ShadowReads::default();
         };
         let stats = database.sink.stats();
+        let counts = stats.counts;
         ShadowReads {
-            matched: stats.matched + stats.order_ties,
-            mismatched: stats.mismatched,
-            transient: stats.transient,
-            not_comparable: owned(stats.not_comparable),
-            skipped: stats.skipped.values().sum(),
-            dropped: stats.dropped.values().sum(),
-            failed: owned(stats.failed),
+            matched: counts.matched,
+            mismatched: counts.mismatched,
+            transient: counts.transient,
+            not_comparable: counts.not_comparable,
+            skipped: counts.skipped.values().sum(),
+            dropped: counts.dropped.values().sum(),
+            failed: counts.failed,
             log_lost: stats.log_lost,
+        }
+    }
+
+    /// All that is known of the reads, by database.
+    pub(super) fn report(&self) -> ShadowsAnswer {
+        let databases = self.databases.iter();
+        ShadowsAnswer {
+            databases: databases
+                .map(|database| (database.key().clone(), database.sink.report(SLOWER)))
+                .collect(),
         }
     }
 }
@@ -162,12 +194,8 @@ async fn record_phases(log: MismatchLog, mut control: watch::Receiver<Control>) 
     }
 }
 
-fn owned(counts: std::collections::BTreeMap<&'static str, u64>) -> std::collections::BTreeMap<String, u64> {
-    counts
-        .into_iter()
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect()
-}
+/// How many times as slow as legacy a statement is on new to be named.
+const SLOWER: f64 = 2.0;
 
 /// Each primary's catalog, kept current for the shadow reads.
 pub(super) struct Catalogs(Arc<DashMap<String, Intake>>);
@@ -210,11 +238,17 @@ impl hooks::Shadow for Shown {
             return None;
         }
         if read.after_write {
-            sink.withdraw(NotComparable::EarlierWrite);
+            sink.withdraw(
+                read.script.fingerprint(read.text),
+                Outcome::NotComparable(NotComparable::EarlierWrite),
+            );
             return None;
         }
         let Some(settings) = read.settings else {
-            sink.withdraw(NotComparable::UnknownSettings);
+            sink.withdraw(
+                read.script.fingerprint(read.text),
+                Outcome::NotComparable(NotComparable::UnknownSettings),
+            );
             return None;
         };
         Some(Box::new(Observed {
@@ -227,7 +261,7 @@ impl hooks::Shadow for Shown {
                 script: read.script.clone(),
                 call,
                 digest: DigestBuilder::default().finish(),
-                latency: Duration::ZERO,
+                timing: Timing::default(),
             },
             digest: DigestBuilder::default(),
         }))
@@ -254,9 +288,9 @@ impl Observer for Observed {
         self.digest.end();
     }
 
-    fn complete(mut self: Box<Self>, latency: Duration) {
+    fn complete(mut self: Box<Self>, timing: Timing) {
         self.read.digest = self.digest.finish();
-        self.read.latency = latency;
+        self.read.timing = timing;
         self.sink.offer(self.read);
     }
 }

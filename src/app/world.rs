@@ -441,6 +441,18 @@ impl World {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;
         }
-        self.shadows.log().flushed().await;
+        if let Err(error) = self.shadows.record_statistics().await {
+            tracing::warn!(error, "the mismatch log does not tell of the last reads");
+        }
+    }
+
+    /// The log's lines of statistics, as long as the process lives.
+    pub(super) async fn keep_statistics(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
+            if let Err(error) = self.shadows.record_statistics().await {
+                tracing::warn!(error, "statistics could not be written to the mismatch log");
+            }
+        }
     }
 }

@@ -77,6 +77,11 @@ pub struct Envelope {
     pub mac: Option<String>,
 }
 
+/// SHA-256, in hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    hash(bytes)
+}
+
 fn hash(line: &[u8]) -> String {
     hex(&Sha256::digest(line))
 }

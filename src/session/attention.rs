@@ -21,6 +21,7 @@ use super::known::Portal;
 use super::outbox::Gather;
 use super::relay::Session;
 use super::sniff::Sniff;
+use crate::shadow::Timing;
 use crate::sql::{Class, DdlKind, Discard, Reset, Script};
 use crate::wire::backend::{Status, shift_position};
 use crate::wire::tracker::{Mark, Owner, Request, Tracker};
@@ -111,6 +112,7 @@ impl Outside {
 struct Observation {
     observer: Box<dyn Observer>,
     begun: Instant,
+    first_row: Option<Duration>,
     /// The frame that is passing is one of the answer's.
     in_frame: bool,
 }
@@ -434,6 +436,7 @@ impl Session {
         self.attention().observation = Some(Observation {
             observer,
             begun: Instant::now(),
+            first_row: None,
             in_frame: false,
         });
         Mark::Observed
@@ -444,6 +447,9 @@ impl Session {
         let Some(observation) = &mut attention.observation else {
             return;
         };
+        if matches!(kind, b'D' | b'd') && observation.first_row.is_none() {
+            observation.first_row = Some(observation.begun.elapsed());
+        }
         if kind != b'Z' {
             observation.observer.begin(kind);
             observation.observer.piece(body);
@@ -454,8 +460,11 @@ impl Session {
             }
         }
         if terminal && let Some(observation) = attention.observation.take() {
-            let latency: Duration = observation.begun.elapsed();
-            observation.observer.complete(latency);
+            let timing = Timing {
+                first_row: observation.first_row,
+                total: observation.begun.elapsed(),
+            };
+            observation.observer.complete(timing);
         }
     }
 

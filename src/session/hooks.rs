@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 
 use crate::control::Control;
+use crate::shadow::Timing;
 use crate::sql::{Script, StatementCache};
 use crate::upstream::Login;
 
@@ -134,6 +135,6 @@ pub trait Observer {
     fn piece(&mut self, body: &[u8]);
     /// Its body is through.
     fn end(&mut self);
-    /// The answer is complete; `latency` is from the request to here.
-    fn complete(self: Box<Self>, latency: Duration);
+    /// The answer is complete.
+    fn complete(self: Box<Self>, timing: Timing);
 }

@@ -162,7 +162,11 @@ pub(super) async fn confirm(
             // Asked after the answers, outside of the snapshot.
             end(worker, &mut again).await?;
             let (now, _) = patiently(worker, again.digest(DEFINITIONS, &Call::Simple)).await?;
-            match compare(asked.facts, &asked.ours, &second) {
+            let noise = compare(asked.facts, &asked.ours, &second);
+            if now == defined {
+                worker.asked_twice(read, !matches!(noise, Verdict::Different(_)));
+            }
+            match noise {
                 _ if now != defined => Confirmed::Again,
                 Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
                     round,

@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::compare::{Answer, KEPT_BYTES_MAX};
 use super::digest::{Digest, DigestBuilder, described_columns};
 use super::read::{BindValues, Call};
+use super::stats::Timing;
 use crate::config::Target;
 use crate::upstream::{self, Login, LoginError, Stream};
 use crate::wire::frame::{HEADER_LEN, Header};
@@ -91,19 +92,19 @@ impl Connection {
     }
 
     /// Repeats a read as the client asked it and digests the answer.
-    pub(super) async fn digest(&mut self, text: &[u8], call: &Call) -> Result<(Digest, Duration), ConnectionError> {
-        let started = Instant::now();
-        let mut builder = DigestBuilder::default();
+    pub(super) async fn digest(&mut self, text: &[u8], call: &Call) -> Result<(Digest, Timing), ConnectionError> {
+        let mut builder = Timed::new(DigestBuilder::default());
         self.exchange(&request(text, call, false), &mut builder).await?;
-        Ok((builder.finish(), started.elapsed()))
+        let timing = builder.timing();
+        Ok((builder.inner.finish(), timing))
     }
 
     /// Repeats a read with all results as text and gathers the answer.
-    pub(super) async fn answer(&mut self, text: &[u8], call: &Call) -> Result<(Answer, Duration), ConnectionError> {
-        let started = Instant::now();
-        let mut rows = Gather::default();
+    pub(super) async fn answer(&mut self, text: &[u8], call: &Call) -> Result<(Answer, Timing), ConnectionError> {
+        let mut rows = Timed::new(Gather::default());
         self.exchange(&request(text, call, true), &mut rows).await?;
-        Ok((rows.answer, started.elapsed()))
+        let timing = rows.timing();
+        Ok((rows.inner.answer, timing))
     }
 
     /// Sends frames and shows the answers to `seen`, up to the ReadyForQuery.
@@ -179,6 +180,45 @@ trait Sees {
     fn begin(&mut self, kind: u8);
     fn piece(&mut self, body: &[u8]);
     fn end(&mut self);
+}
+
+/// Takes the time of what it passes on.
+struct Timed<T> {
+    inner: T,
+    begun: Instant,
+    first_row: Option<Duration>,
+}
+
+impl<T> Timed<T> {
+    fn new(inner: T) -> Self {
+        Self {
+            inner,
+            begun: Instant::now(),
+            first_row: None,
+        }
+    }
+
+    fn timing(&self) -> Timing {
+        Timing {
+            first_row: self.first_row,
+            total: self.begun.elapsed(),
+        }
+    }
+}
+
+impl<T: Sees> Sees for Timed<T> {
+    fn begin(&mut self, kind: u8) {
+        if matches!(kind, b'D' | b'd') && self.first_row.is_none() {
+            self.first_row = Some(self.begun.elapsed());
+        }
+        self.inner.begin(kind);
+    }
+    fn piece(&mut self, body: &[u8]) {
+        self.inner.piece(body);
+    }
+    fn end(&mut self) {
+        self.inner.end();
+    }
 }
 
 impl Sees for DigestBuilder {

@@ -15,6 +15,9 @@ mod confirm;
 mod connection;
 mod cuts;
 mod digest;
+mod fingerprints;
+mod histogram;
+mod interval;
 mod log;
 mod log_reader;
 mod read;
@@ -36,13 +39,17 @@ pub use catalog::Catalog;
 pub use compare::Kind;
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
 pub use digest::{Digest, DigestBuilder};
+pub use interval::{Interval, Period};
 pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
 pub use log_reader::{
     Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
 };
 pub use read::{Call, ShadowRead};
 pub use sink::ShadowSink;
-pub use stats::{Dropped, Failed, NonDeterministic, Outcome, ShadowStats, Skipped};
+pub use stats::{
+    Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
+    ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,
+};
 pub use values::{ValueWriter, load_or_create_key};
 
 use crate::config::DatabaseConfig;

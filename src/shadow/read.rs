@@ -1,14 +1,14 @@
 //! One read that the primary answered, with all that is needed to ask the secondary the same.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::digest::Digest;
+use super::stats::Timing;
 use crate::control::Control;
-use crate::sql::Script;
+use crate::sql::{Fingerprint, Script};
 use crate::upstream::Login;
 
 /// A read to be repeated on the secondary.
@@ -28,8 +28,8 @@ pub struct ShadowRead {
     pub call: Call,
     /// What the primary answered.
     pub digest: Digest,
-    /// From the request to the end of the answer.
-    pub latency: Duration,
+    /// From the request on.
+    pub timing: Timing,
 }
 
 /// In which form the client asked.
@@ -57,6 +57,10 @@ impl Call {
 }
 
 impl ShadowRead {
+    pub(super) fn fingerprint(&self) -> &Fingerprint {
+        self.script.fingerprint(&self.text)
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.text.len() + self.call.parameters().len()
     }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
 use super::catalog::Catalog;
 use super::read::{ShadowRead, sample_key};
-use super::stats::{Counters, Dropped, Outcome, ShadowStats, Skipped};
+use super::stats::{Counters, Dropped, Outcome, ShadowReport, ShadowStats, Skipped};
 use crate::control::Control;
-use crate::sql::{Glance, NotComparable, Script, Writes, may_write, shadowable, single_read};
+use crate::sql::{Fingerprint, Glance, NotComparable, Script, Writes, fingerprint, may_write, shadowable, single_read};
 
 /// Reads waiting to be shadowed: some seconds of them. More would only be older.
 pub(super) const QUEUE_READS: usize = 1024;
@@ -85,7 +86,7 @@ impl ShadowSink {
             return false;
         }
         sample_key(text, parameters) <= threshold
-            || glance == Glance::Query && self.turn_down(Outcome::Skipped(Skipped::Sample))
+            || glance == Glance::Query && self.turn_down(&fingerprint(text), Outcome::Skipped(Skipped::NotSampled))
     }
 
     /// Whether this read shall be digested and offered; decided before its answer comes, by text
@@ -100,10 +101,10 @@ impl ShadowSink {
             Ok(facts) => facts,
             // Writes, SET and the like were never meant to be compared.
             Err(NotComparable::NotARead) => return false,
-            Err(reason) => return self.turn_down(Outcome::NotComparable(reason)),
+            Err(reason) => return self.turn_down(script.fingerprint(text), Outcome::NotComparable(reason)),
         };
         if sample_key(text, parameters) > threshold {
-            return self.turn_down(Outcome::Skipped(Skipped::Sample));
+            return self.turn_down(script.fingerprint(text), Outcome::Skipped(Skipped::NotSampled));
         }
         match shadowable(facts, &self.0.catalog.load().functions) {
             Ok(()) => true,
@@ -112,7 +113,7 @@ impl ShadowSink {
                     // Perhaps it is new.
                     self.schema_changed();
                 }
-                self.turn_down(Outcome::NotComparable(reason))
+                self.turn_down(script.fingerprint(text), Outcome::NotComparable(reason))
             }
         }
     }
@@ -126,22 +127,23 @@ impl ShadowSink {
         writes != Writes::Nothing
     }
 
-    fn turn_down(&self, outcome: Outcome) -> bool {
-        self.0.counters.count(outcome);
+    fn turn_down(&self, fingerprint: &Fingerprint, outcome: Outcome) -> bool {
+        self.0.counters.count(&self.0.counters.of(fingerprint), outcome);
         false
     }
 
-    /// A read that was wanted turns out not to be comparable (an earlier write in its
-    /// transaction, a temporary table of the session).
-    pub fn withdraw(&self, reason: NotComparable) {
-        self.0.counters.count(Outcome::NotComparable(reason));
+    /// A read that was wanted turns out not to be compared after all (an earlier write in its
+    /// transaction, a temporary table of the session, an answer that was cut off).
+    pub fn withdraw(&self, fingerprint: &Fingerprint, outcome: Outcome) {
+        self.turn_down(fingerprint, outcome);
     }
 
     /// Hands over a read whose answer is through. No room: dropped and counted.
     pub fn offer(&self, read: ShadowRead) {
         let bytes = read.bytes();
         if bytes > READ_BYTES_MAX {
-            return self.0.counters.count(Outcome::Dropped(Dropped::TooLarge));
+            self.withdraw(read.fingerprint(), Outcome::Dropped(Dropped::TooLarge));
+            return;
         }
         let waiting = &self.0.reads;
         waiting.reads.fetch_add(1, Ordering::Relaxed);
@@ -151,8 +153,16 @@ impl ShadowSink {
             read,
             waiting: waiting.clone(),
         };
-        if before + bytes > QUEUE_BYTES_MAX || self.0.queue.try_send(queued).is_err() {
-            self.0.counters.count(Outcome::Dropped(Dropped::QueueFull));
+        let refused = if before + bytes > QUEUE_BYTES_MAX {
+            Some(queued)
+        } else {
+            let sent = self.0.queue.try_send(queued);
+            sent.err().map(|error| match error {
+                TrySendError::Full(queued) | TrySendError::Closed(queued) => queued,
+            })
+        };
+        if let Some(queued) = refused {
+            self.withdraw(queued.read.fingerprint(), Outcome::Dropped(Dropped::QueueFull));
         }
     }
 
@@ -173,9 +183,21 @@ impl ShadowSink {
 
     pub fn stats(&self) -> ShadowStats {
         ShadowStats {
-            waiting: self.0.reads.reads.load(Ordering::Relaxed),
+            waiting: self.waiting(),
             ..self.0.counters.stats()
         }
+    }
+
+    fn waiting(&self) -> usize {
+        self.0.reads.reads.load(Ordering::Relaxed)
+    }
+
+    /// All that is known, by fingerprint. `slower`: how many times as slow as legacy a statement
+    /// must be on new to be named.
+    pub fn report(&self, slower: f64) -> ShadowReport {
+        let mut report = self.0.counters.report(slower);
+        report.totals.waiting = self.waiting();
+        report
     }
 }
 

@@ -25,7 +25,7 @@ use super::log::{BothSides, Mismatch, MismatchLog};
 use super::read::{BindValues, Call, ShadowRead};
 use super::shown::told_apart;
 use super::sink::Queued;
-use super::stats::{Counters, Failed, Outcome, Skipped};
+use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
 use crate::sql::NotComparable;
@@ -66,7 +66,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
         batch.retain(|queued: &Queued| {
             let current = worker.is_current(&queued.read);
             if !current {
-                worker.counters.count(Outcome::Skipped(Skipped::Flip));
+                worker.count(&queued.read, Outcome::Skipped(Skipped::Flip));
             }
             current
         });
@@ -74,8 +74,8 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             continue;
         }
         if worker.cuts.round_after_now().await.is_err() {
-            for _ in batch.drain(..) {
-                worker.counters.count(Outcome::Failed(Failed::NoCut));
+            for queued in batch.drain(..) {
+                worker.count(&queued.read, Outcome::Failed(Failed::NoCut));
             }
             continue;
         }
@@ -87,7 +87,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
             let worker = worker.clone();
             running.spawn(async move {
                 let outcome = worker.judge(&queued.read).await;
-                worker.counters.count(outcome);
+                worker.count(&queued.read, outcome);
                 drop((permit, queued));
             });
             while running.try_join_next().is_some() {}
@@ -141,14 +141,11 @@ impl Worker {
             self.pool.give(key, connection);
             Ok(answer)
         };
-        let (digest, latency) = match asked.await {
+        let (digest, timing) = match asked.await {
             Ok(answer) => answer,
             Err(error) => return self.failed(&error),
         };
-        for (side, latency) in [("primary", read.latency), ("secondary", latency)] {
-            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => side)
-                .record(latency.as_secs_f64());
-        }
+        self.record(read, timing);
         if same(facts, &read.digest, &digest) {
             return Outcome::Matched;
         }
@@ -175,13 +172,7 @@ impl Worker {
             confirmed
         };
         match confirmed {
-            Ok(Confirmed::Is(outcome)) => {
-                if outcome == Outcome::NotComparable(NotComparable::NonDeterministic) {
-                    self.counters
-                        .count_non_deterministic(read.script.fingerprint(&read.text));
-                }
-                outcome
-            }
+            Ok(Confirmed::Is(outcome)) => outcome,
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
             Ok(Confirmed::Mismatch {
                 round,
@@ -189,7 +180,7 @@ impl Worker {
                 found,
                 sides,
             }) => {
-                self.log_mismatch(read, latency, round, columns, &found, &sides);
+                self.log_mismatch(read, timing, round, columns, &found, &sides);
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
@@ -199,13 +190,13 @@ impl Worker {
     fn log_mismatch(
         &self,
         read: &ShadowRead,
-        latency: Duration,
+        timing: Timing,
         round: u64,
         columns: Vec<String>,
         found: &Difference,
         sides: &BothSides<Digest>,
     ) {
-        let fingerprint = read.script.fingerprint(&read.text);
+        let fingerprint = read.fingerprint();
         let values = &self.log.values;
         let first_rows = BothSides {
             primary: values.rows(&columns, &found.primary),
@@ -242,8 +233,8 @@ impl Worker {
             keys: apart.keys,
             first_rows,
             latency_ms: BothSides {
-                primary: read.latency.as_secs_f64() * 1000.0,
-                secondary: latency.as_secs_f64() * 1000.0,
+                primary: read.timing.total.as_secs_f64() * 1000.0,
+                secondary: timing.total.as_secs_f64() * 1000.0,
             },
             epoch: read.control.epoch,
             round,
@@ -257,6 +248,28 @@ impl Worker {
             "shadow read: mismatch"
         );
         self.log.write(mismatch, &self.counters);
+    }
+
+    fn count(&self, read: &ShadowRead, outcome: Outcome) {
+        self.counters.count(&self.counters.of(read.fingerprint()), outcome);
+    }
+
+    /// The primary was asked twice in one snapshot.
+    pub(super) fn asked_twice(&self, read: &ShadowRead, agreed: bool) {
+        self.counters.of(read.fingerprint()).asked_twice(agreed);
+    }
+
+    /// How long both sides took.
+    fn record(&self, read: &ShadowRead, secondary: Timing) {
+        let entry = self.counters.of(read.fingerprint());
+        for (side, role, timing) in [
+            (read.control.primary, "primary", read.timing),
+            (read.control.secondary(), "secondary", secondary),
+        ] {
+            entry.record(side, timing);
+            metrics::histogram!("pgtandem_shadow_read_seconds", "database" => self.database.clone(), "side" => role)
+                .record(timing.total.as_secs_f64());
+        }
     }
 
     pub(super) fn failed(&self, error: &ConnectionError) -> Outcome {
@@ -292,4 +305,11 @@ fn has_binary_parameters(call: &Call) -> bool {
 /// transaction state (25), conflicts (40), resources (53), intervention (57), system (58).
 pub(super) fn is_circumstance(sqlstate: &str) -> bool {
     matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
+}
+
+/// RFC 3339, UTC.
+pub(super) fn now() -> String {
+    time::OffsetDateTime::now_utc()
+        .format(&time::format_description::well_known::Rfc3339)
+        .unwrap_or_default()
 }

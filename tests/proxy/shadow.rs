@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pgtandem::control::Phase;
 use pgtandem::session::hooks::{Call, Hooks, Observer, Read, Shadow};
+use pgtandem::shadow::Timing;
 use pgtandem::wire::frontend;
 
 use crate::common::{Options, Proxy, extended};
@@ -59,8 +60,9 @@ impl Observer for Notes {
 
     fn end(&mut self) {}
 
-    fn complete(mut self: Box<Self>, latency: Duration) {
-        assert!(latency > Duration::ZERO);
+    fn complete(mut self: Box<Self>, timing: Timing) {
+        assert!(timing.total > Duration::ZERO);
+        assert!(timing.first_row.is_none_or(|first| first <= timing.total));
         self.line.push_str(&format!(" {}", self.bytes > 1_000_000));
         self.seen.lock().unwrap().push(std::mem::take(&mut self.line));
     }
