@@ -45,6 +45,9 @@ pub mod listener;
 /// The HTTP server beside the proxy, its documents, and the commands' client.
 pub mod admin;
 
+/// The auditor's report.
+pub mod report;
+
 /// Wires every part and lists every task.
 pub mod app;
 

@@ -17,8 +17,9 @@ use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome, Shadow, ShadowLimits,
-    ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Timing, ValueWriter, events, load_or_create_key, spawn,
+    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome, Shadow,
+    ShadowLimits, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Timing, ValueWriter, events, load_or_create_key,
+    spawn,
 };
 use crate::sql::{LexSettings, NotComparable, Script, glance};
 use crate::switchover::Tandem;

@@ -8,6 +8,7 @@ mod explain;
 mod mismatches;
 mod quarantine;
 mod reconcile;
+mod report;
 mod schema;
 mod status;
 mod switchover;
@@ -129,6 +130,10 @@ enum Command {
     /// that was asked for and nobody acknowledged.
     #[command(args_conflicts_with_subcommands = true)]
     Mismatches(mismatches::Arguments),
+    /// Put together what an auditor keeps: coverage, match rate, mismatches, latencies,
+    /// verifications, phases and flips, and the head that ties it to the log. Exit 1 when the log's
+    /// chain is broken or lines were lost.
+    Report(report::Arguments),
     /// Compare the rows of both sides, exactly, while applications write. Exit 1 on any difference
     /// or where something could not be compared.
     Verify {
@@ -254,6 +259,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             timeout,
         } => wait::run(&client(&common)?, output.json, timeout).await,
         Command::Mismatches(arguments) => mismatches::run(arguments).await,
+        Command::Report(arguments) => report::run(arguments).await,
         Command::Verify { common, output, which } => {
             reconcile::run(&common, output.json, which, reconcile::Doing::Verify).await
         }
@@ -386,6 +392,8 @@ mod tests {
         assert!(parse("pgtandem mismatches ack 0a --reason known --by ann").is_ok());
         assert!(parse("pgtandem mismatches ack --line 3 --reason known").is_ok());
         assert!(parse("pgtandem mismatches ack 0a").is_err() && parse("pgtandem mismatches ack --reason x").is_err());
+        assert!(parse("pgtandem report --since 7d -o r.html --verification v.json").is_ok());
+        assert!(parse("pgtandem report --json --md").is_err());
         assert!(parse("pgtandem quarantine discard 3").is_err());
         assert!(parse("pgtandem quarantine discard 3 --reason stale").is_ok());
     }
