@@ -53,15 +53,25 @@ impl Say {
         text
     }
 
+    /// `1 line`, `1,234 lines`
+    fn some(self, count: impl ToString, what: &str) -> String {
+        let count = self.number(count);
+        let plural = if count == "1" { "" } else { "s" };
+        format!("{count} {what}{plural}")
+    }
+
     /// Cut off, never rounded up: 99.9999 % is not all.
     fn share(self, value: &f64) -> String {
         match value * 100.0 {
-            all if all >= 100.0 => "100 %".into(),
+            all if all >= 100.0 => "100\u{a0}%".into(),
             nearly if nearly > 99.0 => {
                 let cut = (nearly * 10_000.0).floor() / 10_000.0;
-                format!("{} %", format!("{cut:.4}").trim_end_matches('0').trim_end_matches('.'))
+                format!(
+                    "{}\u{a0}%",
+                    format!("{cut:.4}").trim_end_matches('0').trim_end_matches('.')
+                )
             }
-            other => format!("{:.1} %", (other * 10.0).floor() / 10.0),
+            other => format!("{:.1}\u{a0}%", (other * 10.0).floor() / 10.0),
         }
     }
 
@@ -76,13 +86,13 @@ impl Say {
         };
         let percent = bound * 100.0;
         if percent >= 99.5 {
-            return "100 %".into();
+            return "100\u{a0}%".into();
         }
         let decimals = (1.0 - percent.log10().floor()).clamp(0.0, 12.0);
         let factor = 10_f64.powf(decimals);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 12")]
         let digits = decimals as usize;
-        format!("{:.digits$} %", (percent * factor - 1e-9).ceil() / factor)
+        format!("{:.digits$}\u{a0}%", (percent * factor - 1e-9).ceil() / factor)
     }
 
     fn sentence(self, rate: &Rate) -> String {
@@ -248,13 +258,13 @@ mod tests {
 
     #[test]
     fn nothing_looks_better_than_it_is() {
-        assert_eq!(Say.share(&1.0), "100 %");
-        assert_eq!(Say.share(&0.999_999_999), "99.9999 %");
-        assert_eq!(Say.share(&0.9995), "99.95 %");
-        assert_eq!(Say.share(&0.129), "12.9 %");
-        assert_eq!(Say.bound(&Rate::new(10_000, 0)), "0.030 %");
-        assert_eq!(Say.bound(&Rate::new(100, 1)), "4.7 %");
-        assert_eq!(Say.bound(&Rate::new(3, 3)), "100 %");
+        assert_eq!(Say.share(&1.0), "100\u{a0}%");
+        assert_eq!(Say.share(&0.999_999_999), "99.9999\u{a0}%");
+        assert_eq!(Say.share(&0.9995), "99.95\u{a0}%");
+        assert_eq!(Say.share(&0.129), "12.9\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(10_000, 0)), "0.030\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(100, 1)), "4.7\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(3, 3)), "100\u{a0}%");
         assert_eq!(Say.bound(&Rate::new(0, 0)), "–");
         assert_eq!(Say.number(1_234_567_u64), "1,234,567");
     }

@@ -4,3 +4,6 @@
 
 mod browser;
 mod chain;
+mod report;
+#[path = "../rig/mod.rs"]
+mod rig;
