@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pgtandem::config::{DatabaseConfig, LoggedValues, Secret, Target};
+use pgtandem::config::{DatabaseConfig, LoggedValues, Reads, Secret, Target};
 use pgtandem::control::{Control, Epoch, Phase, Side};
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
 use pgtandem::shadow::{
-    Call, Cuts, CutsFuture, DigestBuilder, Filter, HeldCut, Mismatch, MismatchLog, NoCut, Shadow, ShadowLimits,
+    Asked, Call, Candidate, Cuts, CutsFuture, DigestBuilder, Filter, HeldCut, Mismatch, MismatchLog, NoCut, Shadow,
     ShadowRead, ShadowSink, ShadowStats, ShadowTasks, Timing, ValueWriter, read_log,
 };
 use pgtandem::sql::{Script, analyze};
@@ -135,7 +135,7 @@ struct Shadows {
 }
 
 impl Shadows {
-    async fn start(pair: &Pair, log_path: &Path, limits: ShadowLimits) -> Self {
+    async fn start(pair: &Pair, log_path: &Path, reads: Reads) -> Self {
         let (control, watching) = watch::channel(DUAL_READ);
         let cuts = Arc::new(StaticCuts {
             primary: pair.targets.legacy.clone(),
@@ -147,11 +147,13 @@ impl Shadows {
         let (sink, tasks) = pgtandem::shadow::spawn(Shadow {
             database: "shop".into(),
             targets: pair.targets.clone(),
-            percent: 100.0,
+            reads: Reads {
+                shadow_percent: 100.0,
+                ..reads
+            },
             control: watching,
             cuts: cuts.clone(),
             log: log.clone(),
-            limits,
         });
         let login = Arc::new(Login {
             user: "app".into(),
@@ -198,6 +200,10 @@ impl Shadows {
                 frontend::put_execute(&mut request, b"");
                 request.extend_from_slice(frontend::SYNC);
             }
+            Call::Prepared { prepare, execute, .. } => {
+                frontend::put_query(&mut request, prepare);
+                frontend::put_query(&mut request, execute);
+            }
         }
         self.session.stream.write_all(&request).await.unwrap();
         let mut answer = Vec::new();
@@ -222,8 +228,24 @@ impl Shadows {
     }
 
     fn wants(&self, sql: &str) -> bool {
+        let asked = Asked {
+            database: "shop",
+            user: "app",
+            application: &std::sync::Mutex::default(),
+            text: sql.as_bytes(),
+            values: &[],
+        };
         let script: Script = analyze(sql.as_bytes());
-        self.sink.wants(DUAL_READ, &script, sql.as_bytes(), &[])
+        self.sink.is_on(DUAL_READ)
+            && self.sink.samples(&asked)
+            && self.sink.wants(&Candidate {
+                script: &script,
+                text: sql.as_bytes(),
+                arguments: None,
+                after_write: false,
+                temporary: &[],
+                settings_known: true,
+            })
     }
 
     async fn settled(&self) -> ShadowStats {
@@ -331,7 +353,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
     pair.both("create table person (name text, mood mood); insert into person values ('a', 'sad'), ('b', 'glad')")
         .await;
     let path = pair.log_path();
-    let mut shadows = Shadows::start(&pair, &path, ShadowLimits::default()).await;
+    let mut shadows = Shadows::start(&pair, &path, Reads::default()).await;
 
     // Equal.
     for sql in [
@@ -420,7 +442,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
         .await
         .unwrap();
     shadows
-        .check("select a from other.only_by_path", "mismatched: columns")
+        .check("select a from other.only_by_path", "mismatched: type")
         .await;
     shadows.check("select from other.only_by_path", "matched").await;
     pair.secondary
@@ -447,12 +469,12 @@ async fn every_planted_difference_is_found_and_nothing_else() {
         .await;
     assert_eq!(shadows.sink.stats().counts.order_ties, before + 1);
     shadows
-        .check("select id from item limit 5", "not_comparable.limit_without_order")
+        .check("select id from item limit 5", "matched partly.limit_without_order")
         .await;
     shadows
         .check(
             "select array_agg(id) from item",
-            "not_comparable.order_dependent_function",
+            "matched partly.order_dependent_function",
         )
         .await;
 
@@ -576,7 +598,7 @@ async fn every_planted_difference_is_found_and_nothing_else() {
 async fn a_schema_migration_after_the_cut_makes_no_mismatch() {
     let pair = Pair::start().await;
     pair.both("create table t (a int); insert into t values (1)").await;
-    let mut shadows = Shadows::start(&pair, &pair.log_path(), ShadowLimits::default()).await;
+    let mut shadows = Shadows::start(&pair, &pair.log_path(), Reads::default()).await;
     let read = shadows.ask("select * from t", Call::Simple).await;
     pair.both("update t set a = 2").await;
     let rewrites = ["alter table t set unlogged", "alter table t set logged"];
@@ -602,10 +624,11 @@ async fn nobody_waits_for_a_shadow() {
     let mut pair = Pair::start().await;
     pair.both("create table t (a int); insert into t values (1)").await;
     {
-        let limits = ShadowLimits {
-            queue_reads: 2,
-            concurrency: 1,
-            deadline: Duration::from_secs(1),
+        let limits = Reads {
+            shadow_queue: 2,
+            shadow_max_concurrency: 1,
+            shadow_timeout: Duration::from_secs(1),
+            ..Reads::default()
         };
         let nowhere = pair.directory.path().join("no such directory/mismatches.jsonl");
         let mut shadows = Shadows::start(&pair, &nowhere, limits).await;
@@ -630,9 +653,13 @@ async fn nobody_waits_for_a_shadow() {
         assert_eq!(shadows.sink.stats().counts.dropped["too_large"], 1);
 
         // No sampling, no work.
-        shadows.sink.set_percent(0.0);
+        let percent = |shadow_percent| Reads {
+            shadow_percent,
+            ..Reads::default()
+        };
+        shadows.sink.configure(&percent(0.0));
         assert!(!shadows.wants("select * from t") && !shadows.sink.is_on(DUAL_READ));
-        shadows.sink.set_percent(100.0);
+        shadows.sink.configure(&percent(100.0));
         assert!(shadows.sink.is_on(DUAL_READ));
 
         // A log that cannot be written: counted, and reads go on.
@@ -655,7 +682,10 @@ async fn nobody_waits_for_a_shadow() {
     let (sink, _tasks) = pgtandem::shadow::spawn(Shadow {
         database: "shop".into(),
         targets: pair.targets.clone(),
-        percent: 100.0,
+        reads: Reads {
+            shadow_percent: 100.0,
+            ..Reads::default()
+        },
         control: watching,
         cuts: Arc::new(StaticCuts {
             primary: pair.targets.legacy.clone(),
@@ -664,7 +694,6 @@ async fn nobody_waits_for_a_shadow() {
             after_cut: Mutex::default(),
         }),
         log,
-        limits: ShadowLimits::default(),
     });
     sink.offer(ShadowRead {
         control: DUAL_READ,

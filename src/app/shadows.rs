@@ -2,9 +2,11 @@
 //! sessions come by.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use dashmap::DashMap;
 use tokio::sync::{Mutex, watch};
@@ -17,16 +19,20 @@ use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Call, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome, Shadow,
-    ShadowLimits, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Timing, ValueWriter, events, load_or_create_key,
-    spawn,
+    Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome,
+    Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, events,
+    load_or_create_key, spawn,
 };
-use crate::sql::{LexSettings, NotComparable, Script, glance};
+use crate::sql::Script;
 use crate::switchover::Tandem;
 use crate::upstream::control::connect;
 
 pub(super) struct Shadows {
     databases: Arc<DashMap<String, Intake>>,
+    /// Whether proxy.yaml wants any read shadowed.
+    wanted: Arc<AtomicBool>,
+    /// How many times as slow as legacy a statement is on new to be named.
+    slower_ratio: ArcSwap<f64>,
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
     _phases: AbortOnDropHandle<()>,
@@ -53,6 +59,8 @@ impl Shadows {
         let (log, log_writer) = MismatchLog::open(log.chain(), values);
         Ok(Self {
             databases: Arc::default(),
+            wanted: Arc::new(AtomicBool::new(config.reads.shadows_any())),
+            slower_ratio: ArcSwap::from_pointee(config.reads.slower_ratio),
             _log_writer: log_writer,
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
             log,
@@ -106,6 +114,7 @@ impl Shadows {
     pub(super) fn hook(&self) -> Arc<dyn hooks::Shadow> {
         Arc::new(Shown {
             databases: self.databases.clone(),
+            wanted: self.wanted.clone(),
         })
     }
 
@@ -123,11 +132,10 @@ impl Shadows {
                 let (sink, tasks) = spawn(Shadow {
                     database: tandem.name().to_owned(),
                     targets: tandem.targets().clone(),
-                    percent: config.reads.shadow_percent,
+                    reads: config.reads.clone(),
                     control: self.control.clone(),
                     cuts: Arc::new(TandemCuts(Arc::downgrade(tandem))),
                     log: self.log.clone(),
-                    limits: ShadowLimits::default(),
                 });
                 Intake { sink, _tasks: tasks }
             });
@@ -136,8 +144,10 @@ impl Shadows {
 
     /// After a reload.
     pub(super) fn reload(&self, config: &Config) {
+        self.wanted.store(config.reads.shadows_any(), Ordering::Relaxed);
+        self.slower_ratio.store(Arc::new(config.reads.slower_ratio));
         for database in self.databases.iter() {
-            database.sink.set_percent(config.reads.shadow_percent);
+            database.sink.configure(&config.reads);
         }
     }
 
@@ -176,7 +186,7 @@ impl Shadows {
         let databases = self.databases.iter();
         ShadowsAnswer {
             databases: databases
-                .map(|database| (database.key().clone(), database.sink.report(SLOWER)))
+                .map(|database| (database.key().clone(), database.sink.report(**self.slower_ratio.load())))
                 .collect(),
         }
     }
@@ -195,9 +205,6 @@ async fn record_phases(log: MismatchLog, mut control: watch::Receiver<Control>) 
     }
 }
 
-/// How many times as slow as legacy a statement is on new to be named.
-const SLOWER: f64 = 2.0;
-
 /// Each primary's catalog, kept current for the shadow reads.
 pub(super) struct Catalogs(Arc<DashMap<String, Intake>>);
 
@@ -213,48 +220,61 @@ impl Catalogs {
 /// The sessions' view: a read goes to its database's intake.
 struct Shown {
     databases: Arc<DashMap<String, Intake>>,
+    wanted: Arc<AtomicBool>,
 }
 
 impl hooks::Shadow for Shown {
-    fn sampled(&self, database: &str, text: &[u8], values: &[u8]) -> bool {
-        let glance = glance(text, LexSettings::default());
+    fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    fn sampled(&self, asked: &Asked<'_>) -> bool {
+        self.databases
+            .get(asked.database)
+            .is_some_and(|database| database.sink.samples(asked))
+    }
+
+    fn passed_over(&self, database: &str, script: &Script, text: &[u8], why: Outcome) {
+        if let Some(database) = self.databases.get(database) {
+            database.sink.withdraw(script.fingerprint(text), why);
+        }
+    }
+
+    fn may_write(&self, database: &str, text: &[u8]) -> bool {
         self.databases
             .get(database)
-            .is_some_and(|database| database.sink.samples(glance, text, values))
+            .is_none_or(|database| database.sink.read_may_write(text))
     }
 
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
         let sink = self.databases.get(read.database)?.sink.clone();
-        let (parameters, call) = match read.call {
-            hooks::Call::Simple => (&[][..], Call::Simple),
-            hooks::Call::Extended { types, values } => (
-                values,
-                Call::Extended {
-                    parameter_types: Bytes::copy_from_slice(types),
-                    bind: Bytes::copy_from_slice(values),
-                },
-            ),
+        let candidate = Candidate {
+            script: read.script,
+            text: read.text,
+            arguments: read.arguments,
+            after_write: read.after_write,
+            temporary: read.temporary,
+            settings_known: read.settings.is_some(),
         };
-        if !sink.wants(read.control, read.script, read.text, parameters) {
+        if !sink.wants(&candidate) {
             return None;
         }
-        if read.after_write {
-            sink.withdraw(
-                read.script.fingerprint(read.text),
-                Outcome::NotComparable(NotComparable::EarlierWrite),
-            );
-            return None;
-        }
-        let Some(settings) = read.settings else {
-            sink.withdraw(
-                read.script.fingerprint(read.text),
-                Outcome::NotComparable(NotComparable::UnknownSettings),
-            );
-            return None;
+        let settings = read.settings?;
+        let call = match read.call {
+            hooks::Call::Simple => Call::Simple,
+            hooks::Call::Extended { types, values } => Call::Extended {
+                parameter_types: Bytes::copy_from_slice(types),
+                bind: Bytes::copy_from_slice(values),
+            },
+            hooks::Call::Prepared { name, prepare, execute } => Call::Prepared {
+                name: name.to_owned(),
+                prepare: Bytes::copy_from_slice(prepare),
+                execute: Bytes::copy_from_slice(execute),
+            },
         };
         Some(Box::new(Observed {
             sink,
-            read: ShadowRead {
+            read: Some(ShadowRead {
                 control: read.control,
                 login: read.login.clone(),
                 settings: settings.clone(),
@@ -263,7 +283,7 @@ impl hooks::Shadow for Shown {
                 call,
                 digest: DigestBuilder::default().finish(),
                 timing: Timing::default(),
-            },
+            }),
             digest: DigestBuilder::default(),
         }))
     }
@@ -272,8 +292,17 @@ impl hooks::Shadow for Shown {
 /// One answer passing through.
 struct Observed {
     sink: ShadowSink,
-    read: ShadowRead,
+    /// Taken when it is known what becomes of it.
+    read: Option<ShadowRead>,
     digest: DigestBuilder,
+}
+
+impl Observed {
+    fn withdraw(&mut self, why: Outcome) {
+        if let Some(read) = self.read.take() {
+            self.sink.withdraw(read.script.fingerprint(&read.text), why);
+        }
+    }
 }
 
 impl Observer for Observed {
@@ -290,9 +319,21 @@ impl Observer for Observed {
     }
 
     fn complete(mut self: Box<Self>, timing: Timing) {
-        self.read.digest = self.digest.finish();
-        self.read.timing = timing;
-        self.sink.offer(self.read);
+        if let Some(mut read) = self.read.take() {
+            read.digest = self.digest.finish();
+            read.timing = timing;
+            self.sink.offer(read);
+        }
+    }
+
+    fn give_up(mut self: Box<Self>, why: Outcome) {
+        self.withdraw(why);
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        self.withdraw(Outcome::Skipped(Skipped::CutOff));
     }
 }
 

@@ -48,6 +48,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
         since,
         by: actor(),
         verifications: arguments.verifications,
+        slower_ratio: config.reads.slower_ratio,
     };
     let report = gather(&config.mismatch_log, &pairs(&config, None).await?, proxy, &wanted).await?;
     if arguments.json && arguments.output.is_none() {

@@ -5,6 +5,7 @@
 
 mod mismatch_log;
 mod raw;
+mod reads;
 mod target;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
+pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
 pub use target::{Secret, SslMode, Target};
 
 use crate::control::{Phase, Side};
@@ -190,12 +192,6 @@ pub struct Journal {
 pub enum WhenFull {
     Block,
     StopMirroring,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Reads {
-    /// 0 to 100.
-    pub shadow_percent: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

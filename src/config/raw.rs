@@ -12,9 +12,10 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
 use super::mismatch_log::RawMismatchLog;
+use super::reads::RawReads;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    MaxRate, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
+    MaxRate, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -172,9 +173,7 @@ impl RawConfig {
                     RawWhenFull::StopMirroring => WhenFull::StopMirroring,
                 },
             },
-            reads: Reads {
-                shadow_percent: self.reads.shadow_percent.0,
-            },
+            reads: self.reads.check()?,
             mismatch_log: self.mismatch_log.check(path)?,
             switchover: Switchover {
                 drain_timeout: self.switchover.drain_timeout.0,
@@ -437,22 +436,6 @@ enum RawWhenFull {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct RawReads {
-    shadow_percent: Percent,
-    canary_percent: Percent,
-}
-
-impl Default for RawReads {
-    fn default() -> Self {
-        Self {
-            shadow_percent: Percent(10.0),
-            canary_percent: Percent(0.0),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
 struct RawSwitchover {
     drain_timeout: Seconds,
 }
@@ -614,7 +597,7 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-struct Percent(f64);
+pub(super) struct Percent(pub(super) f64);
 
 impl<'de> Deserialize<'de> for Percent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -156,10 +156,10 @@ pub struct Wanted {
     pub by: String,
     /// Files of `verify --report`.
     pub verifications: Vec<std::path::PathBuf>,
+    /// How many times as slow as legacy a statement is on new to be named
+    /// (`reads.slower_ratio`).
+    pub slower_ratio: f64,
 }
-
-/// How many times as slow as legacy a statement is on new to be named.
-const SLOWER: f64 = 2.0;
 
 /// Reads everything and puts it together.
 ///
@@ -178,7 +178,7 @@ pub async fn gather(
     let mut databases = Vec::new();
     for name in tale.databases(pairs.keys()) {
         let targets = pairs.get(&name);
-        databases.push(database(&tale, name, targets, wanted.since).await);
+        databases.push(database(&tale, name, targets, wanted).await);
     }
     let verifications = wanted
         .verifications
@@ -227,8 +227,9 @@ fn rfc3339(time: OffsetDateTime) -> String {
         .unwrap_or_default()
 }
 
-async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, since: Option<OffsetDateTime>) -> Database {
-    let reads = tale.reads(&name, SLOWER);
+async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, wanted: &Wanted) -> Database {
+    let since = wanted.since;
+    let reads = tale.reads(&name, wanted.slower_ratio);
     let found: Vec<Mismatch> = tale.mismatches_of(&name).cloned().collect();
     let (rate, rates) = rates(&reads, &found);
     let mut kinds: BTreeMap<&'static str, u64> = BTreeMap::new();

@@ -1,5 +1,5 @@
 //! What a session does while replies must be looked at one by one: DDL in mirroring phases, and
-//! reads that are shown to the shadow.
+//! (in `observe`) reads that are shown to the shadow.
 //!
 //! DDL is followed, in its own transaction, by the hook that records it; the client hears that the
 //! statement succeeded only when the hook has, and hears the hook's error instead if it has not.
@@ -10,20 +10,14 @@
 //! - Outside transactions (CREATE INDEX CONCURRENTLY): it runs as it came; after its ReadyForQuery
 //!   the hook runs by itself, and its ReadyForQuery is the one that the client gets.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
-use tokio::time::Instant;
-
-use super::hooks::{Call, Observer, Read};
-use super::known::Portal;
+use super::observe::Observation;
 use super::outbox::Gather;
 use super::relay::Session;
-use super::sniff::Sniff;
-use crate::shadow::Timing;
-use crate::sql::{Class, DdlKind, Discard, Reset, Script};
-use crate::wire::backend::{Status, shift_position};
+use crate::sql::{Class, DdlKind, Script};
+use crate::wire::backend::shift_position;
 use crate::wire::tracker::{Mark, Owner, Request, Tracker};
 use crate::wire::{frontend, put_frame};
 
@@ -36,7 +30,9 @@ pub(super) struct Attention {
     held: Vec<u8>,
     pub steps: Option<Box<Steps>>,
     pub outside: Option<Outside>,
-    observation: Option<Observation>,
+    pub observation: Option<Observation>,
+    /// Of portals of which a part was fetched, by their names.
+    pub suspended: HashMap<Box<[u8]>, Observation>,
 }
 
 /// A Query that is run statement by statement.
@@ -109,14 +105,6 @@ impl Outside {
     }
 }
 
-struct Observation {
-    observer: Box<dyn Observer>,
-    begun: Instant,
-    first_row: Option<Duration>,
-    /// The frame that is passing is one of the answer's.
-    in_frame: bool,
-}
-
 impl Attention {
     /// Something of this is not over yet.
     pub(super) const fn busy(&self) -> bool {
@@ -144,14 +132,8 @@ impl Attention {
 
     /// More of the frame that is passing.
     pub(super) fn piece(&mut self, bytes: &[u8], last: bool) {
-        if let Some(observation) = &mut self.observation
-            && observation.in_frame
-        {
-            observation.observer.piece(bytes);
-            if last {
-                observation.observer.end();
-                observation.in_frame = false;
-            }
+        if let Some(observation) = &mut self.observation {
+            observation.piece(bytes, last);
         }
     }
 }
@@ -160,7 +142,12 @@ impl Session {
     /// Looks at a server's frame; returns whether the client gets it.
     pub(super) fn attend(&mut self, kind: u8, body: &[u8], whole: bool, gather: &mut Gather<'_>) -> bool {
         let reply = self.tracker.received(kind, body);
-        let Some(awaited) = reply.to else { return true };
+        let Some(awaited) = reply.to else {
+            if kind == b'N' && self.tracker.front().is_some_and(|front| front.mark == Mark::Observed) {
+                self.observe_frame(kind, body, whole, false);
+            }
+            return true;
+        };
         if awaited.mark == Mark::Observed {
             self.observe_frame(kind, body, whole, reply.terminal);
         }
@@ -352,198 +339,5 @@ impl Session {
         for kind in *b"CPBECC" {
             self.tracker.note(kind, Owner::Hook, Mark::None);
         }
-    }
-
-    /// Takes note of a Query that passes; marks it where its answer is observed.
-    pub(super) fn observe_query(&mut self, text: &[u8], sniff: Sniff) -> Mark {
-        if self.context.hooks.shadow.is_none() {
-            return Mark::None;
-        }
-        if sniff.setting {
-            self.note_setting(text);
-        }
-        // Behind other requests the answer's beginning could not be told.
-        let alone = self.tracker.answered() && self.tracker.at_sync();
-        let mark = if alone {
-            self.observe(text, None, sniff)
-        } else {
-            Mark::None
-        };
-        self.shadowing.wrote |= sniff.write;
-        mark
-    }
-
-    pub(super) fn observe_execute(&mut self, portal: &Portal) -> Mark {
-        if self.context.hooks.shadow.is_none() {
-            return Mark::None;
-        }
-        let known = &portal.statement;
-        if known.sniff.setting {
-            self.note_setting(&known.text);
-        }
-        let mark = self.observe(&known.text, Some(portal), known.sniff);
-        self.shadowing.wrote |= known.sniff.write;
-        mark
-    }
-
-    fn observe(&mut self, text: &[u8], portal: Option<&Portal>, sniff: Sniff) -> Mark {
-        let Some(shadow) = &self.context.hooks.shadow else {
-            return Mark::None;
-        };
-        if !self.control.phase.shadows() {
-            return Mark::None;
-        }
-        let values = portal.and_then(|portal| portal.values.as_deref()).unwrap_or_default();
-        let in_batch = std::mem::replace(&mut self.shadowing.executed, portal.is_some());
-        let busy = self
-            .attention
-            .as_ref()
-            .is_some_and(|attention| attention.observation.is_some());
-        if busy || sniff.write {
-            return Mark::None;
-        }
-        let sampled = match portal {
-            None => shadow.sampled(&self.pair.name, text, &[]),
-            Some(portal) => portal.values.is_some(),
-        };
-        if !sampled {
-            return Mark::None;
-        }
-        let script = self.context.hooks.statements.get_as(text, self.lex);
-        let is_read = script
-            .single()
-            .is_some_and(|statement| matches!(statement.class, Class::Read(_)));
-        if !is_read {
-            return Mark::None;
-        }
-        let read = Read {
-            control: self.control,
-            login: &self.login,
-            database: &self.pair.name,
-            text,
-            script: &script,
-            call: portal.map_or(Call::Simple, |portal| Call::Extended {
-                types: &portal.statement.types,
-                values,
-            }),
-            in_transaction: self.tracker.status() != Status::Idle || in_batch,
-            after_write: self.shadowing.wrote,
-            settings: self.shadowing.settings.as_ref(),
-        };
-        let Some(observer) = shadow.observe(&read) else {
-            return Mark::None;
-        };
-        self.attention().observation = Some(Observation {
-            observer,
-            begun: Instant::now(),
-            first_row: None,
-            in_frame: false,
-        });
-        Mark::Observed
-    }
-
-    fn observe_frame(&mut self, kind: u8, body: &[u8], whole: bool, terminal: bool) {
-        let Some(attention) = &mut self.attention else { return };
-        let Some(observation) = &mut attention.observation else {
-            return;
-        };
-        if matches!(kind, b'D' | b'd') && observation.first_row.is_none() {
-            observation.first_row = Some(observation.begun.elapsed());
-        }
-        if kind != b'Z' {
-            observation.observer.begin(kind);
-            observation.observer.piece(body);
-            if whole {
-                observation.observer.end();
-            } else {
-                observation.in_frame = true;
-            }
-        }
-        if terminal && let Some(observation) = attention.observation.take() {
-            let timing = Timing {
-                first_row: observation.first_row,
-                total: observation.begun.elapsed(),
-            };
-            observation.observer.complete(timing);
-        }
-    }
-
-    /// Keeps the list of statements that bring another connection to this session's settings.
-    fn note_setting(&mut self, text: &[u8]) {
-        let script = self.context.hooks.statements.get_as(text, self.lex);
-        let changes = crate::sql::setting_changes(text, &script);
-        let in_transaction = self.tracker.status() != Status::Idle;
-        let single = script.single().map(|statement| &statement.class);
-        match single {
-            Some(Class::Reset(Reset::All) | Class::Discard(Discard::All)) if !in_transaction => {
-                self.shadowing.setting = Some(Change::Reset);
-            }
-            Some(Class::Set(set)) if set.local => {}
-            Some(Class::Set(_) | Class::Reset(_)) if !in_transaction => {
-                self.shadowing.setting = Some(Change::Add(Bytes::copy_from_slice(text)));
-            }
-            Some(Class::Discard(_)) => {}
-            _ if !changes.is_empty() && changes.iter().all(|change| change.local) => {}
-            // In a transaction it may be undone; by a function, or among others, it is not known.
-            Some(Class::Set(_) | Class::Reset(_)) => self.shadowing.settings = None,
-            _ if changes.is_empty() && !text.to_ascii_lowercase().windows(10).any(|word| word == b"set_config") => {}
-            _ => self.shadowing.settings = None,
-        }
-    }
-}
-
-/// What shadow reads need to know of a session.
-pub(super) struct Shadowing {
-    /// `None`: not known in full.
-    pub settings: Option<Arc<[Bytes]>>,
-    /// What the statement that is running does to them if it succeeds.
-    pub setting: Option<Change>,
-    /// Something that may write ran in the open transaction.
-    pub wrote: bool,
-    /// A statement ran before in the same batch or transaction.
-    pub executed: bool,
-}
-
-impl Default for Shadowing {
-    fn default() -> Self {
-        Self {
-            settings: Some(Arc::new([])),
-            setting: None,
-            wrote: false,
-            executed: false,
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(super) enum Change {
-    Add(Bytes),
-    Reset,
-}
-
-/// SETs remembered of one session; more and its settings count as not known.
-const SETTINGS_MAX: usize = 64;
-
-impl Shadowing {
-    /// The transaction is over.
-    pub(super) fn transaction_over(&mut self) {
-        self.wrote = false;
-        self.executed = false;
-        match self.setting.take() {
-            Some(Change::Reset) => self.settings = Some(Arc::new([])),
-            Some(Change::Add(text)) => {
-                self.settings = self.settings.take().and_then(|settings| {
-                    let others = settings.iter().filter(|other| **other != text);
-                    let list: Vec<Bytes> = others.cloned().chain([text.clone()]).collect();
-                    (list.len() <= SETTINGS_MAX).then(|| list.into())
-                });
-            }
-            None => {}
-        }
-    }
-
-    /// The server gave an error: what was to be set is not.
-    pub(super) fn failed(&mut self) {
-        self.setting = None;
     }
 }

@@ -491,7 +491,7 @@ fn prepare_statement(prepared: &Prepared, lex: LexSettings) -> Option<&[u8]> {
     let statement = script
         .statements
         .iter()
-        .rfind(|statement| matches!(&statement.class, Class::Prepare(prepares) if *prepares == name))?;
+        .rfind(|statement| matches!(&statement.class, Class::Prepare(prepares) if prepares.name == name))?;
     Some(&prepared.text[statement.span.clone()])
 }
 

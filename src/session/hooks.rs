@@ -10,8 +10,9 @@ use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 
 use crate::control::Control;
-use crate::shadow::Timing;
-use crate::sql::{Script, StatementCache};
+pub use crate::shadow::Asked;
+use crate::shadow::{Outcome, Timing};
+use crate::sql::{ReadFacts, Script, StatementCache};
 use crate::upstream::Login;
 
 /// All hooks. `Default` has none.
@@ -88,15 +89,25 @@ pub type Applied = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 /// Where reads are shown to.
 pub trait Shadow: Send + Sync {
-    /// Whether a read with this text and these bound values is in the sample. Asked for every
-    /// statement in shadowing phases, before anything is analyzed.
-    fn sampled(&self, database: &str, text: &[u8], values: &[u8]) -> bool;
+    /// Whether any read of any database is wanted now. Asked for every statement: one load.
+    fn wanted(&self) -> bool;
 
-    /// Asked before a read is sent. `None`: not wanted. Must be quick, and never waits.
+    /// Whether what begins like a read is in the sample. Asked in shadowing phases before anything
+    /// is analyzed.
+    fn sampled(&self, asked: &Asked<'_>) -> bool;
+
+    /// Asked before a read of the sample is sent. `None`: it cannot be compared. Must be quick, and
+    /// never waits.
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>>;
+
+    /// A read of the sample cannot even be shown.
+    fn passed_over(&self, database: &str, script: &Script, text: &[u8], why: Outcome);
+
+    /// Whether a read may write all the same, by a volatile function. What is no read may.
+    fn may_write(&self, database: &str, text: &[u8]) -> bool;
 }
 
-/// A read about to be sent to the primary: a text of exactly one statement, of class Read.
+/// A read about to be sent to the primary, as it is to be repeated.
 #[derive(Debug, Clone, Copy)]
 pub struct Read<'a> {
     pub control: Control,
@@ -106,6 +117,10 @@ pub struct Read<'a> {
     pub text: &'a [u8],
     pub script: &'a Arc<Script>,
     pub call: Call<'a>,
+    /// What the arguments of an EXECUTE use.
+    pub arguments: Option<&'a ReadFacts>,
+    /// Temporary relations that the session made.
+    pub temporary: &'a [String],
     /// Inside BEGIN … COMMIT, or behind other statements of a pipeline without Sync.
     pub in_transaction: bool,
     /// Something that may write ran before it in the same transaction.
@@ -124,10 +139,16 @@ pub enum Call<'a> {
         types: &'a [u8],
         values: &'a [u8],
     },
+    /// SQL's EXECUTE of a statement; the read's text is that statement.
+    Prepared {
+        name: &'a str,
+        prepare: &'a [u8],
+        execute: &'a [u8],
+    },
 }
 
-/// Sees the primary's answer, in any pieces. Dropped without `complete` where the answer was cut
-/// off.
+/// Sees the primary's answer, in any pieces. Dropped where the answer was cut off. A frame
+/// PortalSuspended says that so far only a part has been fetched.
 pub trait Observer {
     /// A frame begins: RowDescription, DataRow, CommandComplete, ErrorResponse, ….
     fn begin(&mut self, kind: u8);
@@ -137,4 +158,6 @@ pub trait Observer {
     fn end(&mut self);
     /// The answer is complete.
     fn complete(self: Box<Self>, timing: Timing);
+    /// It turns out that it cannot be compared.
+    fn give_up(self: Box<Self>, why: Outcome);
 }

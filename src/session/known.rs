@@ -91,7 +91,7 @@ impl Statements {
 
     /// Takes note of a Bind. `all`: of every statement's, not only of what may be DDL; `sampled`
     /// says whether its values are kept.
-    pub(super) fn bound(&mut self, body: &[u8], all: bool, sampled: impl FnOnce(&[u8], &[u8]) -> bool) {
+    pub(super) fn bound(&mut self, body: &[u8], all: bool, sampled: impl FnOnce(&Known, &[u8]) -> bool) {
         let Some(bind) = Bind::read(body) else { return };
         let statement = if bind.statement.is_empty() {
             self.unnamed_known.clone()
@@ -100,7 +100,7 @@ impl Statements {
         };
         let statement = statement.filter(|statement| all || statement.sniff.ddl);
         let portal = statement.map(|statement| Portal {
-            values: sampled(&statement.text, bind.values).then(|| bind.values.into()),
+            values: sampled(&statement, bind.values).then(|| bind.values.into()),
             statement,
         });
         if bind.portal.is_empty() {

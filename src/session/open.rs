@@ -4,10 +4,10 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::attention::Shadowing;
 use super::auth::Authenticated;
 use super::context::Context;
 use super::known::Statements;
+use super::observe::Shadowing;
 use super::registry::{BackendKey, Registered, State};
 use super::relay::{Direction, Session};
 use super::reported::Reported;

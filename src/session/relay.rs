@@ -19,10 +19,11 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
 use super::acknowledge::Acknowledging;
-use super::attention::{Attention, Shadowing};
+use super::attention::Attention;
 use super::carry::Standby;
 use super::context::Context;
 use super::known::Statements;
+use super::observe::{Observation, Shadowing};
 use super::open::refuse_own_role;
 use super::orders::Opening;
 use super::outbox::{Gather, Outbox};
@@ -326,7 +327,9 @@ impl Session {
             if attention.busy() {
                 return;
             }
-            self.attention = None;
+            if let Some(attention) = self.attention.take() {
+                attention.suspended.into_values().for_each(Observation::complete);
+            }
         }
         self.statements.transaction_over();
         if self.context.hooks.shadow.is_some() {

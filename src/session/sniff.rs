@@ -8,13 +8,30 @@ pub(super) struct Sniff {
     pub ddl: bool,
     /// Something that sets a setting of the session.
     pub setting: bool,
-    /// Something that writes rows, as far as its first word tells.
+    /// Something that writes rows, as far as its words tell.
     pub write: bool,
+    /// What a shadow may have to do with it.
+    pub word: Word,
 }
 
-/// First words of statements that write no rows (but for functions called in them).
+/// The kinds of statements that shadow reads look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Word {
+    /// SELECT, WITH, VALUES, TABLE, also in parentheses.
+    Read,
+    Copy,
+    /// DECLARE, FETCH, MOVE, CLOSE.
+    Cursor,
+    /// PREPARE, EXECUTE, DEALLOCATE, DISCARD.
+    Prepared,
+    Other,
+}
+
+/// First words of statements that write no rows (but for functions called in them, and DML inside
+/// WITH).
 const ROWLESS: &[&[u8]] = &[
     b"select",
+    b"with",
     b"values",
     b"table",
     b"begin",
@@ -71,6 +88,9 @@ const HARMLESS: &[&[u8]] = &[
     b"discard",
 ];
 
+/// What writes inside WITH.
+const DML: &[&[u8]] = &[b"insert", b"update", b"delete", b"merge"];
+
 pub(super) fn sniff(text: &[u8]) -> Sniff {
     let text = skip_space(text);
     let word = &text[..text.iter().take_while(|byte| byte.is_ascii_alphabetic()).count()];
@@ -83,10 +103,27 @@ pub(super) fn sniff(text: &[u8]) -> Sniff {
     let harmless = single
         && (text.is_empty() || HARMLESS.iter().any(|harmless| is(harmless)))
         && !((is(b"select") || is(b"with")) && contains(text, b"into"));
+    let inside = &text[text.iter().take_while(|byte| **byte == b'(').count()..];
+    let first = &inside[..inside.iter().take_while(|byte| byte.is_ascii_alphabetic()).count()];
+    let first_is = |words: &[&[u8]]| words.iter().any(|wanted| first.eq_ignore_ascii_case(wanted));
+    let word = if first_is(&[b"select", b"with", b"values", b"table"]) {
+        Word::Read
+    } else if first_is(&[b"copy"]) {
+        Word::Copy
+    } else if first_is(&[b"declare", b"fetch", b"move", b"close"]) {
+        Word::Cursor
+    } else if first_is(&[b"prepare", b"execute", b"deallocate", b"discard"]) {
+        Word::Prepared
+    } else {
+        Word::Other
+    };
+    let rowless = text.is_empty() || ROWLESS.iter().any(|rowless| is(rowless)) || word == Word::Read;
+    let dml = || (first_is(&[b"with"]) || inside.len() < text.len()) && DML.iter().any(|word| contains(text, word));
     Sniff {
         ddl: !harmless,
         setting: !single || is(b"set") || is(b"reset") || is(b"discard") || contains(text, b"set_config"),
-        write: !harmless || !(text.is_empty() || ROWLESS.iter().any(|rowless| is(rowless))),
+        write: !(harmless || single && word == Word::Read && !contains(text, b"into")) || !rowless || dml(),
+        word,
     }
 }
 
@@ -156,7 +193,20 @@ mod tests {
             ("explain analyze create table t as select 1", true, false, true),
             ("select 1; create table t()", true, true, true),
             ("select ';x'", true, true, true),
-            ("(select 1)", true, false, true),
+            ("(select 1)", true, false, false),
+            ("with x as (select 1) select * from x", false, false, false),
+            (
+                "with x as (delete from t returning 1) select * from x",
+                false,
+                false,
+                true,
+            ),
+            (
+                "(with x as (delete from t returning 1) select * from x)",
+                true,
+                false,
+                true,
+            ),
             ("set work_mem = 1", false, true, false),
             ("select SET_CONFIG('a.b', '1', false)", false, true, false),
             ("begin", false, false, false),
@@ -165,7 +215,23 @@ mod tests {
             ("/* never closed", false, false, false),
             ("-- nothing", false, false, false),
         ] {
-            assert_eq!(sniff(text.as_bytes()), Sniff { ddl, setting, write }, "{text}");
+            let found = sniff(text.as_bytes());
+            assert_eq!((found.ddl, found.setting, found.write), (ddl, setting, write), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_that_shadows_look_at() {
+        for (text, word) in [
+            ("select 1", Word::Read),
+            ("((values (1)))", Word::Read),
+            ("COPY t to stdout", Word::Copy),
+            ("fetch 1 from c", Word::Cursor),
+            ("execute p", Word::Prepared),
+            ("insert into t values (1)", Word::Other),
+            ("", Word::Other),
+        ] {
+            assert_eq!(sniff(text.as_bytes()).word, word, "{text}");
         }
     }
 

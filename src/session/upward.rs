@@ -9,7 +9,7 @@ use super::relay::{End, Session};
 use super::sniff::{Sniff, sniff};
 use crate::sql::{Class, DdlKind};
 use crate::wire::frame::{HEADER_LEN, Header};
-use crate::wire::frontend;
+use crate::wire::frontend::{self, Bind, Named};
 use crate::wire::tracker::{Mark, Owner};
 
 /// A Query or Parse larger than this passes without being understood. DDL of this size is found by
@@ -102,11 +102,9 @@ impl Session {
             b'Q' | b'P' => header.total <= UNDERSTOOD_MAX,
             b'B' | b'E' => {
                 header.total <= UNDERSTOOD_MAX
-                    && (self.statements.may_be_ddl()
-                        || self.control.phase.shadows()
-                        || self.acknowledges_both().is_some())
+                    && (self.statements.may_be_ddl() || self.shadow_wanted() || self.acknowledges_both().is_some())
             }
-            b'C' => self.statements.any(),
+            b'C' => self.statements.any() || self.has_suspended(),
             // Something is put behind them.
             b'c' | b'f' => self.attention.is_some(),
             _ => false,
@@ -156,16 +154,14 @@ impl Session {
                 Plan::Pass(Mark::None)
             }
             b'B' => {
-                let shadow = self.context.hooks.shadow.as_ref();
-                let shadow = shadow.filter(|_| self.control.phase.shadows());
-                let database = &self.pair.name;
-                let all = shadow.is_some() || self.acknowledges_both().is_some();
-                self.statements.bound(body, all, |text, values| {
-                    shadow.is_some_and(|shadow| shadow.sampled(database, text, values))
-                });
+                self.finish_portal(Bind::read(body).map(|bind| bind.portal));
+                self.note_bind(body);
                 Plan::Pass(Mark::None)
             }
             b'C' => {
+                if let Some(Named::Portal(name)) = Named::read(body) {
+                    self.finish_portal(Some(name));
+                }
                 self.statements.closed(body);
                 Plan::Pass(Mark::None)
             }
@@ -193,6 +189,7 @@ impl Session {
             self.attention().outside = Some(Outside::after_query(text));
             return Plan::Pass(Mark::Withheld);
         }
+        self.note_temporary(&script);
         let mut classes = script.statements.iter().map(|statement| &statement.class);
         if classes.clone().any(is(DdlKind::Outside)) {
             // Among other statements the server refuses it by itself.
@@ -223,6 +220,7 @@ impl Session {
         let known = &portal.statement;
         if self.mirrors_ddl(known.sniff) {
             let script = self.context.hooks.statements.get_as(&known.text, self.lex);
+            self.note_temporary(&script);
             if let Some(statement) = script.single()
                 && let Class::Ddl(ddl) = &statement.class
             {
@@ -237,7 +235,8 @@ impl Session {
                 }
             }
         }
-        Plan::Pass(self.observe_execute(&portal))
+        let name = frontend::execute_portal(body).unwrap_or_default();
+        Plan::Pass(self.observe_execute(&portal, name))
     }
 
     /// A database that the proxy itself is connected to could not be dropped.

@@ -1,7 +1,8 @@
 //! What the shadow reads know of the two catalogs, read by the proxy's own role and kept current.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
@@ -11,7 +12,7 @@ use tokio_postgres::Client;
 use super::digest::FIRST_CUSTOM_OID;
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
-use crate::sql::{FUNCTIONS_QUERY, FunctionVolatility, RELATIONS_QUERY};
+use crate::sql::{FUNCTIONS_QUERY, FunctionVolatility, RELATIONS_QUERY, VOLATILE_OTHERS_QUERY};
 use crate::upstream::control::{connect, error_chain};
 
 /// How often the catalogs are read again without being asked to: DDL may come by other ways.
@@ -26,12 +27,24 @@ pub struct Catalog {
     /// The side whose functions these are.
     pub primary: Option<Side>,
     pub functions: FunctionVolatility,
+    /// Which reading of the catalogs this is; 0 for none.
+    pub(super) generation: u64,
+    /// Columns of primary keys, by OID of their table and number.
+    keys: HashSet<(u32, i16)>,
     /// By OID on the primary, the OID of the type of the same name on the secondary.
     types: HashMap<u32, u32>,
 }
 
 const TYPES_QUERY: &str = "select t.oid, n.nspname::text, t.typname::text from pg_catalog.pg_type t \
      join pg_catalog.pg_namespace n on n.oid = t.typnamespace where t.oid >= 16384";
+
+fn next_generation() -> u64 {
+    static GENERATIONS: AtomicU64 = AtomicU64::new(1);
+    GENERATIONS.fetch_add(1, Ordering::Relaxed)
+}
+
+const KEYS_QUERY: &str = "select i.indrelid, k.attnum from pg_catalog.pg_index i, unnest(i.indkey::int2[]) k(attnum) \
+     where i.indisprimary and i.indrelid >= 16384";
 
 impl Catalog {
     /// Reads both catalogs; without the secondary's, no custom type has a counterpart there.
@@ -41,13 +54,26 @@ impl Catalog {
             functions.add_function(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         }
         for row in primary.query(RELATIONS_QUERY, &[]).await? {
-            functions.add_relation(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            if row.try_get(3)? {
+                functions.add_not_mirrored(row.try_get(0)?, row.try_get(1)?);
+            } else {
+                functions.add_relation(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            }
+        }
+        for row in primary.query(VOLATILE_OTHERS_QUERY, &[]).await? {
+            functions.add_volatile(row.try_get(0)?, row.try_get(1)?);
+        }
+        let mut keys = HashSet::new();
+        for row in primary.query(KEYS_QUERY, &[]).await? {
+            keys.insert((row.try_get(0)?, row.try_get(1)?));
         }
         let mut types = HashMap::new();
         let Some(secondary) = secondary else {
             return Ok(Self {
                 primary: Some(side),
                 functions,
+                generation: next_generation(),
+                keys,
                 types,
             });
         };
@@ -63,8 +89,27 @@ impl Catalog {
         Ok(Self {
             primary: Some(side),
             functions,
+            generation: next_generation(),
+            keys,
             types,
         })
+    }
+
+    /// Whether an output column is one of its table's primary key.
+    pub(super) fn is_key(&self, origin: (u32, i16)) -> bool {
+        self.keys.contains(&origin)
+    }
+
+    /// Whether the secondary's type is the primary's: built-in ones have one OID everywhere, others
+    /// go by their names. Of one that is not known nothing is said but that it is no built-in one.
+    pub(super) fn is_same_type(&self, primary: u32, secondary: u32) -> bool {
+        if primary < FIRST_CUSTOM_OID {
+            return primary == secondary;
+        }
+        match self.types.get(&primary) {
+            Some(&there) => there == secondary,
+            None => secondary >= FIRST_CUSTOM_OID,
+        }
     }
 
     /// Parse's parameter types as the secondary knows them; `None` where it has no such type.
@@ -122,7 +167,7 @@ pub(super) async fn keep_current(
 
 /// What could be read, and what could not. The primary's part is of use by itself: by it commits
 /// are told from reads while the secondary is away.
-async fn read_both(targets: &DatabaseConfig, now: Control) -> (Option<Catalog>, Result<(), String>) {
+pub(super) async fn read_both(targets: &DatabaseConfig, now: Control) -> (Option<Catalog>, Result<(), String>) {
     let connection = |side| connect(targets.target(side), "shadow");
     let primary = match connection(now.primary).await {
         Ok(primary) => primary,

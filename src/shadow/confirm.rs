@@ -10,22 +10,28 @@
 //! what a column is called or how a label is written is always as of now. Where definitions have
 //! changed since the snapshot was taken, a difference says nothing, and another cut has to.
 
+use std::sync::Arc;
+
 use tokio::time::Duration;
 
-use super::compare::{Answer, Difference, Kind, Verdict, compare};
+use super::catalog::{Catalog, read_both};
+use super::compare::{Answer, Comparison, Difference, Kind, Verdict};
 use super::connection::{Connection, ConnectionError};
 use super::digest::Digest;
 use super::log::BothSides;
 use super::read::{Call, ShadowRead};
+use super::rules::ReadRules;
 use super::stats::{Failed, Outcome, Skipped};
 use super::worker::{Worker, is_circumstance};
-use crate::sql::{LexSettings, NotComparable, ReadFacts, widen_limit};
+use crate::sql::{LexSettings, NotComparable, ReadFacts, Widened, widen_limit};
 
 pub(super) enum Confirmed {
     Is(Outcome),
     Mismatch {
         round: u64,
+        /// Of the answer, and the places of those that belong to a table's key.
         columns: Vec<String>,
+        keys: Vec<usize>,
         found: Difference,
         sides: Box<BothSides<Digest>>,
     },
@@ -37,6 +43,8 @@ pub(super) enum Confirmed {
 struct Asked<'a> {
     text: &'a [u8],
     facts: &'a ReadFacts,
+    /// 0 for all.
+    first_rows: u64,
     ours: Answer,
     theirs: Answer,
 }
@@ -65,6 +73,7 @@ pub(super) async fn confirm(
     worker: &Worker,
     read: &ShadowRead,
     facts: &ReadFacts,
+    rules: &ReadRules,
     secondary_call: &Call,
 ) -> Result<Confirmed, ConnectionError> {
     let primary_key = worker.key(read, read.control.primary);
@@ -95,22 +104,25 @@ pub(super) async fn confirm(
         .await
         .unwrap_or(Err(ConnectionError::Deadline))?;
     drop(held);
-    let (defined, _) = patiently(worker, primary.digest(DEFINITIONS, &Call::Simple)).await?;
+    let (defined, _) = patiently(worker, primary.digest(DEFINITIONS, &Call::Simple, 0)).await?;
 
+    let first_rows = read.first_rows();
     let answers = async {
         tokio::try_join!(
-            primary.answer(&read.text, &read.call),
-            secondary.answer(&read.text, secondary_call)
+            primary.answer(&read.text, &read.call, first_rows),
+            secondary.answer(&read.text, secondary_call, first_rows)
         )
     };
-    let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
+    let (ours, theirs) = patiently(worker, answers).await?;
     let mut asked = Asked {
         text: &read.text,
         facts,
+        first_rows,
         ours,
         theirs,
     };
     let (ours, theirs) = (&asked.ours, &asked.theirs);
+    let mut catalog = worker.catalog.load_full();
     let mut verdict = match [ours, theirs].map(|answer| answer.digest.sqlstate()) {
         [Some("57014"), _] | [_, Some("57014")] => return Ok(Confirmed::Is(Outcome::Failed(Failed::Timeout))),
         [Some(code), _] | [_, Some(code)]
@@ -118,36 +130,62 @@ pub(super) async fn confirm(
         {
             return Ok(Confirmed::Is(Outcome::Failed(Failed::Connection)));
         }
-        _ => compare(facts, ours, theirs),
+        _ => {
+            let mut verdict = comparison(rules, &catalog, facts, false).compare(ours, theirs);
+            if matches!(&verdict, Verdict::Different(found) if found.kind == Kind::Type) {
+                // Types of one name may have been made anew since the catalogs were read.
+                if let (Some(now), _) = read_both(&worker.targets, read.control).await {
+                    worker.catalog.store(Arc::new(now));
+                }
+                catalog = worker.catalog.load_full();
+                verdict = comparison(rules, &catalog, facts, false).compare(ours, theirs);
+            }
+            verdict
+        }
     };
     // Which rows a LIMIT lets through may be left open, but not which rows there are.
     let perhaps_open = match &verdict {
         Verdict::Open(NotComparable::LimitWithoutOrder) => true,
-        Verdict::Different(found) => facts.limited && found.kind == Kind::Value,
-        Verdict::Open(_) | Verdict::Equal | Verdict::OrderTies => false,
+        Verdict::Different(_) => facts.limited && ours.digest.rows == theirs.digest.rows,
+        Verdict::Open(_) | Verdict::Equal | Verdict::OrderTies | Verdict::Tolerated | Verdict::TooMany => false,
     };
     // The session's lexical settings are not known here; they only matter to backslashes.
-    let widened = (perhaps_open && !read.text.contains(&b'\\'))
-        .then(|| widen_limit(&read.text, LexSettings::default(), WIDENED_ROWS + 1))
-        .flatten();
+    let widened = match &read.call {
+        _ if !perhaps_open => None,
+        // Of what a cursor would have given besides.
+        _ if first_rows > 0 => crate::sql::single_read(&read.script).ok().map(|facts| Widened {
+            text: read.text.to_vec(),
+            facts: Arc::new(facts.clone()),
+        }),
+        Call::Prepared { .. } => None,
+        _ if read.text.contains(&b'\\') => None,
+        _ => widen_limit(&read.text, LexSettings::default(), WIDENED_ROWS + 1),
+    };
     if let Some(widened) = &widened {
+        let rows = match first_rows {
+            0 => 0,
+            _ => u64::from(WIDENED_ROWS) + 1,
+        };
         let answers = async {
             tokio::try_join!(
-                primary.answer(&widened.text, &read.call),
-                secondary.answer(&widened.text, secondary_call)
+                primary.answer(&widened.text, &read.call, rows),
+                secondary.answer(&widened.text, secondary_call, rows)
             )
         };
-        let ((ours, _), (theirs, _)) = patiently(worker, answers).await?;
+        let (ours, theirs) = patiently(worker, answers).await?;
         let all_there =
             |answer: &Answer| answer.digest.sqlstate.is_none() && answer.digest.rows <= u64::from(WIDENED_ROWS);
         if all_there(&ours) && all_there(&theirs) {
-            verdict = match compare(&widened.facts, &ours, &theirs) {
-                Verdict::Equal | Verdict::OrderTies => Verdict::Open(NotComparable::LimitWithoutOrder),
+            verdict = match comparison(rules, &catalog, &widened.facts, false).compare(&ours, &theirs) {
+                Verdict::Equal | Verdict::OrderTies | Verdict::Tolerated => {
+                    Verdict::Open(NotComparable::LimitWithoutOrder)
+                }
                 open_or_different => open_or_different,
             };
             asked = Asked {
                 text: &widened.text,
                 facts: &widened.facts,
+                first_rows: rows,
                 ours,
                 theirs,
             };
@@ -156,29 +194,34 @@ pub(super) async fn confirm(
     let confirmed = match verdict {
         Verdict::Equal => Confirmed::Is(Outcome::Transient),
         Verdict::OrderTies => Confirmed::Is(Outcome::OrderTies),
-        Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
+        Verdict::Tolerated => Confirmed::Is(Outcome::Tolerated),
+        Verdict::Open(reason) => Confirmed::Is(Outcome::Partly(reason)),
+        Verdict::TooMany => Confirmed::Is(Outcome::NotComparable(NotComparable::TooManyRows)),
         Verdict::Different(found) => {
-            let (second, _) = patiently(worker, again.answer(asked.text, &read.call)).await?;
+            let second = patiently(worker, again.answer(asked.text, &read.call, asked.first_rows)).await?;
             // Asked after the answers, outside of the snapshot.
             end(worker, &mut again).await?;
-            let (now, _) = patiently(worker, again.digest(DEFINITIONS, &Call::Simple)).await?;
-            let noise = compare(asked.facts, &asked.ours, &second);
+            let (now, _) = patiently(worker, again.digest(DEFINITIONS, &Call::Simple, 0)).await?;
+            let noise = comparison(rules, &catalog, asked.facts, true).compare(&asked.ours, &second);
             if now == defined {
                 worker.asked_twice(read, !matches!(noise, Verdict::Different(_)));
             }
             match noise {
                 _ if now != defined => Confirmed::Again,
-                Verdict::Equal | Verdict::OrderTies => Confirmed::Mismatch {
+                Verdict::Equal | Verdict::OrderTies | Verdict::Tolerated => Confirmed::Mismatch {
                     round,
                     columns: names(&asked.ours, &asked.theirs),
+                    keys: key_places(&worker.catalog.load(), &asked.ours),
                     found,
                     sides: Box::new(BothSides {
                         primary: asked.ours.digest,
                         secondary: asked.theirs.digest,
                     }),
                 },
-                Verdict::Open(reason) => Confirmed::Is(Outcome::NotComparable(reason)),
-                Verdict::Different(_) => Confirmed::Is(Outcome::NotComparable(NotComparable::NonDeterministic)),
+                Verdict::Open(reason) => Confirmed::Is(Outcome::Partly(reason)),
+                Verdict::TooMany | Verdict::Different(_) => {
+                    Confirmed::Is(Outcome::NotComparable(NotComparable::NonDeterministic))
+                }
             }
         }
     };
@@ -194,6 +237,12 @@ pub(super) async fn confirm(
     Ok(confirmed)
 }
 
+fn key_places(catalog: &Catalog, ours: &Answer) -> Vec<usize> {
+    (0..ours.columns.len())
+        .filter(|&at| catalog.is_key(ours.columns[at].origin))
+        .collect()
+}
+
 /// Of the primary's answer; of the secondary's where that has none, being an error.
 fn names(ours: &Answer, theirs: &Answer) -> Vec<String> {
     let columns = if ours.columns.is_empty() {
@@ -205,6 +254,20 @@ fn names(ours: &Answer, theirs: &Answer) -> Vec<String> {
         .iter()
         .map(|column| String::from_utf8_lossy(&column.name).into_owned())
         .collect()
+}
+
+const fn comparison<'a>(
+    rules: &'a ReadRules,
+    catalog: &'a Catalog,
+    facts: &'a ReadFacts,
+    one_server: bool,
+) -> Comparison<'a> {
+    Comparison {
+        facts,
+        rules,
+        catalog,
+        one_server,
+    }
 }
 
 async fn end(worker: &Worker, connection: &mut Connection) -> Result<(), ConnectionError> {

@@ -37,6 +37,7 @@ pub(super) struct Connection {
     /// Read from the stream; consumed up to `at`.
     buffer: Vec<u8>,
     at: usize,
+    spent: bool,
 }
 
 /// Room for each read; an idle connection keeps no more.
@@ -65,6 +66,7 @@ impl Connection {
             stream: backend.stream,
             buffer: backend.leftover,
             at: 0,
+            spent: false,
         };
         for setting in settings {
             connection.command("apply the session's settings", setting).await?;
@@ -91,20 +93,57 @@ impl Connection {
         }
     }
 
-    /// Repeats a read as the client asked it and digests the answer.
-    pub(super) async fn digest(&mut self, text: &[u8], call: &Call) -> Result<(Digest, Timing), ConnectionError> {
+    /// Repeats a read as the client asked it and digests the answer: of its first `rows`, or of all
+    /// (0).
+    pub(super) async fn digest(
+        &mut self,
+        text: &[u8],
+        call: &Call,
+        rows: u64,
+    ) -> Result<(Digest, Timing), ConnectionError> {
         let mut builder = Timed::new(DigestBuilder::default());
-        self.exchange(&request(text, call, false), &mut builder).await?;
+        self.ask(text, call, rows, false, &mut builder).await?;
         let timing = builder.timing();
         Ok((builder.inner.finish(), timing))
     }
 
     /// Repeats a read with all results as text and gathers the answer.
-    pub(super) async fn answer(&mut self, text: &[u8], call: &Call) -> Result<(Answer, Timing), ConnectionError> {
-        let mut rows = Timed::new(Gather::default());
-        self.exchange(&request(text, call, true), &mut rows).await?;
-        let timing = rows.timing();
-        Ok((rows.inner.answer, timing))
+    pub(super) async fn answer(&mut self, text: &[u8], call: &Call, rows: u64) -> Result<Answer, ConnectionError> {
+        let mut gather = Gather::default();
+        self.ask(text, call, rows, true, &mut gather).await?;
+        Ok(gather.answer())
+    }
+
+    async fn ask(
+        &mut self,
+        text: &[u8],
+        call: &Call,
+        rows: u64,
+        as_text: bool,
+        seen: &mut impl Sees,
+    ) -> Result<(), ConnectionError> {
+        let Call::Prepared { name, prepare, execute } = call else {
+            return self.exchange(&request(text, call, rows, as_text), seen).await;
+        };
+        let mut frames = Vec::new();
+        frontend::put_query(&mut frames, prepare);
+        let mut refused = RefusalOnly::default();
+        self.exchange(&frames, &mut refused).await?;
+        frames.clear();
+        frontend::put_query(&mut frames, execute);
+        self.exchange(&frames, seen).await?;
+        // PREPARE is not undone with its transaction: what cannot be taken back ends the connection.
+        let name = crate::sql::QualifiedName::new(None, name).quoted();
+        let forgotten = self
+            .command("forget the statement", format!("deallocate {name}").as_bytes())
+            .await;
+        self.spent |= forgotten.is_err();
+        Ok(())
+    }
+
+    /// Of no use for another read.
+    pub(super) const fn is_spent(&self) -> bool {
+        self.spent
     }
 
     /// Sends frames and shows the answers to `seen`, up to the ReadyForQuery.
@@ -151,10 +190,10 @@ impl Connection {
 }
 
 /// The frames that ask for a read.
-fn request(text: &[u8], call: &Call, as_text: bool) -> Vec<u8> {
+fn request(text: &[u8], call: &Call, rows: u64, as_text: bool) -> Vec<u8> {
     let mut frames = Vec::new();
     match call {
-        Call::Simple => frontend::put_query(&mut frames, text),
+        Call::Simple | Call::Prepared { .. } => frontend::put_query(&mut frames, text),
         Call::Extended { parameter_types, bind } => {
             frontend::put_parse(&mut frames, b"", text, parameter_types);
             put_frame(&mut frames, b'B', |out| {
@@ -168,7 +207,9 @@ fn request(text: &[u8], call: &Call, as_text: bool) -> Vec<u8> {
                 }
             });
             frontend::put_describe_portal(&mut frames, b"");
-            frontend::put_execute(&mut frames, b"");
+            // More rows than fit are as good as all.
+            let rows = u32::try_from(rows).ok().filter(|rows| *rows <= i32::MAX.unsigned_abs());
+            frontend::put_execute_rows(&mut frames, b"", rows.unwrap_or(0));
             frames.extend_from_slice(frontend::SYNC);
         }
     }
@@ -238,10 +279,26 @@ impl Sees for DigestBuilder {
 #[derive(Default)]
 struct Gather {
     answer: Answer,
+    /// Of all but rows.
+    others: DigestBuilder,
     kind: u8,
     body: Vec<u8>,
     hash: Option<Box<Xxh3>>,
     whole: bool,
+}
+
+impl Gather {
+    fn answer(mut self) -> Answer {
+        let others = self.others.finish();
+        let rows = &mut self.answer.digest;
+        rows.tag = others.tag;
+        rows.sqlstate = others.sqlstate;
+        rows.notices = others.notices;
+        rows.suspended = others.suspended;
+        rows.in_parts = others.in_parts;
+        rows.partial = others.partial;
+        self.answer
+    }
 }
 
 impl Sees for Gather {
@@ -264,17 +321,12 @@ impl Sees for Gather {
 
     fn end(&mut self) {
         match (self.kind, &self.hash) {
-            (b'D', Some(hash)) => {
+            (b'D' | b'd', Some(hash)) => {
                 let body = self.whole.then_some(&self.body[..]);
                 self.answer.add_row(hash.digest128(), body);
             }
             (b'T', _) => self.answer.columns = described_columns(&self.body),
-            (b'E', _) => {
-                let mut error = DigestBuilder::default();
-                error.frame(b'E', &self.body);
-                self.answer.digest.sqlstate = error.finish().sqlstate;
-            }
-            _ => {}
+            _ => self.others.frame(self.kind, &self.body),
         }
     }
 }
@@ -351,6 +403,9 @@ impl Pool {
 
     /// Gives a healthy connection back.
     pub(super) fn give(&self, key: PoolKey, connection: Connection) {
+        if connection.is_spent() {
+            return;
+        }
         let mut idle = self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let since = Instant::now();
         idle.insert(0, Idle { key, connection, since });

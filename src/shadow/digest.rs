@@ -13,6 +13,9 @@ pub(super) const FIRST_CUSTOM_OID: u32 = 16384;
 /// What is kept of a RowDescription, ErrorResponse or CommandComplete; 1,600 columns (the
 /// server's limit) with long names fit.
 const SMALL_BODY_BYTES_MAX: usize = 256 * 1024;
+/// Signature, flags and the length of an extension that there never is. The server sends it
+/// together with the first row.
+const COPY_HEADER_LEN: usize = 19;
 
 /// What an answer was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,7 +30,13 @@ pub struct Digest {
     /// Of the command tag.
     pub tag: Option<u64>,
     pub sqlstate: Option<[u8; 5]>,
-    /// Only a part of the answer passed (a suspended portal), or it came by COPY.
+    /// Of the notices' severities, codes and texts, in their order; 0 without any.
+    pub notices: u64,
+    /// It ended before the last row, at the client's wish: these are the first rows.
+    pub suspended: bool,
+    /// It was fetched in several parts, so that no tag is that of the whole.
+    pub in_parts: bool,
+    /// Not an answer that could be repeated (the server asked for data).
     pub partial: bool,
 }
 
@@ -54,6 +63,8 @@ pub struct DigestBuilder {
     frame: Frame,
     row: Option<Box<Xxh3>>,
     small: Vec<u8>,
+    /// The next data is the first of a COPY in binary.
+    binary_copy: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,6 +73,8 @@ enum Frame {
     Ignored,
     /// The body is hashed as it passes.
     Row,
+    /// The same but for a header before the first row of a COPY in binary.
+    RowBehind(usize),
     /// The body is gathered, then read.
     Small(u8),
 }
@@ -70,16 +83,25 @@ impl DigestBuilder {
     /// A frame begins, `kind` being its type byte.
     pub fn begin(&mut self, kind: u8) {
         self.frame = match kind {
-            b'D' => {
+            b'D' | b'd' => {
                 self.row.get_or_insert_with(|| Box::new(Xxh3::new())).reset();
-                Frame::Row
+                match std::mem::take(&mut self.binary_copy) {
+                    true => Frame::RowBehind(COPY_HEADER_LEN),
+                    false => Frame::Row,
+                }
             }
-            b'T' | b'C' | b'E' => {
+            b'T' | b'C' | b'E' | b'N' | b'H' => {
                 self.small.clear();
                 Frame::Small(kind)
             }
-            // PortalSuspended, CopyInResponse, CopyOutResponse, CopyBothResponse.
-            b's' | b'G' | b'H' | b'W' => {
+            // PortalSuspended.
+            b's' => {
+                self.digest.suspended = true;
+                self.digest.in_parts = true;
+                Frame::Ignored
+            }
+            // CopyInResponse, CopyBothResponse.
+            b'G' | b'W' => {
                 self.digest.partial = true;
                 Frame::Ignored
             }
@@ -96,6 +118,16 @@ impl DigestBuilder {
                     row.update(body);
                 }
             }
+            Frame::RowBehind(header) => {
+                let skipped = header.min(body.len());
+                if let Some(row) = &mut self.row {
+                    row.update(&body[skipped..]);
+                }
+                self.frame = match header - skipped {
+                    0 => Frame::Row,
+                    left => Frame::RowBehind(left),
+                };
+            }
             Frame::Small(_) => {
                 let room = SMALL_BODY_BYTES_MAX.saturating_sub(self.small.len());
                 self.small.extend_from_slice(&body[..body.len().min(room)]);
@@ -107,7 +139,7 @@ impl DigestBuilder {
     pub fn end(&mut self) {
         match std::mem::take(&mut self.frame) {
             Frame::Ignored => {}
-            Frame::Row => {
+            Frame::Row | Frame::RowBehind(_) => {
                 if let Some(row) = &self.row {
                     self.digest.add_row(row.digest128());
                 }
@@ -130,7 +162,13 @@ impl DigestBuilder {
     fn small(&mut self, kind: u8) {
         match kind {
             b'T' => self.digest.columns = Some(columns_hash(&self.small)),
-            b'C' => self.digest.tag = Some(xxh3_64(&self.small)),
+            b'C' => {
+                self.digest.suspended = false;
+                self.digest.tag = Some(xxh3_64(&self.small));
+            }
+            b'N' => self.notice(),
+            // Its first byte says whether the whole is in binary.
+            b'H' => self.binary_copy = self.small.first() == Some(&1),
             _ => {
                 let code = backend::error_field(&self.small, b'C').and_then(|code| code.try_into().ok());
                 // An error without a readable code is an error all the same.
@@ -142,9 +180,20 @@ impl DigestBuilder {
         }
     }
 
+    fn notice(&mut self) {
+        let mut hash = Xxh3::new();
+        hash.update(&self.digest.notices.to_be_bytes());
+        for wanted in *b"VCM" {
+            hash.update(backend::error_field(&self.small, wanted).unwrap_or_default());
+            hash.update(&[0]);
+        }
+        self.digest.notices = hash.digest();
+    }
+
     /// The digest of what passed, and a fresh start.
     pub fn finish(&mut self) -> Digest {
         self.frame = Frame::Ignored;
+        self.binary_copy = false;
         std::mem::take(&mut self.digest)
     }
 }
@@ -153,6 +202,8 @@ impl DigestBuilder {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Column {
     pub(super) name: Vec<u8>,
+    /// OID of the table and number of the column that it simply is, or zeros.
+    pub(super) origin: (u32, i16),
     pub(super) type_oid: u32,
 }
 
@@ -164,9 +215,10 @@ pub(super) fn described_columns(body: &[u8]) -> Vec<Column> {
         && let Some((fields, after)) = after.split_first_chunk::<18>()
     {
         // Table (4), attribute (2), type (4), length (2), modifier (4), format (2).
-        let [_, _, _, _, _, _, a, b, c, d, ..] = *fields;
+        let [t, u, v, w, m, n, a, b, c, d, ..] = *fields;
         columns.push(Column {
             name: name.to_owned(),
+            origin: (u32::from_be_bytes([t, u, v, w]), i16::from_be_bytes([m, n])),
             type_oid: u32::from_be_bytes([a, b, c, d]),
         });
         rest = after;
@@ -230,6 +282,34 @@ mod tests {
     }
 
     #[test]
+    fn copies_are_rows_and_a_binary_header_is_none() {
+        let text = digest(&[
+            (b'H', b"\0\0\x01\0\0"),
+            (b'd', b"1\n"),
+            (b'd', b"2\n"),
+            (b'c', b""),
+            (b'C', b"COPY 2\0"),
+        ]);
+        assert_eq!(text.rows, 2);
+        let header = [0_u8; COPY_HEADER_LEN];
+        let one = digest(&[(b'H', b"\x01"), (b'd', &[&header[..], b"a"].concat()), (b'd', b"b")]);
+        let other = digest(&[(b'H', b"\x01"), (b'd', &[&header[..], b"b"].concat()), (b'd', b"a")]);
+        assert_eq!(one.multiset, other.multiset);
+        assert_ne!(one.ordered, other.ordered);
+    }
+
+    #[test]
+    fn notices_by_what_they_say() {
+        let of = |message: &str| {
+            let body = format!("SHINWEIS\0VNOTICE\0C00000\0M{message}\0\0");
+            digest(&[(b'N', body.as_bytes())]).notices
+        };
+        assert_eq!(of("a"), of("a"));
+        assert_ne!(of("a"), of("b"));
+        assert_ne!(of("a"), 0);
+    }
+
+    #[test]
     fn columns_by_name_and_builtin_type() {
         let of = |columns: &[(&str, u32)]| digest(&[(b'T', &description(columns))]).columns;
         assert_eq!(of(&[("a", 23)]), of(&[("a", 23)]));
@@ -249,13 +329,16 @@ mod tests {
         let failed = digest(&[(b'E', b"SERROR\0C22012\0Mdivision by zero\0\0")]);
         assert_eq!(failed.sqlstate(), Some("22012"));
         assert_eq!(digest(&[(b'E', b"")]).sqlstate(), Some("?????"));
-        assert!(digest(&[(b's', b"")]).partial);
+        assert!(digest(&[(b'D', b"a"), (b's', b"")]).suspended);
+        let two_parts = digest(&[(b'D', b"a"), (b's', b""), (b'D', b"b"), (b'C', b"SELECT 1\0")]);
+        assert!(two_parts.in_parts && !two_parts.suspended && two_parts.rows == 2);
+        assert!(digest(&[(b'G', b"")]).partial);
         assert_eq!(
             digest(&[(b'C', b"SELECT 1\0")]).tag,
             digest(&[(b'C', b"SELECT 1\0")]).tag
         );
         assert_eq!(
-            digest(&[(b'S', b"a\0b\0"), (b'N', b"\0"), (b'Z', b"I")]),
+            digest(&[(b'S', b"a\0b\0"), (b'1', b""), (b'Z', b"I")]),
             Digest::default()
         );
     }

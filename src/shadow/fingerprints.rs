@@ -5,12 +5,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
-use dashmap::mapref::entry::Entry as Slot;
+use xxhash_rust::xxh3::xxh3_64;
 
+use super::catalog::Catalog;
 use super::histogram::Histogram;
 use super::stats::{Counts, FingerprintReport, Latency, Noise, ReadCounts, SideLatency, Timing, of_side};
+use crate::config::Which;
 use crate::control::Side;
-use crate::sql::{Fingerprint, FingerprintId};
+use crate::sql::{
+    Fingerprint, FingerprintId, NotComparable, ReadFacts, Writes, analyze, facts_may_write, fingerprint,
+    fingerprint_id, single_read,
+};
 
 /// Kept one by one. With all its latencies one takes some 5 kB, and its text.
 const FINGERPRINTS_MAX: usize = 2000;
@@ -20,7 +25,13 @@ const TEXT_BYTES_MAX: usize = 2048;
 /// One statement.
 #[derive(Debug, Default)]
 pub(super) struct Entry {
+    /// None: the others' entry.
+    id: Option<FingerprintId>,
     text: Box<str>,
+    /// What the first of its texts reads, or why it can never be compared.
+    read: Option<Result<ReadFacts, NotComparable>>,
+    /// Whether it may write, in the lowest bit, and which catalog said so.
+    writes: AtomicU64,
     pub(super) counts: Counts,
     asked_twice: AtomicU64,
     disagreed: AtomicU64,
@@ -40,6 +51,36 @@ struct SideHistograms {
 }
 
 impl Entry {
+    /// Whether a rule of proxy.yaml is about it.
+    pub(super) fn is_meant(&self, which: &Which) -> bool {
+        match (&self.read, self.id) {
+            (Some(Ok(facts)), Some(id)) => which.holds(id, facts),
+            (_, id) => which.table.is_none() && (which.fingerprint.is_none() || which.fingerprint == id),
+        }
+    }
+
+    fn is_no_read(&self) -> bool {
+        self.read == Some(Err(NotComparable::NotARead))
+    }
+
+    /// Why it can never be compared, as far as its text tells.
+    pub(super) fn never(&self) -> Option<NotComparable> {
+        self.read.as_ref()?.as_ref().err().copied()
+    }
+
+    /// Whether functions that it calls may write, by this catalog.
+    pub(super) fn may_write(&self, catalog: &Catalog) -> bool {
+        let Some(Ok(facts)) = &self.read else { return true };
+        let known = self.writes.load(Ordering::Relaxed);
+        if catalog.generation > 0 && known >> 1 == catalog.generation {
+            return known & 1 == 1;
+        }
+        let writes = facts_may_write(facts, &catalog.functions) != Writes::Nothing;
+        self.writes
+            .store(catalog.generation << 1 | u64::from(writes), Ordering::Relaxed);
+        writes
+    }
+
     /// How long a side took for a read.
     pub(super) fn record(&self, side: Side, timing: Timing) {
         let mut latencies = self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,33 +118,82 @@ impl Entry {
     }
 }
 
-#[derive(Default)]
 pub(super) struct Fingerprints {
     entries: DashMap<FingerprintId, Arc<Entry>>,
     others: Arc<Entry>,
+    /// Stands for every text that is no read.
+    no_read: Arc<Entry>,
+    /// Entries by a hash of texts seen a short while ago; emptied when it is full.
+    texts: DashMap<u64, Arc<Entry>>,
 }
+
+impl Default for Fingerprints {
+    fn default() -> Self {
+        Self {
+            entries: DashMap::new(),
+            others: Arc::default(),
+            no_read: Arc::new(Entry {
+                read: Some(Err(NotComparable::NotARead)),
+                ..Entry::default()
+            }),
+            texts: DashMap::new(),
+        }
+    }
+}
+
+/// Texts whose entries are found without normalizing them; 24 bytes each.
+const TEXTS_MAX: usize = 16 * 1024;
 
 impl Fingerprints {
     /// The entry of a statement, made where there is none and room for it.
     pub(super) fn of(&self, fingerprint: &Fingerprint) -> Arc<Entry> {
-        if let Some(entry) = self.entries.get(&fingerprint.id) {
-            return entry.clone();
+        self.known(fingerprint.id)
+            // Normalized, it reads what it did before.
+            .unwrap_or_else(|| self.make(fingerprint, read_of(fingerprint.text.as_bytes())))
+    }
+
+    /// The entry of a text; `None` where it is no read. Of a text seen before it costs a hash and
+    /// allocates nothing; of a new one with a known fingerprint, normalizing it.
+    pub(super) fn of_text(&self, text: &[u8]) -> Option<Arc<Entry>> {
+        let hash = xxh3_64(text);
+        if let Some(entry) = self.texts.get(&hash) {
+            return Some(entry.clone()).filter(|entry| !entry.is_no_read());
         }
-        // Some too many, where several come at once, do no harm.
-        if self.entries.len() >= FINGERPRINTS_MAX {
-            return self.others.clone();
-        }
-        match self.entries.entry(fingerprint.id) {
-            Slot::Occupied(known) => known.get().clone(),
-            Slot::Vacant(room) => {
-                let end = fingerprint.text.floor_char_boundary(TEXT_BYTES_MAX);
-                let entry = Entry {
-                    text: fingerprint.text[..end].into(),
-                    ..Entry::default()
-                };
-                room.insert(Arc::new(entry)).clone()
+        let entry = match self.known(fingerprint_id(text)) {
+            Some(entry) => entry,
+            None => {
+                let read = read_of(text);
+                match read {
+                    Err(NotComparable::NotARead) => self.no_read.clone(),
+                    read => self.make(&fingerprint(text), read),
+                }
             }
+        };
+        if self.texts.len() >= TEXTS_MAX {
+            self.texts.clear();
         }
+        self.texts.insert(hash, entry.clone());
+        Some(entry).filter(|entry| !entry.is_no_read())
+    }
+
+    fn known(&self, id: FingerprintId) -> Option<Arc<Entry>> {
+        let known = self.entries.get(&id).map(|entry| entry.clone());
+        // Some too many, where several come at once, do no harm.
+        known.or_else(|| (self.entries.len() >= FINGERPRINTS_MAX).then(|| self.others.clone()))
+    }
+
+    fn make(&self, fingerprint: &Fingerprint, read: Result<ReadFacts, NotComparable>) -> Arc<Entry> {
+        let end = fingerprint.text.floor_char_boundary(TEXT_BYTES_MAX);
+        let made = || Entry {
+            id: Some(fingerprint.id),
+            text: fingerprint.text[..end].into(),
+            read: Some(read),
+            ..Entry::default()
+        };
+        self.entries
+            .entry(fingerprint.id)
+            .or_insert_with(|| Arc::new(made()))
+            .clone()
     }
 
     /// Most executions first; and what the others have in common.
@@ -120,6 +210,10 @@ impl Fingerprints {
     }
 }
 
+fn read_of(text: &[u8]) -> Result<ReadFacts, NotComparable> {
+    single_read(&analyze(text)).cloned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::stats::Outcome;
@@ -129,7 +223,7 @@ mod tests {
     fn what_is_beyond_the_bound_is_counted_together() {
         let fingerprints = Fingerprints::default();
         for number in 0..FINGERPRINTS_MAX + 10 {
-            let fingerprint = crate::sql::fingerprint(format!("select a{number}").as_bytes());
+            let fingerprint = fingerprint(format!("select a{number}").as_bytes());
             fingerprints.of(&fingerprint).counts.count(Outcome::Matched);
         }
         let (reports, others) = fingerprints.report();
@@ -137,10 +231,51 @@ mod tests {
     }
 
     #[test]
+    fn texts_find_their_entries() {
+        let fingerprints = Fingerprints::default();
+        let one = fingerprints.of_text(b"select 1").unwrap();
+        assert!(Arc::ptr_eq(&one, &fingerprints.of_text(b"SELECT  2").unwrap()));
+        assert!(Arc::ptr_eq(&one, &fingerprints.of_text(b"select 1").unwrap()));
+        assert!(Arc::ptr_eq(&one, &fingerprints.of(&fingerprint(b"select 3"))));
+        for no_read in ["begin", "insert into t values (1)", "select 1; delete from t"] {
+            assert!(fingerprints.of_text(no_read.as_bytes()).is_none(), "{no_read}");
+        }
+        for (never, reason) in [
+            ("select a from t for update", NotComparable::Locking),
+            ("select 1; select a", NotComparable::SeveralStatements),
+            ("copy t to '/tmp/t'", NotComparable::CopyToServer),
+        ] {
+            let entry = fingerprints.of_text(never.as_bytes()).unwrap();
+            assert_eq!(entry.never(), Some(reason), "{never}");
+        }
+        for number in 0..TEXTS_MAX + 10 {
+            fingerprints.of_text(format!("select {number}").as_bytes());
+        }
+        assert!(fingerprints.texts.len() <= TEXTS_MAX);
+    }
+
+    #[test]
+    fn whether_it_may_write_is_asked_once_a_catalog() {
+        let fingerprints = Fingerprints::default();
+        let entry = fingerprints.of_text(b"select audit(1)").unwrap();
+        let catalog = |generation, volatility: &str| {
+            let mut catalog = Catalog::default();
+            catalog.generation = generation;
+            catalog
+                .functions
+                .add_function("public".into(), "audit".into(), volatility);
+            catalog
+        };
+        assert!(entry.may_write(&catalog(1, "v")));
+        assert!(!entry.may_write(&catalog(2, "s")));
+        assert!(!entry.may_write(&catalog(2, "v")));
+    }
+
+    #[test]
     fn long_texts_are_cut() {
         let fingerprints = Fingerprints::default();
         let text = format!("select {}", "ä".repeat(TEXT_BYTES_MAX));
-        fingerprints.of(&crate::sql::fingerprint(text.as_bytes()));
+        fingerprints.of(&fingerprint(text.as_bytes()));
         let (reports, _) = fingerprints.report();
         assert!(reports[0].text.len() <= TEXT_BYTES_MAX);
     }

@@ -9,6 +9,7 @@
 //! call [`ShadowSink`] and [`DigestBuilder`]; the app calls [`spawn`] once for each database.
 //! Nothing here writes to either database.
 
+mod alike;
 mod catalog;
 mod compare;
 mod confirm;
@@ -21,6 +22,8 @@ mod interval;
 mod log;
 mod log_reader;
 mod read;
+mod rules;
+mod sample;
 mod shown;
 mod sink;
 mod stats;
@@ -28,7 +31,6 @@ mod values;
 mod worker;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Mutex, watch};
@@ -44,15 +46,16 @@ pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, even
 pub use log_reader::{
     Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
 };
-pub use read::{Call, ShadowRead};
-pub use sink::ShadowSink;
+pub use read::{BindValues, Call, ShadowRead};
+pub use sample::Asked;
+pub use sink::{Candidate, ShadowSink};
 pub use stats::{
     Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
     ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,
 };
 pub use values::{ValueWriter, load_or_create_key};
 
-use crate::config::DatabaseConfig;
+use crate::config::{DatabaseConfig, Reads};
 use crate::control::Control;
 use stats::Counters;
 use worker::Worker;
@@ -63,31 +66,10 @@ pub struct Shadow {
     pub database: String,
     /// With the names of the databases filled in.
     pub targets: DatabaseConfig,
-    pub percent: f64,
+    pub reads: Reads,
     pub control: watch::Receiver<Control>,
     pub cuts: Arc<dyn Cuts>,
     pub log: MismatchLog,
-    pub limits: ShadowLimits,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub struct ShadowLimits {
-    /// How long a shadow may run on the secondary.
-    pub deadline: Duration,
-    /// Shadows at once.
-    pub concurrency: usize,
-    /// Reads that may wait.
-    pub queue_reads: usize,
-}
-
-impl Default for ShadowLimits {
-    fn default() -> Self {
-        Self {
-            deadline: Duration::from_secs(30),
-            concurrency: 4,
-            queue_reads: sink::QUEUE_READS,
-        }
-    }
 }
 
 /// The tasks of one database's shadow reads. The worker ends when every clone of its sink is
@@ -101,12 +83,7 @@ pub struct ShadowTasks {
 pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
     let catalog = Arc::new(ArcSwap::from_pointee(Catalog::default()));
     let counters = Arc::new(Counters::new(&shadow.database));
-    let (sink, queue) = ShadowSink::new(
-        shadow.percent,
-        catalog.clone(),
-        counters.clone(),
-        shadow.limits.queue_reads,
-    );
+    let (sink, queue) = ShadowSink::new(&shadow.reads, catalog.clone(), counters.clone());
     let reader = catalog::keep_current(
         shadow.targets.clone(),
         shadow.control.clone(),
@@ -119,14 +96,15 @@ pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
         control: shadow.control,
         cuts: shadow.cuts,
         catalog,
+        rules: sink.0.rules.clone(),
         counters,
         log: shadow.log,
         pool: connection::Pool::new(),
-        deadline: shadow.limits.deadline,
+        deadline: shadow.reads.shadow_timeout,
         confirming: Mutex::new(()),
     });
     let tasks = ShadowTasks {
-        worker: tokio::spawn(worker::run(worker, queue, shadow.limits.concurrency)),
+        worker: tokio::spawn(worker::run(worker, queue, shadow.reads.shadow_max_concurrency)),
         _catalog: AbortOnDropHandle::new(tokio::spawn(reader)),
     };
     (sink, tasks)

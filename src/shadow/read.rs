@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::digest::Digest;
 use super::stats::Timing;
@@ -44,6 +43,13 @@ pub enum Call {
         /// Bind's body behind the two names: parameter formats, parameters, result formats.
         bind: Bytes,
     },
+    /// By SQL's EXECUTE; the read's text is the statement behind it.
+    Prepared {
+        name: String,
+        /// The PREPARE as the session sent it.
+        prepare: Bytes,
+        execute: Bytes,
+    },
 }
 
 impl Call {
@@ -52,6 +58,7 @@ impl Call {
         match self {
             Self::Simple => &[],
             Self::Extended { bind, .. } => bind,
+            Self::Prepared { execute, .. } => execute,
         }
     }
 }
@@ -61,36 +68,37 @@ impl ShadowRead {
         self.script.fingerprint(&self.text)
     }
 
+    /// How many rows were fetched where not all were; 0 for all.
+    pub(super) const fn first_rows(&self) -> u64 {
+        if self.digest.suspended { self.digest.rows } else { 0 }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.text.len() + self.call.parameters().len()
     }
 }
 
-/// Decides by text and parameters, so that the same read is always in the sample or never.
-pub(super) fn sample_key(text: &[u8], parameters: &[u8]) -> u64 {
-    if parameters.is_empty() {
-        xxh3_64(text)
-    } else {
-        xxh3_64_with_seed(parameters, xxh3_64(text))
-    }
-}
-
 /// The pieces of Bind's body behind its two names.
-pub(super) struct BindValues<'a> {
+pub struct BindValues<'a> {
     /// 0 for text, 1 for binary; one for all, one for each, or none.
-    pub(super) formats: &'a [u8],
+    formats: &'a [u8],
     /// Formats and values as they stand, without the result formats.
-    pub(super) without_results: &'a [u8],
+    pub without_results: &'a [u8],
+    /// Formats of the results: their number, then two bytes each.
+    pub results: &'a [u8],
+    /// Each with its length before it.
+    parameters: &'a [u8],
 }
 
 impl<'a> BindValues<'a> {
     /// `None` where the body is truncated, which the primary would have refused.
-    pub(super) fn read(body: &'a [u8]) -> Option<Self> {
+    pub fn read(body: &'a [u8]) -> Option<Self> {
         let (count, rest) = body.split_first_chunk::<2>()?;
         let formats = rest.get(..usize::from(u16::from_be_bytes(*count)) * 2)?;
         let mut rest = &rest[formats.len()..];
         let count;
         (count, rest) = rest.split_first_chunk::<2>().map(|(count, rest)| (*count, rest))?;
+        let parameters = rest;
         for _ in 0..u16::from_be_bytes(count) {
             let (length, after) = rest.split_first_chunk::<4>()?;
             // A negative length is a null without bytes.
@@ -100,7 +108,23 @@ impl<'a> BindValues<'a> {
         Some(Self {
             formats,
             without_results: &body[..body.len() - rest.len()],
+            results: rest,
+            parameters: &parameters[..parameters.len() - rest.len()],
         })
+    }
+
+    /// The bytes of `$number`; `None` where there is no such parameter, or it is null.
+    pub(super) fn parameter(&self, number: usize) -> Option<&'a [u8]> {
+        let mut rest = self.parameters;
+        for at in 1.. {
+            let (length, after) = rest.split_first_chunk::<4>()?;
+            let length = usize::try_from(i32::from_be_bytes(*length)).ok();
+            if at == number {
+                return after.get(..length?);
+            }
+            rest = after.get(length.unwrap_or(0)..)?;
+        }
+        None
     }
 
     pub(super) fn any_binary(&self) -> bool {
@@ -118,6 +142,9 @@ mod tests {
         let values = BindValues::read(body).unwrap();
         assert!(values.any_binary());
         assert_eq!(values.without_results, &body[..body.len() - 4]);
+        assert_eq!(values.results, b"\0\x01\0\x01");
+        assert_eq!((values.parameter(1), values.parameter(2)), (Some(&b"abc"[..]), None));
+        assert_eq!((values.parameter(0), values.parameter(3)), (None, None));
         let none = BindValues::read(b"\0\0\0\0\0\0").unwrap();
         assert!(!none.any_binary());
         for end in 0..body.len() - 4 {

@@ -9,8 +9,8 @@ use crate::wire::backend;
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Apart {
     pub(super) differing_columns: Vec<String>,
-    /// For each pair of rows, the first values in which they agree; for a row that the other side
-    /// lacks, its first value.
+    /// For each pair of rows, and each row that the other side lacks: the values of its key. Where
+    /// no key is known, the first values in which a pair agrees, or the row's first value.
     pub(super) keys: Vec<Map<String, Value>>,
 }
 
@@ -23,6 +23,7 @@ type Row<'a> = Vec<Option<&'a [u8]>>;
 /// columns. The values come from `written`, so that they are hidden as the log hides them.
 pub(super) fn told_apart(
     columns: &[String],
+    key: &[usize],
     primary: &[Vec<u8>],
     secondary: &[Vec<u8>],
     written: &BothSides<Vec<Vec<Option<String>>>>,
@@ -31,6 +32,7 @@ pub(super) fn told_apart(
     let secondary: Vec<Row<'_>> = secondary.iter().map(|row| backend::columns(row).collect()).collect();
     let mut free: Vec<usize> = (0..secondary.len()).collect();
     let mut apart = Apart::default();
+    let alone = if key.is_empty() { &[0][..] } else { key };
     let mut differs = vec![false; columns.len()];
     for (place, ours) in primary.iter().enumerate() {
         let best = free
@@ -46,14 +48,15 @@ pub(super) fn told_apart(
                     .iter_mut()
                     .enumerate()
                     .for_each(|(n, differs)| *differs |= !agrees(&n));
-                let key = (0..columns.len()).filter(agrees).take(KEY_COLUMNS_MAX);
+                let agreeing: Vec<usize> = (0..columns.len()).filter(agrees).take(KEY_COLUMNS_MAX).collect();
+                let key = if key.is_empty() { &agreeing[..] } else { key };
                 apart.keys.extend(named(columns, written.primary.get(place), key));
             }
-            None => apart.keys.extend(named(columns, written.primary.get(place), 0..1)),
+            None => apart.keys.extend(named(columns, written.primary.get(place), alone)),
         }
     }
     for left in free {
-        apart.keys.extend(named(columns, written.secondary.get(left), 0..1));
+        apart.keys.extend(named(columns, written.secondary.get(left), alone));
     }
     apart.differing_columns = columns
         .iter()
@@ -72,14 +75,11 @@ fn agreeing(one: &Row<'_>, other: &Row<'_>) -> usize {
     one.iter().zip(other).filter(|(one, other)| one == other).count()
 }
 
-fn named(
-    columns: &[String],
-    row: Option<&Vec<Option<String>>>,
-    which: impl Iterator<Item = usize>,
-) -> Option<Map<String, Value>> {
+fn named(columns: &[String], row: Option<&Vec<Option<String>>>, which: &[usize]) -> Option<Map<String, Value>> {
     let row = row?;
     let key: Map<String, Value> = which
-        .filter_map(|n| Some((columns.get(n)?.clone(), row.get(n)?.clone().into())))
+        .iter()
+        .filter_map(|&n| Some((columns.get(n)?.clone(), row.get(n)?.clone().into())))
         .collect();
     (!key.is_empty()).then_some(key)
 }
@@ -99,7 +99,7 @@ mod tests {
         body
     }
 
-    fn apart(columns: &[&str], primary: &[&[&str]], secondary: &[&[&str]]) -> (Vec<String>, String) {
+    fn apart(columns: &[&str], key: &[usize], primary: &[&[&str]], secondary: &[&[&str]]) -> (Vec<String>, String) {
         let columns: Vec<String> = columns.iter().map(|name| (*name).to_owned()).collect();
         let bodies = |rows: &[&[&str]]| rows.iter().map(|values| row(values)).collect::<Vec<_>>();
         let (primary, secondary) = (bodies(primary), bodies(secondary));
@@ -108,7 +108,7 @@ mod tests {
             primary: values.rows(&columns, &primary),
             secondary: values.rows(&columns, &secondary),
         };
-        let apart = told_apart(&columns, &primary, &secondary, &written);
+        let apart = told_apart(&columns, key, &primary, &secondary, &written);
         (apart.differing_columns, serde_json::to_string(&apart.keys).unwrap())
     }
 
@@ -117,6 +117,7 @@ mod tests {
         assert_eq!(
             apart(
                 &["id", "name", "price"],
+                &[],
                 &[&["1", "a", "10"], &["2", "b", "20"]],
                 &[&["2", "b", "21"], &["1", "x", "10"]]
             ),
@@ -130,17 +131,25 @@ mod tests {
     #[test]
     fn rows_of_one_side_alone_differ_in_no_column() {
         assert_eq!(
-            apart(&["id", "name"], &[&["8", "eight"]], &[]),
+            apart(&["id", "name"], &[], &[&["8", "eight"]], &[]),
             (vec![], r#"[{"id":"8"}]"#.to_owned())
         );
         assert_eq!(
-            apart(&["id", "name"], &[], &[&["0", "zero"]]),
+            apart(&["id", "name"], &[], &[], &[&["0", "zero"]]),
             (vec![], r#"[{"id":"0"}]"#.to_owned())
         );
     }
 
     #[test]
+    fn a_known_key_is_told() {
+        assert_eq!(
+            apart(&["name", "id"], &[1], &[&["a", "7"], &["z", "9"]], &[&["b", "7"]]),
+            (vec!["name".to_owned()], r#"[{"id":"7"},{"id":"9"}]"#.to_owned())
+        );
+    }
+
+    #[test]
     fn the_only_column() {
-        assert_eq!(apart(&["count"], &[&["1"]], &[&["2"]]).0, ["count"]);
+        assert_eq!(apart(&["count"], &[], &[&["1"]], &[&["2"]]).0, ["count"]);
     }
 }

@@ -2,21 +2,22 @@
 //! costs one load.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
 use super::catalog::Catalog;
-use super::read::{ShadowRead, sample_key};
+use super::read::ShadowRead;
+use super::rules::Rules;
+use super::sample::{Asked, Sample};
 use super::stats::{Counters, Dropped, Outcome, ShadowReport, ShadowStats, Skipped};
+use crate::config::Reads;
 use crate::control::Control;
-use crate::sql::{Fingerprint, Glance, NotComparable, Script, Writes, fingerprint, may_write, shadowable, single_read};
+use crate::sql::{Fingerprint, NotComparable, ReadFacts, Script, Writes, may_write, shadowable, single_read};
 
-/// Reads waiting to be shadowed: some seconds of them. More would only be older.
-pub(super) const QUEUE_READS: usize = 1024;
-/// Their texts and parameters.
+/// Of the texts and parameters of the reads that wait.
 const QUEUE_BYTES_MAX: usize = 32 * 1024 * 1024;
 const READ_BYTES_MAX: usize = 1024 * 1024;
 
@@ -25,14 +26,30 @@ const READ_BYTES_MAX: usize = 1024 * 1024;
 pub struct ShadowSink(pub(super) Arc<Intake>);
 
 pub(super) struct Intake {
-    /// Reads whose key is at most this are in the sample; 0 for none.
-    threshold: AtomicU64,
+    sample: ArcSwap<Sample>,
+    pub(super) rules: Arc<ArcSwap<Rules>>,
     pub(super) catalog: Arc<ArcSwap<Catalog>>,
     pub(super) catalog_changed: Arc<Notify>,
     queue: mpsc::Sender<Queued>,
     /// Reads queued or running, and the bytes of their texts and parameters.
     reads: Arc<Waiting>,
     pub(super) counters: Arc<Counters>,
+}
+
+/// A read of the sample, with what its session knows of it.
+#[derive(Clone, Copy)]
+pub struct Candidate<'a> {
+    /// The text's script.
+    pub script: &'a Script,
+    pub text: &'a [u8],
+    /// What the arguments of an EXECUTE use.
+    pub arguments: Option<&'a ReadFacts>,
+    /// Something that may write ran before it in its transaction.
+    pub after_write: bool,
+    /// Temporary relations of the session.
+    pub temporary: &'a [String],
+    /// The session's settings are known in full.
+    pub settings_known: bool,
 }
 
 #[derive(Default)]
@@ -56,65 +73,91 @@ impl Drop for Queued {
 
 impl ShadowSink {
     pub(super) fn new(
-        percent: f64,
+        reads: &Reads,
         catalog: Arc<ArcSwap<Catalog>>,
         counters: Arc<Counters>,
-        queue_reads: usize,
     ) -> (Self, mpsc::Receiver<Queued>) {
-        let (queue, reads) = mpsc::channel(queue_reads);
+        let (queue, queued) = mpsc::channel(reads.shadow_queue);
         let sink = Self(Arc::new(Intake {
-            threshold: AtomicU64::new(threshold(percent)),
+            sample: ArcSwap::from_pointee(Sample::new(reads)),
+            rules: Arc::new(ArcSwap::from_pointee(Rules::new(reads))),
             catalog,
             catalog_changed: Arc::new(Notify::new()),
             queue,
             reads: Arc::default(),
             counters,
         }));
-        (sink, reads)
+        (sink, queued)
     }
 
-    /// Whether anything is wanted at all: asked before a text is even looked up.
+    /// Whether anything is wanted at all: asked before a text is even looked at.
     pub fn is_on(&self, control: Control) -> bool {
-        self.0.threshold.load(Ordering::Relaxed) != 0 && control.phase.shadows()
+        control.phase.shadows() && !self.0.sample.load().is_off()
     }
 
-    /// Whether this text and its parameters are in the sample: asked before the text is analysed,
-    /// so that what is not sampled costs a hash. `glance` keeps what is no query out of the count.
-    pub fn samples(&self, glance: Glance, text: &[u8], parameters: &[u8]) -> bool {
-        let threshold = self.0.threshold.load(Ordering::Relaxed);
-        if threshold == 0 || glance == Glance::Dml {
+    /// Whether a read is in the sample: asked before its text is analysed, so that what is not in
+    /// it costs a hash and a count. What is no read is neither counted nor in it.
+    pub fn samples(&self, asked: &Asked<'_>) -> bool {
+        let sample = self.0.sample.load();
+        if sample.is_off() {
             return false;
         }
-        sample_key(text, parameters) <= threshold
-            || glance == Glance::Query && self.turn_down(&fingerprint(text), Outcome::Skipped(Skipped::NotSampled))
-    }
-
-    /// Whether this read shall be digested and offered; decided before its answer comes, by text
-    /// and parameters (the Bind body behind its names; empty for a simple query), so that the
-    /// same read is always in the sample or never. Reads that are not wanted are counted here.
-    pub fn wants(&self, control: Control, script: &Script, text: &[u8], parameters: &[u8]) -> bool {
-        let threshold = self.0.threshold.load(Ordering::Relaxed);
-        if threshold == 0 || !control.phase.shadows() {
+        let Some(statement) = self.0.counters.fingerprints.of_text(asked.text) else {
             return false;
-        }
-        let facts = match single_read(script) {
-            Ok(facts) => facts,
-            // Writes, SET and the like were never meant to be compared.
-            Err(NotComparable::NotARead) => return false,
-            Err(reason) => return self.turn_down(script.fingerprint(text), Outcome::NotComparable(reason)),
         };
-        if sample_key(text, parameters) > threshold {
-            return self.turn_down(script.fingerprint(text), Outcome::Skipped(Skipped::NotSampled));
+        if sample.holds(&statement, asked) {
+            return true;
         }
-        match shadowable(facts, &self.0.catalog.load().functions) {
+        let skipped = Outcome::Skipped(Skipped::NotSampled);
+        let outcome = statement.never().map_or(skipped, Outcome::NotComparable);
+        self.0.counters.count(&statement, outcome);
+        false
+    }
+
+    /// Whether a read of the sample can be compared, so that it shall be digested and offered. Reads
+    /// that cannot are counted here.
+    pub fn wants(&self, read: &Candidate<'_>) -> bool {
+        match self.judge(read) {
             Ok(()) => true,
+            // Writes, SET and the like were never meant to be compared.
+            Err(NotComparable::NotARead) => false,
             Err(reason) => {
                 if matches!(reason, NotComparable::UnknownFunction | NotComparable::UnknownRelation) {
                     // Perhaps it is new.
                     self.schema_changed();
                 }
-                self.turn_down(script.fingerprint(text), Outcome::NotComparable(reason))
+                self.withdraw(read.script.fingerprint(read.text), Outcome::NotComparable(reason));
+                false
             }
+        }
+    }
+
+    fn judge(&self, read: &Candidate<'_>) -> Result<(), NotComparable> {
+        let facts = single_read(read.script)?;
+        if read.after_write {
+            return Err(NotComparable::EarlierWrite);
+        }
+        if facts.uses_any(read.temporary) {
+            return Err(NotComparable::TemporaryTable);
+        }
+        let catalog = self.0.catalog.load();
+        shadowable(facts, &catalog.functions)?;
+        if let Some(arguments) = read.arguments {
+            shadowable(arguments, &catalog.functions)?;
+        }
+        if !read.settings_known {
+            return Err(NotComparable::UnknownSettings);
+        }
+        Ok(())
+    }
+
+    /// Whether a read may write all the same, as far as the primary's catalog tells; remembered
+    /// for the statement until the catalog is read again.
+    pub fn read_may_write(&self, text: &[u8]) -> bool {
+        let catalog = self.0.catalog.load();
+        match self.0.counters.fingerprints.of_text(text) {
+            Some(statement) => statement.may_write(&catalog),
+            None => true,
         }
     }
 
@@ -127,15 +170,9 @@ impl ShadowSink {
         writes != Writes::Nothing
     }
 
-    fn turn_down(&self, fingerprint: &Fingerprint, outcome: Outcome) -> bool {
-        self.0.counters.count(&self.0.counters.of(fingerprint), outcome);
-        false
-    }
-
-    /// A read that was wanted turns out not to be compared after all (an earlier write in its
-    /// transaction, a temporary table of the session, an answer that was cut off).
+    /// A read is not compared, or not after all (an answer that was cut off).
     pub fn withdraw(&self, fingerprint: &Fingerprint, outcome: Outcome) {
-        self.turn_down(fingerprint, outcome);
+        self.0.counters.count(&self.0.counters.of(fingerprint), outcome);
     }
 
     /// Hands over a read whose answer is through. No room: dropped and counted.
@@ -176,9 +213,10 @@ impl ShadowSink {
         self.0.catalog.load_full()
     }
 
-    /// After a reload.
-    pub fn set_percent(&self, percent: f64) {
-        self.0.threshold.store(threshold(percent), Ordering::Relaxed);
+    /// After a reload: sample, rules and ignores. Concurrency, queue and deadline stay.
+    pub fn configure(&self, reads: &Reads) {
+        self.0.sample.store(Arc::new(Sample::new(reads)));
+        self.0.rules.store(Arc::new(Rules::new(reads)));
     }
 
     pub fn stats(&self) -> ShadowStats {
@@ -197,40 +235,7 @@ impl ShadowSink {
     pub fn report(&self, slower: f64) -> ShadowReport {
         let mut report = self.0.counters.report(slower);
         report.totals.waiting = self.waiting();
+        report.ignores = self.0.rules.load().ignores();
         report
-    }
-}
-
-/// The part of all 64-bit keys that `percent` stands for.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "saturates as wanted"
-)]
-fn threshold(percent: f64) -> u64 {
-    if percent >= 100.0 {
-        u64::MAX
-    } else {
-        (percent.max(0.0) / 100.0 * 2_f64.powi(64)) as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_share_of_the_keys() {
-        assert_eq!(threshold(0.0), 0);
-        assert_eq!(threshold(-1.0), 0);
-        assert_eq!(threshold(100.0), u64::MAX);
-        for percent in [0.5, 10.0, 50.0, 99.0] {
-            let threshold = threshold(percent);
-            let inside = (0..100_000_u32)
-                .filter(|number| sample_key(b"select $1", &number.to_be_bytes()) <= threshold)
-                .count();
-            let share = f64::from(u32::try_from(inside).unwrap()) / 1000.0;
-            assert!((share - percent).abs() < 1.0, "{percent}: {share}");
-        }
     }
 }

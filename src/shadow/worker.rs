@@ -8,6 +8,7 @@
 //! Several run at once; when all are busy the queue fills up, and what does not fit is dropped
 //! and counted.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -23,12 +24,13 @@ use super::cuts::Cuts;
 use super::digest::Digest;
 use super::log::{BothSides, Mismatch, MismatchLog};
 use super::read::{BindValues, Call, ShadowRead};
+use super::rules::Rules;
 use super::shown::told_apart;
 use super::sink::Queued;
 use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
-use crate::sql::NotComparable;
+use crate::sql::{NotComparable, ReadFacts, Unstable};
 
 /// Reads that wait for one round together.
 const BATCH: usize = 64;
@@ -43,6 +45,7 @@ pub(super) struct Worker {
     pub(super) control: watch::Receiver<Control>,
     pub(super) cuts: Arc<dyn Cuts>,
     pub(super) catalog: Arc<ArcSwap<Catalog>>,
+    pub(super) rules: Arc<ArcSwap<Rules>>,
     pub(super) counters: Arc<Counters>,
     pub(super) log: MismatchLog,
     pub(super) pool: Pool,
@@ -120,9 +123,15 @@ impl Worker {
     }
 
     async fn judge(&self, read: &ShadowRead) -> Outcome {
-        let Ok(facts) = crate::sql::single_read(&read.script) else {
-            return Outcome::NotComparable(NotComparable::NotARead);
+        let facts = match crate::sql::single_read(&read.script) {
+            Ok(facts) => fetched(facts, &read.digest),
+            Err(reason) => return Outcome::NotComparable(reason),
         };
+        let facts = &*facts;
+        let rules = self.rules.load().about(read.fingerprint().id, facts);
+        if rules.ignored {
+            return Outcome::NotComparable(NotComparable::Ignored);
+        }
         if read.digest.partial {
             return Outcome::NotComparable(NotComparable::PartialAnswer);
         }
@@ -135,7 +144,7 @@ impl Worker {
         let key = self.key(read, read.control.secondary());
         let asked = async {
             let mut connection = self.connection(&key).await?;
-            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call))
+            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call, read.first_rows()))
                 .await
                 .unwrap_or(Err(ConnectionError::Deadline))?;
             self.pool.give(key, connection);
@@ -146,7 +155,7 @@ impl Worker {
             Err(error) => return self.failed(&error),
         };
         self.record(read, timing);
-        if same(facts, &read.digest, &digest) {
+        if same(facts, rules.notices, &read.digest, &digest) {
             return Outcome::Matched;
         }
         match digest.sqlstate() {
@@ -162,12 +171,12 @@ impl Worker {
         }
         let confirmed = {
             let _one_at_a_time = self.confirming.lock().await;
-            let mut confirmed = confirm(self, read, facts, &call).await;
+            let mut confirmed = confirm(self, read, facts, &rules, &call).await;
             for _ in 1..CUTS_MAX {
                 if !matches!(confirmed, Ok(Confirmed::Again)) {
                     break;
                 }
-                confirmed = confirm(self, read, facts, &call).await;
+                confirmed = confirm(self, read, facts, &rules, &call).await;
             }
             confirmed
         };
@@ -177,10 +186,11 @@ impl Worker {
             Ok(Confirmed::Mismatch {
                 round,
                 columns,
+                keys,
                 found,
                 sides,
             }) => {
-                self.log_mismatch(read, timing, round, columns, &found, &sides);
+                self.log_mismatch(read, timing, round, columns, &keys, &found, &sides);
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
@@ -193,6 +203,7 @@ impl Worker {
         timing: Timing,
         round: u64,
         columns: Vec<String>,
+        keys: &[usize],
         found: &Difference,
         sides: &BothSides<Digest>,
     ) {
@@ -202,7 +213,7 @@ impl Worker {
             primary: values.rows(&columns, &found.primary),
             secondary: values.rows(&columns, &found.secondary),
         };
-        let apart = told_apart(&columns, &found.primary, &found.secondary, &first_rows);
+        let apart = told_apart(&columns, keys, &found.primary, &found.secondary, &first_rows);
         let mismatch = Mismatch {
             seq: 0,
             time: String::new(),
@@ -229,7 +240,11 @@ impl Worker {
                 secondary: sides.secondary.sqlstate().map(str::to_owned),
             },
             columns,
-            differing_columns: apart.differing_columns,
+            // Of all rows, where keys tell which belong together; else of those shown.
+            differing_columns: match &found.columns[..] {
+                [] => apart.differing_columns,
+                columns => columns.to_vec(),
+            },
             keys: apart.keys,
             first_rows,
             latency_ms: BothSides {
@@ -285,7 +300,7 @@ impl Worker {
     /// The call with the secondary's OIDs of custom types.
     fn call_for_secondary(&self, call: &Call) -> Option<Call> {
         Some(match call {
-            Call::Simple => Call::Simple,
+            Call::Simple | Call::Prepared { .. } => call.clone(),
             Call::Extended { parameter_types, bind } => Call::Extended {
                 parameter_types: self.catalog.load().map_types(parameter_types)?.into(),
                 bind: bind.clone(),
@@ -294,17 +309,37 @@ impl Worker {
     }
 }
 
+/// What is compared of an answer of which only the first rows were fetched.
+fn fetched<'a>(facts: &'a ReadFacts, digest: &Digest) -> Cow<'a, ReadFacts> {
+    if !digest.suspended {
+        return Cow::Borrowed(facts);
+    }
+    let unstable = match facts.unstable {
+        None if !facts.ordered => Some(Unstable::LimitWithoutOrder),
+        unstable => unstable,
+    };
+    Cow::Owned(ReadFacts {
+        limited: true,
+        unstable,
+        ..facts.clone()
+    })
+}
+
 fn has_binary_parameters(call: &Call) -> bool {
     match call {
-        Call::Simple => false,
+        Call::Simple | Call::Prepared { .. } => false,
         Call::Extended { bind, .. } => BindValues::read(bind).is_some_and(|values| values.any_binary()),
     }
 }
 
 /// Errors that tell of a moment or a session, not of data: lost connections (08), invalid
-/// transaction state (25), conflicts (40), resources (53), intervention (57), system (58).
+/// transaction state (25), conflicts (40), resources (53), intervention (57), system (58), and
+/// prepared statements and cursors that a session does not have (26, 34).
 pub(super) fn is_circumstance(sqlstate: &str) -> bool {
-    matches!(sqlstate.get(..2), Some("08" | "25" | "40" | "53" | "57" | "58")) || sqlstate == "55P03"
+    matches!(
+        sqlstate.get(..2),
+        Some("08" | "25" | "26" | "34" | "40" | "53" | "57" | "58")
+    ) || sqlstate == "55P03"
 }
 
 /// RFC 3339, UTC.

@@ -84,14 +84,14 @@ pub enum Class {
     Reset(Reset),
     Discard(Discard),
     /// `PREPARE name AS …`
-    Prepare(String),
+    Prepare(Prepare),
     /// `EXECUTE name`: what it does was said by PREPARE.
-    Execute(String),
+    Execute(Execute),
     /// `DEALLOCATE name`, or of all.
     Deallocate(Option<String>),
     Declare(Declare),
     /// FETCH and MOVE.
-    Fetch(String),
+    Fetch(Fetch),
     /// `CLOSE name`, or of all.
     Close(Option<String>),
     Listen(String),
@@ -205,8 +205,26 @@ pub struct ReadFacts {
     pub system_columns: bool,
     /// The answer depends on the order or choice of rows that the statement leaves open.
     pub unstable: Option<Unstable>,
+    /// Operators written, and types of no keyword that values are cast to: functions may be behind
+    /// them.
+    pub operators: Vec<String>,
+    pub casts: Vec<String>,
     /// Some name could not be read in this encoding, or is written as `U&"…"`.
     pub undecoded_names: bool,
+}
+
+impl ReadFacts {
+    /// Whether it names one of these relations without a schema, so that a temporary one of that
+    /// name is meant.
+    pub fn uses_any(&self, names: &[String]) -> bool {
+        let plain = |relation: &&RelationUse| relation.name.schema.is_none();
+        !names.is_empty()
+            && self
+                .relations
+                .iter()
+                .filter(plain)
+                .any(|relation| names.contains(&relation.name.name))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -243,12 +261,14 @@ pub enum Unstable {
 }
 
 /// COPY … TO.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyTo {
     /// To the client, not to a file or program of the server.
     pub stdout: bool,
     /// `COPY (INSERT … RETURNING …) TO`, or a query that is not understood.
     pub may_write: bool,
+    /// What it reads, where it is known to do no more.
+    pub read: Option<Arc<ReadFacts>>,
 }
 
 /// COPY … FROM.
@@ -323,6 +343,36 @@ pub struct Declare {
     pub name: String,
     /// WITH HOLD: outlives its transaction.
     pub hold: bool,
+    pub binary: bool,
+    /// Its query.
+    pub query: Arc<[u8]>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepare {
+    pub name: String,
+    /// The statement behind AS.
+    pub statement: Arc<[u8]>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Execute {
+    pub name: String,
+    /// What its arguments use, as if they were read; `None` where that cannot be told.
+    pub arguments: Option<Arc<ReadFacts>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetch {
+    pub cursor: String,
+    /// How many rows onward; `None` for any other direction, and for MOVE.
+    pub onward: Option<FetchRows>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchRows {
+    Count(u64),
+    All,
 }
 
 /// A schema change, or something that is handled like one.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::class::{Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, Reset, Set, SetWhat, TransactionControl};
+use super::class::{
+    Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, Execute, Fetch, FetchRows, Prepare, ReadFacts,
+    RelationUse, Reset, Set, SetWhat, TransactionControl,
+};
 use super::cursor::Cursor;
 use super::ddl;
 use super::lexer::{LexSettings, StringKind, TokenKind};
@@ -40,13 +43,16 @@ fn classify_nested(statement: &[u8], settings: LexSettings, nesting: usize) -> C
                 // PREPARE transaction AS …: a statement of that name.
                 let name = cursor.identifier().unwrap_or_default();
                 if cursor.at("AS") || cursor.peek_kind() == Some(TokenKind::OpenParen) {
-                    return Class::Prepare(name);
+                    return prepare(&mut cursor, name);
                 }
                 return Class::Transaction(TransactionControl::PrepareTransaction);
             }
-            cursor.identifier().map_or(Class::Unknown, Class::Prepare)
+            match cursor.identifier() {
+                Some(name) => prepare(&mut cursor, name),
+                None => Class::Unknown,
+            }
         }
-        "EXECUTE" => cursor.identifier().map_or(Class::Unknown, Class::Execute),
+        "EXECUTE" => execute(&mut cursor, settings),
         "DEALLOCATE" => {
             cursor.eat("PREPARE");
             one_or_all(&mut cursor).map_or(Class::Unknown, Class::Deallocate)
@@ -61,7 +67,7 @@ fn classify_nested(statement: &[u8], settings: LexSettings, nesting: usize) -> C
             _ => Class::Unknown,
         },
         "DECLARE" => declare(&mut cursor),
-        "FETCH" | "MOVE" => fetch(&mut cursor),
+        "FETCH" | "MOVE" => fetch(&mut cursor, first == "MOVE"),
         "CLOSE" => one_or_all(&mut cursor).map_or(Class::Unknown, Class::Close),
         "LISTEN" => cursor.identifier().map_or(Class::Unknown, Class::Listen),
         "UNLISTEN" => {
@@ -257,18 +263,53 @@ fn declare(cursor: &mut Cursor<'_>) -> Class {
         return Class::Unknown;
     };
     // BINARY INSENSITIVE NO SCROLL CURSOR {WITH | WITHOUT} HOLD FOR query
-    let mut hold = false;
+    let (mut hold, mut binary) = (false, false);
     while cursor.peek_kind().is_some() && !cursor.at("FOR") {
         if cursor.eat("WITH") {
             hold = cursor.at("HOLD");
         }
+        binary |= cursor.at("BINARY");
         cursor.next();
     }
-    Class::Declare(Declare { name, hold })
+    cursor.eat("FOR");
+    Class::Declare(Declare {
+        name,
+        hold,
+        binary,
+        query: cursor.rest().into(),
+    })
+}
+
+/// PREPARE name [(types)] AS statement, from behind the name.
+fn prepare(cursor: &mut Cursor<'_>, name: String) -> Class {
+    cursor.skip_parens(|_| {});
+    cursor.eat("AS");
+    Class::Prepare(Prepare {
+        name,
+        statement: cursor.rest().into(),
+    })
+}
+
+/// EXECUTE name [(arguments)]
+fn execute(cursor: &mut Cursor<'_>, settings: LexSettings) -> Class {
+    let Some(name) = cursor.identifier() else {
+        return Class::Unknown;
+    };
+    let arguments = if cursor.peek_kind() == Some(TokenKind::OpenParen) {
+        let values = [b"VALUES ", cursor.rest()].concat();
+        match classify(&values, settings) {
+            Class::Read(facts) => Some(facts),
+            _ => None,
+        }
+    } else {
+        Some(Arc::default())
+    };
+    Class::Execute(Execute { name, arguments })
 }
 
 /// FETCH [direction] [FROM | IN] name: the name is the last word.
-fn fetch(cursor: &mut Cursor<'_>) -> Class {
+fn fetch(cursor: &mut Cursor<'_>, moves: bool) -> Class {
+    let onward = onward(cursor);
     let mut name = None;
     while cursor.peek_kind().is_some() {
         match cursor.peek_kind() {
@@ -278,12 +319,47 @@ fn fetch(cursor: &mut Cursor<'_>) -> Class {
             }
         }
     }
-    name.map_or(Class::Unknown, Class::Fetch)
+    name.map_or(Class::Unknown, |cursor| {
+        Class::Fetch(Fetch {
+            cursor,
+            onward: onward.filter(|_| !moves),
+        })
+    })
+}
+
+/// Takes a direction; says how many rows onward it asks for, where it does.
+fn onward(cursor: &mut Cursor<'_>) -> Option<FetchRows> {
+    // A cursor may have a direction's name: `FETCH next` fetches from it.
+    let (before, first) = (cursor.clone(), cursor.peek_kind());
+    let forward = cursor.eat("FORWARD");
+    let rows = if cursor.eat("ALL") {
+        Some(FetchRows::All)
+    } else if cursor.peek_kind() == Some(TokenKind::Number) {
+        let number = cursor.next()?;
+        let digits = std::str::from_utf8(cursor.bytes(&number)).ok()?;
+        Some(FetchRows::Count(digits.parse().ok()?))
+    } else if forward || cursor.eat("NEXT") || cursor.at("FROM") || cursor.at("IN") {
+        Some(FetchRows::Count(1))
+    } else if cursor.at_any(&["PRIOR", "FIRST", "LAST", "ABSOLUTE", "RELATIVE", "BACKWARD"])
+        || !matches!(first, Some(TokenKind::Word | TokenKind::QuotedWord))
+    {
+        None
+    } else {
+        // Nothing but the cursor's name.
+        Some(FetchRows::Count(1))
+    };
+    if cursor.peek_kind().is_none() {
+        *cursor = before;
+        return Some(FetchRows::Count(1));
+    }
+    // FETCH 0 gives the current row again.
+    rows.filter(|rows| *rows != FetchRows::Count(0))
 }
 
 /// COPY {table [(columns)] | (query)} {FROM | TO} …
 fn copy(cursor: &mut Cursor<'_>, statement: &[u8], settings: LexSettings) -> Class {
     let mut may_write = false;
+    let read: Option<Arc<ReadFacts>>;
     cursor.eat("BINARY");
     if cursor.peek_kind() == Some(TokenKind::OpenParen) {
         let mut inner: Option<std::ops::Range<usize>> = None;
@@ -292,12 +368,23 @@ fn copy(cursor: &mut Cursor<'_>, statement: &[u8], settings: LexSettings) -> Cla
             inner = Some(start..token.span.end);
         });
         let inner = inner.map_or(&[][..], |span| &statement[span]);
-        may_write = !matches!(classify_nested(inner, settings, 0), Class::Read(_));
+        read = match classify_nested(inner, settings, 0) {
+            Class::Read(facts) => Some(facts),
+            _ => None,
+        };
+        may_write = read.is_none();
     } else {
-        if cursor.name().is_none() {
+        let Some(name) = cursor.name() else {
             return Class::Unknown;
-        }
+        };
         cursor.skip_parens(|_| {});
+        read = Some(Arc::new(ReadFacts {
+            relations: vec![RelationUse {
+                name,
+                perhaps_cte: false,
+            }],
+            ..ReadFacts::default()
+        }));
     }
     let from = cursor.eat("FROM");
     if !from && !cursor.eat("TO") {
@@ -311,6 +398,7 @@ fn copy(cursor: &mut Cursor<'_>, statement: &[u8], settings: LexSettings) -> Cla
         Class::CopyTo(CopyTo {
             stdout: client,
             may_write,
+            read,
         })
     }
 }

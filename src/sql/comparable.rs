@@ -1,12 +1,12 @@
 //! Whether the secondary can be expected to answer a read as the primary did.
 //!
 //! Syntax gives the facts of the statement, the catalog the volatility of its functions and the
-//! queries behind its views. Anything unknown is not comparable: a shadow read that proves
-//! nothing costs trust. Not seen here: volatile functions behind operators, casts, defaults of
-//! row security and inside stable functions; the confirmation at a cut asks the primary twice,
+//! queries behind its views; it knows which operators and casts call a volatile function. Anything
+//! unknown is not comparable: a shadow read that proves nothing costs trust. Not seen here: volatile
+//! functions behind policies of row security and inside stable functions; the confirmation at a cut asks the primary twice,
 //! in two transactions, and finds what disagrees with itself.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -42,7 +42,7 @@ pub enum NotComparable {
     Encoding,
     /// A parameter of a type whose OID differs between the servers.
     ParameterType,
-    /// The answer came in pieces (portal suspension) or as COPY.
+    /// The server asked for data in the middle of the answer.
     PartialAnswer,
     /// Found out by comparing: the answers differ where the statement leaves them open.
     LimitWithoutOrder,
@@ -55,10 +55,22 @@ pub enum NotComparable {
     UnknownSettings,
     /// Found out by asking: the primary disagrees with itself.
     NonDeterministic,
+    /// An ignore of proxy.yaml covers it, or the columns that differ.
+    Ignored,
+    /// A rule of proxy.yaml would have to be applied to more rows than are kept.
+    TooManyRows,
+    /// Foreign tables and sequences: what they hold is not mirrored, or only at a flip.
+    NotMirrored,
+    /// A cursor that was moved otherwise than onward, is binary, or outlived its transaction.
+    CursorMovement,
+    /// EXECUTE or FETCH of what the session was not seen to prepare or declare.
+    UnknownStatement,
+    /// COPY to a file or program of the server.
+    CopyToServer,
 }
 
 impl NotComparable {
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 27] = [
         Self::SeveralStatements,
         Self::NotARead,
         Self::NotUnderstood,
@@ -80,6 +92,12 @@ impl NotComparable {
         Self::EarlierWrite,
         Self::UnknownSettings,
         Self::NonDeterministic,
+        Self::Ignored,
+        Self::TooManyRows,
+        Self::NotMirrored,
+        Self::CursorMovement,
+        Self::UnknownStatement,
+        Self::CopyToServer,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -105,6 +123,12 @@ impl NotComparable {
             Self::EarlierWrite => "earlier_write",
             Self::UnknownSettings => "unknown_settings",
             Self::NonDeterministic => "non_deterministic",
+            Self::Ignored => "ignored",
+            Self::TooManyRows => "too_many_rows",
+            Self::NotMirrored => "not_mirrored",
+            Self::CursorMovement => "cursor_movement",
+            Self::UnknownStatement => "unknown_statement",
+            Self::CopyToServer => "copy_to_server",
         }
     }
 
@@ -124,7 +148,7 @@ impl NotComparable {
             Self::Locking => "it locks rows",
             Self::Encoding => "a name in it could not be read in the client's encoding",
             Self::ParameterType => "a parameter's type has another OID on each server",
-            Self::PartialAnswer => "only a part of the answer was fetched",
+            Self::PartialAnswer => "the server asked for data in the middle of the answer",
             Self::LimitWithoutOrder => "LIMIT without ORDER BY leaves open which rows come",
             Self::OrderDependentFunction => "an aggregate or window shows an order that is left open",
             Self::DistinctOn => "DISTINCT ON leaves open which row of a group comes",
@@ -132,6 +156,12 @@ impl NotComparable {
             Self::EarlierWrite => "its transaction wrote before it",
             Self::UnknownSettings => "the session's settings are not known in full",
             Self::NonDeterministic => "the primary disagrees with itself",
+            Self::Ignored => "an ignore in proxy.yaml covers it",
+            Self::TooManyRows => "a rule in proxy.yaml would have to be applied to more rows than are kept",
+            Self::NotMirrored => "it reads a foreign table or a sequence, which are not mirrored row by row",
+            Self::CursorMovement => "its cursor is binary, moved otherwise than onward, or outlived its transaction",
+            Self::UnknownStatement => "what it executes or fetches from was not seen to be prepared or declared",
+            Self::CopyToServer => "it copies to a file or program of the server",
         }
     }
 }
@@ -153,10 +183,12 @@ pub enum Volatility {
 /// What a relation is to a read.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RelationKind {
-    /// Table, partitioned table, materialized view, sequence, foreign table.
+    /// Table, partitioned table, materialized view.
     Stored,
     /// A view and what its query uses; `None` where it could not be understood.
     View(Option<Arc<ReadFacts>>),
+    /// Foreign tables and sequences.
+    NotMirrored,
 }
 
 /// Answers from the primary's catalog. A name without a schema stands for every object of that
@@ -164,6 +196,10 @@ pub enum RelationKind {
 pub trait FunctionCatalog {
     fn volatility(&self, function: &QualifiedName) -> Option<Volatility>;
     fn relation(&self, relation: &QualifiedName) -> Option<&RelationKind>;
+    /// Whether some operator of this name calls a volatile function.
+    fn is_volatile_operator(&self, operator: &str) -> bool;
+    /// Whether some cast to a type of this name does.
+    fn is_volatile_cast(&self, type_name: &str) -> bool;
 }
 
 /// The read that a text is, if it is one: what [`shadowable`] is to be asked about.
@@ -177,6 +213,11 @@ pub fn single_read(script: &Script) -> Result<&ReadFacts, NotComparable> {
         script.single().map(|statement| &statement.class),
     ) {
         (_, Some(Class::Read(facts))) => Ok(facts),
+        (_, Some(Class::CopyTo(copy))) => match &copy.read {
+            Some(facts) if copy.stdout => Ok(facts),
+            Some(_) => Err(NotComparable::CopyToServer),
+            None => Err(NotComparable::NotARead),
+        },
         (_, Some(Class::Lock)) => Err(NotComparable::Locking),
         (_, Some(Class::Unknown)) => Err(NotComparable::NotUnderstood),
         ([_, _, ..], _)
@@ -218,13 +259,23 @@ fn check(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize) -> Resu
     if facts.system_columns {
         return Err(NotComparable::ServerSpecific);
     }
+    if facts
+        .operators
+        .iter()
+        .any(|operator| catalog.is_volatile_operator(operator))
+        || facts.casts.iter().any(|name| catalog.is_volatile_cast(name))
+    {
+        return Err(NotComparable::VolatileFunction);
+    }
     for function in &facts.functions {
         check_function(&function.name, function.arguments, catalog)?;
     }
     for relation in &facts.relations {
         let name = &relation.name;
         match name.schema.as_deref() {
-            Some("pg_catalog" | "information_schema" | "pg_toast") => return Err(NotComparable::ServerSpecific),
+            Some("pg_catalog" | "information_schema" | "pg_toast" | "pgtandem") => {
+                return Err(NotComparable::ServerSpecific);
+            }
             Some(schema) if schema.starts_with("pg_temp") => return Err(NotComparable::TemporaryTable),
             Some(_) => {}
             // pg_catalog is searched first unless the path says otherwise.
@@ -235,6 +286,7 @@ fn check(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize) -> Resu
             Some(RelationKind::Stored) => {}
             Some(RelationKind::View(Some(facts))) if depth > 0 => check(facts, catalog, depth - 1)?,
             Some(RelationKind::View(_)) => return Err(NotComparable::UnknownRelation),
+            Some(RelationKind::NotMirrored) => return Err(NotComparable::NotMirrored),
             None if relation.perhaps_cte => {}
             None => return Err(NotComparable::UnknownRelation),
         }
@@ -368,19 +420,30 @@ const SERVER_FUNCTIONS: &[&str] = &[
 pub const FUNCTIONS_QUERY: &str = "select n.nspname::text, p.proname::text, max(p.provolatile::text) \
      from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace group by 1, 2";
 
-/// Rows of schema, name, and for views the query (else null) for [`FunctionVolatility`].
+/// Rows of schema, name, for views the query (else null), and whether it is a foreign table or a
+/// sequence, for [`FunctionVolatility`].
 /// System views are left out: reads that name them are never compared.
 pub const RELATIONS_QUERY: &str = "select n.nspname::text, c.relname::text, \
-     case when c.relkind = 'v' then pg_catalog.pg_get_viewdef(c.oid) end \
+     case when c.relkind = 'v' then pg_catalog.pg_get_viewdef(c.oid) end, c.relkind in ('f', 'S') \
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where c.relkind in ('r', 'p', 'v', 'm', 'f', 'S') and c.relpersistence <> 't' \
      and n.nspname not in ('pg_catalog', 'information_schema', 'pg_toast')";
+
+/// Rows of whether it is an operator (else a cast's target type) and its name, of those that call
+/// a volatile function, for [`FunctionVolatility`].
+pub const VOLATILE_OTHERS_QUERY: &str = "select true, o.oprname::text from pg_catalog.pg_operator o \
+     join pg_catalog.pg_proc p on p.oid = o.oprcode where p.provolatile = 'v' \
+     union all select false, t.typname::text from pg_catalog.pg_cast c \
+     join pg_catalog.pg_proc p on p.oid = c.castfunc join pg_catalog.pg_type t on t.oid = c.casttarget \
+     where p.provolatile = 'v'";
 
 /// The catalog as a control connection read it.
 #[derive(Debug, Default)]
 pub struct FunctionVolatility {
     functions: HashMap<String, Vec<(String, Volatility)>>,
     relations: HashMap<String, Vec<(String, RelationKind)>>,
+    operators: HashSet<String>,
+    casts: HashSet<String>,
 }
 
 impl FunctionVolatility {
@@ -409,6 +472,23 @@ impl FunctionVolatility {
         };
         self.relations.entry(name).or_default().push((schema, kind));
     }
+
+    /// A foreign table or sequence of [`RELATIONS_QUERY`].
+    pub fn add_not_mirrored(&mut self, schema: String, name: String) {
+        self.relations
+            .entry(name)
+            .or_default()
+            .push((schema, RelationKind::NotMirrored));
+    }
+
+    /// From the rows of [`VOLATILE_OTHERS_QUERY`].
+    pub fn add_volatile(&mut self, is_operator: bool, name: String) {
+        if is_operator {
+            self.operators.insert(name);
+        } else {
+            self.casts.insert(name);
+        }
+    }
 }
 
 impl FunctionCatalog for FunctionVolatility {
@@ -431,8 +511,16 @@ impl FunctionCatalog for FunctionVolatility {
         let first = found.next()?;
         // A view is the greater concern than a table of the same name in another schema.
         Some(found.fold(first, |worst, kind| match (worst, kind) {
-            (RelationKind::Stored, RelationKind::View(_)) | (_, RelationKind::View(None)) => kind,
+            (RelationKind::Stored, _) | (_, RelationKind::View(None)) => kind,
             _ => worst,
         }))
+    }
+
+    fn is_volatile_operator(&self, operator: &str) -> bool {
+        self.operators.contains(operator)
+    }
+
+    fn is_volatile_cast(&self, type_name: &str) -> bool {
+        self.casts.contains(type_name)
     }
 }

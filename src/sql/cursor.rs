@@ -3,6 +3,7 @@
 use super::class::QualifiedName;
 use super::lexer::{LexSettings, Lexer, Token, TokenKind};
 
+#[derive(Clone)]
 pub(super) struct Cursor<'a> {
     text: &'a [u8],
     lexer: Lexer<'a>,

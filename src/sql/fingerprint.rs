@@ -1,5 +1,6 @@
 //! A statement with its constants removed, so that executions of one statement count together.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::ops::Range;
 
@@ -28,6 +29,20 @@ impl fmt::Display for FingerprintId {
     }
 }
 
+/// Reads the 16 hex digits.
+impl std::str::FromStr for FingerprintId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u64::from_str_radix(text, 16)
+            .ok()
+            .filter(|_| digits)
+            .map(Self)
+            .ok_or_else(|| "a fingerprint has 16 hex digits".to_owned())
+    }
+}
+
 impl Serialize for FingerprintId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -40,24 +55,56 @@ pub fn fingerprint(text: &[u8]) -> Fingerprint {
 }
 
 pub fn fingerprint_as(text: &[u8], settings: LexSettings) -> Fingerprint {
-    let mut pieces: Vec<Piece<'_>> = Vec::new();
+    let mut out = Vec::with_capacity(text.len().min(TEXT_BYTES_MAX));
+    normalize(text, settings, &mut Vec::new(), &mut out);
+    let id = FingerprintId(xxh3_64(&out));
+    out.truncate(TEXT_BYTES_MAX);
+    Fingerprint {
+        id,
+        text: String::from_utf8_lossy(&out).into_owned(),
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<(Vec<Piece>, Vec<u8>)> = RefCell::default();
+}
+
+/// The id alone of [`fingerprint`]; allocates nothing but, once for a thread, room to work in.
+pub fn fingerprint_id(text: &[u8]) -> FingerprintId {
+    SCRATCH.with_borrow_mut(|(pieces, out)| {
+        normalize(text, LexSettings::default(), pieces, out);
+        let id = FingerprintId(xxh3_64(out));
+        if out.capacity() > SCRATCH_MAX {
+            (*pieces, *out) = Default::default();
+        }
+        id
+    })
+}
+
+/// Room that a thread keeps for the next text.
+const SCRATCH_MAX: usize = 64 * 1024;
+
+fn normalize(text: &[u8], settings: LexSettings, pieces: &mut Vec<Piece>, out: &mut Vec<u8>) {
+    pieces.clear();
+    out.clear();
     let mut adjacent = false;
     for token in Lexer::new(text, settings) {
-        let bytes = &text[token.span.clone()];
         match token.kind {
             TokenKind::Blank => {
                 adjacent = false;
                 continue;
             }
             TokenKind::String(_) | TokenKind::Number | TokenKind::Parameter => {
-                drop_sign(&mut pieces);
+                drop_sign(pieces);
                 pieces.push(Piece::Constant);
             }
-            TokenKind::Word | TokenKind::QuotedWord | TokenKind::UnicodeQuotedWord => pieces.push(Piece::Word(bytes)),
+            TokenKind::Word | TokenKind::QuotedWord | TokenKind::UnicodeQuotedWord => {
+                pieces.push(Piece::Word(token.span.clone()));
+            }
             TokenKind::OpenParen => pieces.push(Piece::Open),
             TokenKind::CloseParen => {
                 pieces.push(Piece::Close);
-                collapse(&mut pieces);
+                collapse(text, pieces);
             }
             TokenKind::Symbol => match pieces.last_mut() {
                 // Symbols without a blank between them are one operator.
@@ -73,21 +120,15 @@ pub fn fingerprint_as(text: &[u8], settings: LexSettings) -> Fingerprint {
     while pieces.last() == Some(&Piece::Semicolon) {
         pieces.pop();
     }
-    let mut out = write(text, &pieces);
-    let id = FingerprintId(xxh3_64(&out));
-    out.truncate(TEXT_BYTES_MAX);
-    Fingerprint {
-        id,
-        text: String::from_utf8_lossy(&out).into_owned(),
-    }
+    write(text, pieces, out);
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Piece<'a> {
+enum Piece {
     Constant,
     /// A list of constants in parentheses, of any length.
     List,
-    Word(&'a [u8]),
+    Word(Range<usize>),
     /// Bytes of the text.
     Operator(Range<usize>),
     Open,
@@ -98,7 +139,7 @@ enum Piece<'a> {
 }
 
 /// `= -1` is a constant with its sign; `a - 1` is not.
-fn drop_sign(pieces: &mut Vec<Piece<'_>>) {
+fn drop_sign(pieces: &mut Vec<Piece>) {
     if let [.., before, Piece::Operator(operator)] = &pieces[..]
         && operator.len() == 1
         && matches!(before, Piece::Operator(_) | Piece::Open | Piece::Comma)
@@ -108,7 +149,7 @@ fn drop_sign(pieces: &mut Vec<Piece<'_>>) {
 }
 
 /// Of `IN (1, 2)` and `VALUES (1, 2), (3, 4)` no number of constants remains.
-fn collapse(pieces: &mut Vec<Piece<'_>>) {
+fn collapse(text: &[u8], pieces: &mut Vec<Piece>) {
     let Some(open) = pieces.iter().rposition(|piece| *piece == Piece::Open) else {
         return;
     };
@@ -130,7 +171,9 @@ fn collapse(pieces: &mut Vec<Piece<'_>>) {
             pieces.truncate(open);
             pieces.push(Piece::List);
         }
-        [.., Piece::Word(word)] if word.eq_ignore_ascii_case(b"in") || word.eq_ignore_ascii_case(b"values") => {
+        [.., Piece::Word(word)]
+            if text[word.clone()].eq_ignore_ascii_case(b"in") || text[word.clone()].eq_ignore_ascii_case(b"values") =>
+        {
             pieces.truncate(open);
             pieces.push(Piece::List);
         }
@@ -138,8 +181,7 @@ fn collapse(pieces: &mut Vec<Piece<'_>>) {
     }
 }
 
-fn write(text: &[u8], pieces: &[Piece<'_>]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(text.len().min(TEXT_BYTES_MAX));
+fn write(text: &[u8], pieces: &[Piece], out: &mut Vec<u8>) {
     let mut glue = true;
     for (index, piece) in pieces.iter().enumerate() {
         let glued_before = match piece {
@@ -154,8 +196,14 @@ fn write(text: &[u8], pieces: &[Piece<'_>]) -> Vec<u8> {
         match piece {
             Piece::Constant => out.push(b'?'),
             Piece::List => out.extend_from_slice(b"(...)"),
-            Piece::Word(word) if word.contains(&b'"') => out.extend_from_slice(word),
-            Piece::Word(word) => out.extend(word.iter().map(u8::to_ascii_lowercase)),
+            Piece::Word(word) => {
+                let word = &text[word.clone()];
+                if word.contains(&b'"') {
+                    out.extend_from_slice(word);
+                } else {
+                    out.extend(word.iter().map(u8::to_ascii_lowercase));
+                }
+            }
             Piece::Operator(range) => out.extend_from_slice(&text[range.clone()]),
             Piece::Open => out.push(b'('),
             Piece::Close => out.push(b')'),
@@ -164,7 +212,6 @@ fn write(text: &[u8], pieces: &[Piece<'_>]) -> Vec<u8> {
             Piece::Semicolon => out.push(b';'),
         }
     }
-    out
 }
 
 #[cfg(test)]
@@ -210,6 +257,8 @@ mod tests {
         let one = fingerprint(b"select 1");
         assert_eq!(one.id.to_string().len(), 16);
         assert_eq!(one.id, fingerprint(b"SELECT  2").id);
+        assert_eq!(one.id, fingerprint_id(b"SELECT  2"));
+        assert_eq!(one.id.to_string().parse(), Ok(one.id));
         assert_ne!(one.id, fingerprint(b"select a").id);
     }
 }

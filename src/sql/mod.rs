@@ -27,22 +27,23 @@ mod writes;
 
 pub use cache::StatementCache;
 pub use class::{
-    Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, FunctionUse, NotMirrored, OrderKey, QualifiedName,
-    ReadFacts, RelationUse, Reset, Script, Set, SetWhat, Statement, TransactionControl, Unstable,
+    Class, CopyFrom, CopyTo, Ddl, DdlKind, Declare, Discard, Execute, Fetch, FetchRows, FunctionUse, NotMirrored,
+    OrderKey, Prepare, QualifiedName, ReadFacts, RelationUse, Reset, Script, Set, SetWhat, Statement,
+    TransactionControl, Unstable,
 };
 pub use classify::classify;
 pub use comparable::{
-    FUNCTIONS_QUERY, FunctionCatalog, FunctionVolatility, NotComparable, RELATIONS_QUERY, RelationKind, Volatility,
-    shadowable, single_read,
+    FUNCTIONS_QUERY, FunctionCatalog, FunctionVolatility, NotComparable, RELATIONS_QUERY, RelationKind,
+    VOLATILE_OTHERS_QUERY, Volatility, shadowable, single_read,
 };
 pub use ddl::place_for_if_exists;
 pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
-pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as};
+pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as, fingerprint_id};
 pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};
 pub use limit::{Widened, widen_limit};
 pub use settings::{SettingChange, custom_setting_names, setting_changes};
-pub use writes::{Writes, may_write};
+pub use writes::{Writes, facts_may_write, may_write};
 
 /// Splits and classifies a text under default settings. Any bytes will do.
 pub fn analyze(text: &[u8]) -> Script {

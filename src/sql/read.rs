@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
+    DataType, Distinct, Expr, Function, FunctionArgumentClause, FunctionArguments, Ident, ObjectName, OrderByKind,
     Query as AstQuery, Select, SetExpr, Statement, TableFactor, Value, Visit, Visitor, WindowType,
 };
 use sqlparser::dialect::PostgreSqlDialect;
@@ -97,6 +97,7 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
     // What the token before means for this one: a name after AS or a dot is a mere label, ONLY
     // after FROM, JOIN, a comma or a parenthesis is that of inheritance.
     let (mut naming, mut from_item, mut unicode) = (false, false, false);
+    let mut symbol_end = usize::MAX;
     let mut tokens = Lexer::new(statement, settings);
     while let Some(token) = tokens.next() {
         let bytes = &statement[token.span.clone()];
@@ -164,6 +165,12 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
             }
             TokenKind::Symbol => {
                 operators += 1;
+                // Symbols without a blank between them are one operator.
+                match facts.operators.last_mut().filter(|_| symbol_end == token.span.start) {
+                    Some(operator) => operator.push_str(std::str::from_utf8(bytes).ok()?),
+                    None => facts.operators.push(std::str::from_utf8(bytes).ok()?.to_owned()),
+                }
+                symbol_end = token.span.end;
                 rendered.push_str(std::str::from_utf8(bytes).ok()?);
             }
             TokenKind::Parameter | TokenKind::Semicolon | TokenKind::Comma | TokenKind::Dot => {
@@ -178,6 +185,8 @@ fn render(statement: &[u8], settings: LexSettings, facts: &mut ReadFacts) -> Opt
         from_item = matches!(token.kind, TokenKind::Comma | TokenKind::OpenParen) || is("FROM") || is("JOIN");
         unicode = false;
     }
+    facts.operators.sort_unstable();
+    facts.operators.dedup();
     Some(rendered)
 }
 
@@ -460,6 +469,10 @@ impl Visitor for Collector {
             }
             Expr::Identifier(name) => self.column(Some(name)),
             Expr::CompoundIdentifier(names) => self.column(names.last()),
+            Expr::Cast {
+                data_type: DataType::Custom(name, _),
+                ..
+            } => self.facts.casts.extend(qualified(name).map(|name| name.name)),
             _ => {}
         }
         ControlFlow::Continue(())

@@ -187,21 +187,8 @@ fn session_statements() {
     check("reset time zone", "Reset(Setting(\"timezone\"))");
     check("discard all", "Discard(All)");
     check("discard temporary", "Discard(Temp)");
-    check("prepare p (int) as select 1", "Prepare(\"p\")");
-    check("prepare transaction as select 1", "Prepare(\"transaction\")");
-    check("execute \"P\" (1)", "Execute(\"P\")");
     check("deallocate prepare p", "Deallocate(Some(\"p\"))");
     check("deallocate all", "Deallocate(None)");
-    check(
-        "declare c scroll cursor with hold for select 1",
-        "Declare(Declare { name: \"c\", hold: true })",
-    );
-    check(
-        "declare c cursor without hold for select 1",
-        "Declare(Declare { name: \"c\", hold: false })",
-    );
-    check("fetch forward 3 from c", "Fetch(\"c\")");
-    check("move c", "Fetch(\"c\")");
     check("close all", "Close(None)");
     check("close c", "Close(Some(\"c\"))");
     check("listen a", "Listen(\"a\")");
@@ -229,8 +216,96 @@ fn session_statements() {
 }
 
 #[test]
+fn prepared_statements() {
+    let class = |text: &str| classify(text.as_bytes(), LexSettings::default());
+    for (text, name, statement) in [
+        ("prepare p as select 1", "p", "select 1"),
+        ("PREPARE p (int, numeric(3, 1)) AS select $1", "p", "select $1"),
+        ("prepare transaction as select 1", "transaction", "select 1"),
+        ("prepare transaction (int) as select 1", "transaction", "select 1"),
+    ] {
+        let Class::Prepare(found) = class(text) else {
+            panic!("{text}")
+        };
+        assert_eq!(
+            (found.name.as_str(), &*found.statement),
+            (name, statement.as_bytes()),
+            "{text}"
+        );
+    }
+    for (text, name, functions) in [
+        ("execute p", "p", Some(0)),
+        ("execute \"P\" (1, 'a')", "P", Some(0)),
+        ("execute p (lower('A'), random())", "p", Some(2)),
+        ("execute p (1,)", "p", None),
+    ] {
+        let Class::Execute(found) = class(text) else {
+            panic!("{text}")
+        };
+        let used = found.arguments.map(|arguments| arguments.functions.len());
+        assert_eq!((found.name.as_str(), used), (name, functions), "{text}");
+    }
+}
+
+#[test]
+fn cursors() {
+    let class = |text: &str| classify(text.as_bytes(), LexSettings::default());
+    for (text, hold, binary) in [
+        ("declare c scroll cursor with hold for select 1", true, false),
+        ("declare c cursor without hold for select 1", false, false),
+        ("declare c binary insensitive cursor for select 1", false, true),
+    ] {
+        let Class::Declare(found) = class(text) else {
+            panic!("{text}")
+        };
+        assert_eq!(
+            (found.hold, found.binary, &*found.query),
+            (hold, binary, &b"select 1"[..]),
+            "{text}"
+        );
+    }
+    for (text, onward) in [
+        ("fetch c", Some(FetchRows::Count(1))),
+        ("fetch from c", Some(FetchRows::Count(1))),
+        ("fetch next from c", Some(FetchRows::Count(1))),
+        ("fetch next in c", Some(FetchRows::Count(1))),
+        ("fetch next c", Some(FetchRows::Count(1))),
+        ("fetch 10 c", Some(FetchRows::Count(10))),
+        ("fetch forward 3 from c", Some(FetchRows::Count(3))),
+        ("fetch forward c", Some(FetchRows::Count(1))),
+        ("fetch all in c", Some(FetchRows::All)),
+        ("fetch forward all from c", Some(FetchRows::All)),
+        ("fetch 0 from c", None),
+        ("fetch -1 from c", None),
+        ("fetch prior from c", None),
+        ("fetch backward all from c", None),
+        ("fetch absolute 3 from c", None),
+        ("fetch last from c", None),
+        ("move 3 from c", None),
+        ("move c", None),
+    ] {
+        let Class::Fetch(found) = class(text) else {
+            panic!("{text}")
+        };
+        assert_eq!((found.cursor.as_str(), found.onward), ("c", onward), "{text}");
+    }
+    assert!(matches!(class("fetch next"), Class::Fetch(fetch) if fetch.cursor == "next" && fetch.onward.is_some()));
+}
+
+#[test]
 fn copy() {
-    let to = |stdout, may_write| format!("CopyTo(CopyTo {{ stdout: {stdout}, may_write: {may_write} }})");
+    let check = |text: &str, expected: &str| {
+        let found = match classify(text.as_bytes(), LexSettings::default()) {
+            Class::CopyTo(copy) => {
+                let tables = copy.read.as_ref().map(|read| read.relations.len());
+                assert_eq!(tables.is_none(), copy.may_write, "{text}");
+                format!("to {} {}", copy.stdout, copy.may_write)
+            }
+            other => format!("{other:?}"),
+        };
+        assert_eq!(found, expected, "{text}");
+    };
+    let to = |stdout, may_write| format!("to {stdout} {may_write}");
     check("copy t to stdout", &to(true, false));
     check("copy s.t (a, b) to stdout with (format csv)", &to(true, false));
     check("copy t to '/x'", &to(false, false));

@@ -35,9 +35,12 @@ pub fn may_write(script: &Script, catalog: &dyn FunctionCatalog) -> Writes {
         | Class::Unlisten(_)
         | Class::Notify
         | Class::Explain { analyze: false } => Writes::Nothing,
+        Class::CopyTo(copy) => match &copy.read {
+            Some(facts) => read_may_write(facts, catalog, VIEW_DEPTH_MAX),
+            None => Writes::Perhaps,
+        },
         // A cursor's query runs when it is fetched from; LOCK stands for SELECT … FOR UPDATE too.
         Class::Write
-        | Class::CopyTo(_)
         | Class::CopyFrom(_)
         | Class::Ddl(_)
         | Class::Truncate
@@ -54,8 +57,21 @@ pub fn may_write(script: &Script, catalog: &dyn FunctionCatalog) -> Writes {
     writes.max().unwrap_or(Writes::Nothing)
 }
 
+/// The same of a read's facts.
+pub fn facts_may_write(facts: &ReadFacts, catalog: &dyn FunctionCatalog) -> Writes {
+    read_may_write(facts, catalog, VIEW_DEPTH_MAX)
+}
+
 fn read_may_write(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize) -> Writes {
     if facts.undecoded_names {
+        return Writes::Perhaps;
+    }
+    if facts
+        .operators
+        .iter()
+        .any(|operator| catalog.is_volatile_operator(operator))
+        || facts.casts.iter().any(|name| catalog.is_volatile_cast(name))
+    {
         return Writes::Perhaps;
     }
     let functions = facts
@@ -66,7 +82,7 @@ fn read_may_write(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize
         .relations
         .iter()
         .map(|relation| match catalog.relation(&relation.name) {
-            Some(RelationKind::Stored) => Writes::Nothing,
+            Some(RelationKind::Stored | RelationKind::NotMirrored) => Writes::Nothing,
             Some(RelationKind::View(Some(facts))) if depth > 0 => read_may_write(facts, catalog, depth - 1),
             Some(RelationKind::View(_)) => Writes::Perhaps,
             None if relation.perhaps_cte || is_system(&relation.name) => Writes::Nothing,

@@ -118,9 +118,14 @@ pub fn put_describe_portal(out: &mut Vec<u8>, portal: &[u8]) {
 }
 
 pub fn put_execute(out: &mut Vec<u8>, portal: &[u8]) {
+    put_execute_rows(out, portal, 0);
+}
+
+/// At most so many rows; 0 for all.
+pub fn put_execute_rows(out: &mut Vec<u8>, portal: &[u8], rows: u32) {
     put_frame(out, b'E', |out| {
         put_cstr(out, portal);
-        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&rows.to_be_bytes());
     });
 }
 

@@ -156,6 +156,7 @@ async fn report(directory: &Path) -> Report {
         since: None,
         by: "auditor".into(),
         verifications: Vec::new(),
+        slower_ratio: 2.0,
     };
     let mut report = gather(&log, &Default::default(), None, &wanted).await.unwrap();
     let shop = &mut report.databases[0];

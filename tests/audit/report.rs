@@ -141,7 +141,10 @@ async fn a_migration_as_an_auditor_sees_it() {
     assert_eq!(shop["reads"]["totals"]["not_comparable"]["clock"], 20);
     assert_eq!(shop["mismatches"][0]["open"], 0);
     let fingerprints = shop["reads"]["fingerprints"].as_array().unwrap();
-    let read = fingerprints.iter().find(|one| one["text"] == "select * from item").unwrap();
+    let read = fingerprints
+        .iter()
+        .find(|one| one["text"] == "select * from item")
+        .unwrap();
     let latency = &read["latency"];
     assert!(latency["new"]["total"]["p50_ms"].as_f64().unwrap() > 0.0, "{latency}");
     assert_eq!(

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pgtandem::control::Phase;
-use pgtandem::session::hooks::{Call, Hooks, Observer, Read, Shadow};
-use pgtandem::shadow::Timing;
+use pgtandem::session::hooks::{Asked, Call, Hooks, Observer, Read, Shadow};
+use pgtandem::shadow::{Outcome, Timing};
+use pgtandem::sql::Script;
 use pgtandem::wire::frontend;
 
 use crate::common::{Options, Proxy, extended};
@@ -23,22 +24,46 @@ struct Notes {
 }
 
 impl Shadow for Witness {
-    fn sampled(&self, _database: &str, text: &[u8], _values: &[u8]) -> bool {
-        !text.ends_with(b"-- not me")
+    fn wanted(&self) -> bool {
+        true
+    }
+
+    fn sampled(&self, asked: &Asked<'_>) -> bool {
+        assert_eq!((asked.database, asked.user), ("shadowed", "postgres"));
+        !asked.text.ends_with(b"-- not me")
+    }
+
+    fn passed_over(&self, _database: &str, _script: &Script, text: &[u8], why: Outcome) {
+        let (_, why) = why.labels();
+        let line = format!("passed over {why}: {}", String::from_utf8_lossy(text));
+        self.seen.lock().unwrap().push(line);
+    }
+
+    fn may_write(&self, _database: &str, text: &[u8]) -> bool {
+        text.starts_with(b"select audit")
     }
 
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
         let call = match read.call {
             Call::Simple => "simple".to_owned(),
             Call::Extended { types, values } => format!("extended({}, {})", types.len() / 4, values.len()),
+            Call::Prepared { name, prepare, execute } => {
+                let text = |text| String::from_utf8_lossy(text).into_owned();
+                format!("{name}[{} / {}]", text(prepare), text(execute))
+            }
         };
         let settings = read
             .settings
             .map_or(-1, |settings| i64::try_from(settings.len()).unwrap());
         let line = format!(
-            "{call} {} {} settings={settings} {}: ",
+            "{call} {} {} settings={settings}{} {}: ",
             if read.in_transaction { "within" } else { "alone" },
             if read.after_write { "after-write" } else { "-" },
+            if read.temporary.is_empty() {
+                String::new()
+            } else {
+                format!(" temporary={}", read.temporary.join(","))
+            },
             String::from_utf8_lossy(read.text),
         );
         Some(Box::new(Notes {
@@ -65,6 +90,11 @@ impl Observer for Notes {
         assert!(timing.first_row.is_none_or(|first| first <= timing.total));
         self.line.push_str(&format!(" {}", self.bytes > 1_000_000));
         self.seen.lock().unwrap().push(std::mem::take(&mut self.line));
+    }
+
+    fn give_up(self: Box<Self>, why: Outcome) {
+        let (_, why) = why.labels();
+        self.seen.lock().unwrap().push(format!("given up {why}: {}", self.line));
     }
 }
 
@@ -122,7 +152,8 @@ async fn reads_are_shown_with_what_is_needed_to_repeat_them() {
             "simple within after-write settings=1 select 5: TDC false",
             "simple within after-write settings=-1 select 6: TDC false",
             "simple alone - settings=0 select repeat('x', 2000000): TDC true",
-            // One observer at a time: the second of the batch is not shown.
+            // One observer at a time: the second of the batch is passed over.
+            "passed over pipelined: select $1::int",
             "extended(0, 6) alone - settings=0 select 9: DC false",
         ]
     );
