@@ -45,7 +45,7 @@ impl Say {
         let digits = value.to_string();
         let mut text = String::new();
         for (n, digit) in digits.chars().enumerate() {
-            if n > 0 && (digits.len() - n) % 3 == 0 {
+            if n > 0 && (digits.len() - n).is_multiple_of(3) {
                 text.push(',');
             }
             text.push(digit);
@@ -100,10 +100,10 @@ impl Say {
             0 => "No read was compared in this period.".into(),
             compared => format!(
                 "Of {} reads compared, {} differed. If they are a fair sample, fewer than {} of such reads differ, with 95 % confidence.",
-                self.number(&compared),
+                self.number(compared),
                 match rate.mismatched {
                     0 => "none".into(),
-                    some => self.number(&some),
+                    some => self.number(some),
                 },
                 self.bound(rate)
             ),
@@ -190,16 +190,16 @@ impl Say {
         kinds.join(", ")
     }
 
-    fn noisy<'a>(self, database: &'a Database) -> Vec<&'a FingerprintReport> {
+    fn noisy(self, database: &Database) -> Vec<&FingerprintReport> {
         let fingerprints = database.reads.fingerprints.iter();
         fingerprints.filter(|one| one.noise.disagreed > 0).collect()
     }
 
-    fn most_read<'a>(self, database: &'a Database) -> Vec<&'a FingerprintReport> {
+    fn most_read(self, database: &Database) -> Vec<&FingerprintReport> {
         database.reads.fingerprints.iter().take(ROWS_MAX).collect()
     }
 
-    fn measured<'a>(self, database: &'a Database) -> Vec<(&'a FingerprintReport, &'a crate::shadow::Latency)> {
+    fn measured(self, database: &Database) -> Vec<(&FingerprintReport, &crate::shadow::Latency)> {
         let fingerprints = database.reads.fingerprints.iter();
         fingerprints
             .filter_map(|one| Some((one, one.latency.as_ref()?)))
@@ -231,7 +231,7 @@ impl Say {
         plot::WIDTH
     }
 
-    fn sides<'a>(self, database: &'a Database) -> [(&'static str, &'a SideHistory); 2] {
+    fn sides(self, database: &Database) -> [(&'static str, &SideHistory); 2] {
         [("legacy", &database.legacy), ("new", &database.new)]
     }
 

@@ -252,7 +252,7 @@ impl Writer {
         self.try_open();
         loop {
             let due = match &self.chain {
-                Some(chain) => chain.sync_due().map(Instant::from_std),
+                Some(chain) => chain.sync_due(),
                 None => Some(Instant::now() + AGAIN),
             };
             let message = match due {

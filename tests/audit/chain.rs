@@ -369,6 +369,7 @@ impl Writer {
 
 #[tokio::test]
 #[ignore = "the process that other tests start and kill"]
+#[allow(clippy::print_stdout, reason = "they read it")]
 async fn writes_until_it_is_killed() {
     let path = PathBuf::from(std::env::var_os(LOG).unwrap());
     let options = Options {
