@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "shadow/kinds.rs"]
+mod kinds;
+
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
@@ -203,15 +206,24 @@ impl Shadows {
             Call::Prepared { prepare, execute, .. } => {
                 frontend::put_query(&mut request, prepare);
                 frontend::put_query(&mut request, execute);
+                frontend::put_query(&mut request, b"deallocate p");
             }
         }
         self.session.stream.write_all(&request).await.unwrap();
+        let prepared = matches!(call, Call::Prepared { .. });
+        let answers = if prepared { 3 } else { 1 };
         let mut answer = Vec::new();
-        while frames(&answer).all(|(kind, _)| kind != b'Z') {
+        while frames(&answer).filter(|(kind, _)| *kind == b'Z').count() < answers {
             assert_ne!(self.session.stream.read_some(&mut answer).await.unwrap(), 0);
         }
         let mut builder = DigestBuilder::default();
-        frames(&answer).for_each(|(kind, body)| builder.frame(kind, body));
+        let ours = frames(&answer).scan(0, |answered, (kind, body)| {
+            *answered += usize::from(kind == b'Z');
+            Some((*answered, kind, body))
+        });
+        // Of PREPARE, EXECUTE, DEALLOCATE the one in the middle.
+        ours.filter(|&(answered, kind, _)| kind != b'Z' && answered == usize::from(prepared))
+            .for_each(|(_, kind, body)| builder.frame(kind, body));
         ShadowRead {
             control: DUAL_READ,
             login: self.login.clone(),

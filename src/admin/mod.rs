@@ -18,6 +18,7 @@
 //! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
 //! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
 //! | `GET /api/v1/shadows` | [`api::ShadowsAnswer`]: shadow reads by fingerprint, coverage, latencies |
+//! | `GET /api/v1/shadows/plans?fingerprint=…` | [`Plans`], or 422 and why not |
 //! | `GET /api/v1/explain?sql=…` | how a statement would be handled |
 //!
 //! With `admin_token` set, all but `/healthz` and `/readyz` ask for `Authorization: Bearer`.
@@ -50,6 +51,7 @@ use self::api::{
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
+use crate::shadow::Plans;
 
 /// What an operator may ask of the running proxy.
 pub trait Operations: Send + Sync + 'static {
@@ -63,6 +65,7 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn shadows(&self) -> ShadowsAnswer;
+    fn plans(&self, fingerprint: &str) -> impl Future<Output = Result<Plans, String>> + Send;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
     fn retry_held(&self, request: RetryRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
@@ -96,6 +99,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/switchover", post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/shadows", get(shadows::<O>))
+        .route("/api/v1/shadows/plans", get(plans::<O>))
         .route("/api/v1/explain", get(explain::<O>))
         .route("/api/v1/verify", post(verify::<O>))
         .route("/api/v1/repair", post(repair::<O>))
@@ -196,6 +200,18 @@ async fn wait<O: Operations>(State(operations): State<Arc<O>>, Query(query): Que
 
 async fn shadows<O: Operations>(State(operations): State<Arc<O>>) -> Json<ShadowsAnswer> {
     Json(operations.shadows())
+}
+
+#[derive(Deserialize)]
+struct PlansQuery {
+    fingerprint: String,
+}
+
+async fn plans<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<PlansQuery>) -> Response {
+    match operations.plans(&query.fingerprint).await {
+        Ok(plans) => Json(plans).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
 }
 
 #[derive(Deserialize)]

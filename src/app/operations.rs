@@ -20,7 +20,7 @@ use crate::chain;
 use crate::control::{Phase, Side};
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
-use crate::shadow::events;
+use crate::shadow::{Plans, events};
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
 
@@ -300,6 +300,10 @@ impl Operations for World {
 
     fn shadows(&self) -> ShadowsAnswer {
         self.shadows.report()
+    }
+
+    async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
+        self.shadows.plans(fingerprint).await
     }
 
     async fn explain(&self, sql: &str) -> ExplainAnswer {

@@ -20,10 +20,10 @@ use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
     Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome,
-    Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, events,
+    Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, events,
     load_or_create_key, spawn,
 };
-use crate::sql::Script;
+use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
 use crate::upstream::control::connect;
 
@@ -43,7 +43,7 @@ pub(super) struct Shadows {
 
 struct Intake {
     sink: ShadowSink,
-    _tasks: ShadowTasks,
+    tasks: ShadowTasks,
 }
 
 impl Shadows {
@@ -137,7 +137,7 @@ impl Shadows {
                     cuts: Arc::new(TandemCuts(Arc::downgrade(tandem))),
                     log: self.log.clone(),
                 });
-                Intake { sink, _tasks: tasks }
+                Intake { sink, tasks }
             });
         }
     }
@@ -179,6 +179,24 @@ impl Shadows {
             failed: counts.failed,
             log_lost: stats.log_lost,
         }
+    }
+
+    /// Both sides' plans of a statement.
+    pub(super) async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
+        let id: FingerprintId = fingerprint.parse()?;
+        let planners: Vec<_> = self
+            .databases
+            .iter()
+            .map(|database| database.tasks.planner.clone())
+            .collect();
+        let mut outcome = Err("no database is attended to".to_owned());
+        for planner in planners {
+            outcome = planner.plans(id).await;
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
     }
 
     /// All that is known of the reads, by database.

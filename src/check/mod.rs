@@ -6,6 +6,7 @@
 //! | `facts.rs`, `facts.sql` | what is read of a side, in one query and a few small ones |
 //! | `finding.rs` | what is said |
 //! | `servers.rs` | findings about servers: versions, collations, settings, extensions, room |
+//! | `ignores.rs` | findings about ignores of shadow reads that are over |
 //! | `roles.rs` | findings about roles and privileges |
 //! | `tables.rs` | findings about tables and sequences, and each table's verdict |
 //! | `definitions.rs` | findings about definitions that differ |
@@ -13,6 +14,7 @@
 mod definitions;
 pub mod facts;
 pub mod finding;
+mod ignores;
 mod roles;
 mod servers;
 mod tables;
@@ -21,6 +23,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde::Serialize;
+use time::OffsetDateTime;
 use tokio_postgres::Client;
 
 use self::facts::{Facts, Limits, SideFacts};
@@ -95,7 +98,12 @@ pub async fn check(config: &Config, database: String, [legacy, new]: &[Target; 2
         limits: Limits::of(config),
         users: config.auth.users.keys().cloned().collect(),
     };
-    Ok(judge(database, &facts))
+    let mut report = judge(database, &facts);
+    report
+        .findings
+        .extend(ignores::findings(&config.reads.ignores, OffsetDateTime::now_utc()));
+    report.findings.sort_by_key(|finding| finding.level);
+    Ok(report)
 }
 
 /// Which side is primary: what is recorded there, else what proxy.yaml's phase says.

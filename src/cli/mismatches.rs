@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use time::OffsetDateTime;
 
 use super::quarantine::actor;
-use super::{Common, Output, client, load, print_json, print_line, say};
+use super::{Common, Output, client, load, plans, print_json, print_line, say};
 use crate::admin::api::{AcknowledgeRequest, Recorded};
 use crate::admin::client::AdminError;
 use crate::chain::{self, Chain, Follower};
@@ -46,6 +46,10 @@ pub(super) struct Arguments {
     /// Check the chain of all files, line by line, and say where it breaks. Exit 1 when it does.
     #[arg(long, conflicts_with_all = ["each", "since", "fingerprint", "kind"])]
     verify_log: bool,
+    /// Ask the running proxy for both sides' plans, of this fingerprint or of all statements that are
+    /// slower on new.
+    #[arg(long, conflicts_with_all = ["each", "since", "kind", "follow", "verify_log"])]
+    explain: bool,
 }
 
 #[derive(Subcommand)]
@@ -85,6 +89,10 @@ fn kind(text: &str) -> Result<Kind, String> {
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
     if let Some(Action::Ack(ack)) = arguments.action {
         return acknowledge(ack).await;
+    }
+    if arguments.explain {
+        let client = client(&arguments.common)?;
+        return plans::run(&client, arguments.output.json, arguments.fingerprint.as_deref()).await;
     }
     let config = load(&arguments.common)?;
     if arguments.verify_log {

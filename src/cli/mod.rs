@@ -6,6 +6,7 @@ mod backfill;
 mod check;
 mod explain;
 mod mismatches;
+mod plans;
 mod quarantine;
 mod reconcile;
 mod report;

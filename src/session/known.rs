@@ -140,6 +140,18 @@ impl Statements {
         }
     }
 
+    /// A portal's answer has begun to be observed: what its next Execute gives is the rest of it.
+    pub(super) fn observed(&mut self, name: &[u8]) {
+        let portal = if name.is_empty() {
+            self.unnamed_portal.as_mut()
+        } else {
+            self.portals.get_mut(name)
+        };
+        if let Some(portal) = portal {
+            portal.values = None;
+        }
+    }
+
     /// A transaction is over, and its portals with it.
     pub(super) fn transaction_over(&mut self) {
         self.unnamed_portal = None;

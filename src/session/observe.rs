@@ -189,6 +189,7 @@ impl Session {
             attention.observation = Some(observation);
             return Mark::Observed;
         }
+        self.statements.observed(name);
         self.observe(&known.text, Some(portal), name, known.sniff, true)
     }
 
@@ -263,8 +264,13 @@ impl Session {
         let Some(shadow) = &self.context.hooks.shadow else {
             return Mark::None;
         };
-        if single_read(script) == Err(NotComparable::NotARead) {
-            return Mark::None;
+        match single_read(script) {
+            Ok(_) => {}
+            Err(NotComparable::NotARead) => return Mark::None,
+            Err(reason) => {
+                shadow.passed_over(&self.pair.name, script, text, Outcome::NotComparable(reason));
+                return Mark::None;
+            }
         }
         if !now.alone {
             shadow.passed_over(&self.pair.name, script, text, PIPELINED);
@@ -356,9 +362,7 @@ impl Session {
             .and_then(BindValues::read);
         let results = results.map_or(TEXT_RESULTS, |values| values.results);
         let Some(cursor) = self.shadowing.sql.cursor(&fetch.cursor) else {
-            if self.sampled(text, &[]) {
-                self.pass_over(script, text, UNKNOWN_STATEMENT);
-            }
+            self.pass_over(script, text, UNKNOWN_STATEMENT);
             return Mark::None;
         };
         let Some(onward) = fetch.onward else {
@@ -417,9 +421,7 @@ impl Session {
                 .all(|&byte| byte == 0)
         });
         let Some(prepared) = self.shadowing.sql.prepared(&execute.name).filter(|_| as_text) else {
-            if self.sampled(text, &[]) {
-                self.pass_over(&script, text, UNKNOWN_STATEMENT);
-            }
+            self.pass_over(&script, text, UNKNOWN_STATEMENT);
             return Mark::None;
         };
         let inner = self.context.hooks.statements.get_as(&prepared.statement, self.lex);

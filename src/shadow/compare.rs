@@ -80,6 +80,13 @@ impl Answer {
         self.kept.len() as u64 == self.digest.rows
     }
 
+    /// The first column of the rows that are kept.
+    pub(super) fn lines(&self) -> impl Iterator<Item = String> {
+        let first = |row| self.cells(row)?.first().copied().flatten();
+        let lines = (0..self.kept.len()).filter_map(first);
+        lines.map(|line| String::from_utf8_lossy(line).into_owned())
+    }
+
     fn cells(&self, row: usize) -> Option<Vec<Cell<'_>>> {
         self.kept.get(row).map(|body| backend::columns(body).collect())
     }
@@ -321,7 +328,11 @@ impl Comparison<'_> {
         let keys: Vec<usize> = (0..primary.columns.len())
             .filter(|&at| self.catalog.is_key(primary.columns[at].origin))
             .collect();
-        let paired = pair(&keys, primary, secondary, ours, theirs);
+        // The lines of a COPY are in no columns that could be laid side by side.
+        let paired = match primary.columns.is_empty() {
+            true => Vec::new(),
+            false => pair(&keys, primary, secondary, ours, theirs),
+        };
         difference.kind = match (ours.is_empty(), theirs.is_empty()) {
             (false, true) => Kind::MissingRow,
             (true, false) => Kind::ExtraRow,
@@ -346,7 +357,7 @@ impl Comparison<'_> {
                 precise &= only_precision(type_oid, *one, *other);
             }
         }
-        if difference.kind == Kind::Value && precise {
+        if difference.kind == Kind::Value && precise && !columns.is_empty() {
             difference.kind = Kind::Precision;
         }
         difference.columns = names(&primary.columns, columns);

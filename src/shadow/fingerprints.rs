@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::catalog::Catalog;
 use super::histogram::Histogram;
+use super::read::ShadowRead;
 use super::stats::{Counts, FingerprintReport, Latency, Noise, ReadCounts, SideLatency, Timing, of_side};
 use crate::config::Which;
 use crate::control::Side;
@@ -21,6 +22,8 @@ use crate::sql::{
 const FINGERPRINTS_MAX: usize = 2000;
 /// Of each one's text.
 const TEXT_BYTES_MAX: usize = 2048;
+/// Text and parameters of the read that is kept of each; of longer ones there is none.
+const EXAMPLE_BYTES_MAX: usize = 4096;
 
 /// One statement.
 #[derive(Debug, Default)]
@@ -35,6 +38,8 @@ pub(super) struct Entry {
     pub(super) counts: Counts,
     asked_twice: AtomicU64,
     disagreed: AtomicU64,
+    /// The first of its reads that was compared, to ask for plans with.
+    example: Mutex<Option<Arc<ShadowRead>>>,
     /// Made with the first latency.
     latencies: Mutex<Option<Box<Latencies>>>,
 }
@@ -88,6 +93,13 @@ impl Entry {
         side.total.record(timing.total);
         if let Some(first_row) = timing.first_row {
             side.first_row.record(first_row);
+        }
+    }
+
+    pub(super) fn keep_example(&self, read: &ShadowRead) {
+        let mut example = self.example.lock().unwrap_or_else(PoisonError::into_inner);
+        if example.is_none() && read.bytes() <= EXAMPLE_BYTES_MAX {
+            *example = Some(Arc::new(read.clone()));
         }
     }
 
@@ -174,6 +186,13 @@ impl Fingerprints {
         }
         self.texts.insert(hash, entry.clone());
         Some(entry).filter(|entry| !entry.is_no_read())
+    }
+
+    /// A read of this fingerprint that was compared.
+    pub(super) fn example(&self, id: FingerprintId) -> Option<Arc<ShadowRead>> {
+        let entry = self.entries.get(&id)?;
+        let example = entry.example.lock().unwrap_or_else(PoisonError::into_inner);
+        example.clone()
     }
 
     fn known(&self, id: FingerprintId) -> Option<Arc<Entry>> {

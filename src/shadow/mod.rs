@@ -21,6 +21,7 @@ mod histogram;
 mod interval;
 mod log;
 mod log_reader;
+mod plans;
 mod read;
 mod rules;
 mod sample;
@@ -46,6 +47,7 @@ pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, even
 pub use log_reader::{
     Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
 };
+pub use plans::{Planner, Plans};
 pub use read::{BindValues, Call, ShadowRead};
 pub use sample::Asked;
 pub use sink::{Candidate, ShadowSink};
@@ -76,6 +78,8 @@ pub struct Shadow {
 /// gone; the catalog's reader ends with this.
 pub struct ShadowTasks {
     pub worker: JoinHandle<()>,
+    /// Asks both sides for plans.
+    pub planner: Planner,
     _catalog: AbortOnDropHandle<()>,
 }
 
@@ -104,6 +108,7 @@ pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
         confirming: Mutex::new(()),
     });
     let tasks = ShadowTasks {
+        planner: Planner(worker.clone()),
         worker: tokio::spawn(worker::run(worker, queue, shadow.reads.shadow_max_concurrency)),
         _catalog: AbortOnDropHandle::new(tokio::spawn(reader)),
     };

@@ -155,6 +155,7 @@ impl Worker {
             Err(error) => return self.failed(&error),
         };
         self.record(read, timing);
+        self.counters.of(read.fingerprint()).keep_example(read);
         if same(facts, rules.notices, &read.digest, &digest) {
             return Outcome::Matched;
         }
@@ -298,7 +299,7 @@ impl Worker {
     }
 
     /// The call with the secondary's OIDs of custom types.
-    fn call_for_secondary(&self, call: &Call) -> Option<Call> {
+    pub(super) fn call_for_secondary(&self, call: &Call) -> Option<Call> {
         Some(match call {
             Call::Simple | Call::Prepared { .. } => call.clone(),
             Call::Extended { parameter_types, bind } => Call::Extended {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::class::{Class, DdlKind, ReadFacts};
-use super::comparable::{FunctionCatalog, NotComparable, shadowable};
+use super::comparable::{FunctionCatalog, NotComparable, shadowable, single_read};
 use super::{Script, analyze};
 use crate::control::Phase;
 
@@ -108,11 +108,21 @@ fn tables(class: &Class) -> Vec<String> {
 
 fn judge(script: &Script, class: &Class, context: &ExplainContext<'_>) -> (bool, Mirrored, String) {
     let not_shadowed = |mirrored, why: &str| (false, mirrored, why.to_owned());
+    let read = |facts: &ReadFacts| match judge_read(script, facts, context) {
+        Ok(why) => (true, Mirrored::Nothing, why),
+        Err(why) => (false, Mirrored::Nothing, why),
+    };
+    // A statement that another one brings along.
+    let within = |text: &[u8], what: &str| {
+        let inner = analyze(text);
+        match single_read(&inner).map(|facts| judge_read(&inner, facts, context)) {
+            Ok(Ok(why)) => (true, Mirrored::Nothing, format!("{what}{why}")),
+            Ok(Err(why)) => (false, Mirrored::Nothing, format!("{what}{why}")),
+            Err(reason) => (false, Mirrored::Nothing, format!("{what}{}", reason.explanation())),
+        }
+    };
     match class {
-        Class::Read(facts) => match judge_read(script, facts, context) {
-            Ok(why) => (true, Mirrored::Nothing, why),
-            Err(why) => (false, Mirrored::Nothing, why),
-        },
+        Class::Read(facts) => read(facts),
         Class::Write => not_shadowed(Mirrored::Rows, "it may write: capture triggers record what it changes"),
         Class::CopyFrom(_) => not_shadowed(Mirrored::Rows, "COPY FROM fires the capture triggers row by row"),
         Class::Truncate => not_shadowed(
@@ -123,10 +133,22 @@ fn judge(script: &Script, class: &Class, context: &ExplainContext<'_>) -> (bool,
             Mirrored::Rows,
             "its query may write: capture triggers record what it changes",
         ),
-        Class::CopyTo(_) => not_shadowed(Mirrored::Nothing, "COPY TO is not compared yet"),
+        Class::CopyTo(_) | Class::Lock => match single_read(script) {
+            Ok(facts) => read(facts),
+            Err(reason) => not_shadowed(Mirrored::Nothing, reason.explanation()),
+        },
+        Class::Declare(declare) => within(&declare.query, "the part that is fetched onward: "),
+        Class::Prepare(prepare) => within(&prepare.statement, "its EXECUTE: "),
+        Class::Fetch(fetch) if fetch.onward.is_none() => {
+            not_shadowed(Mirrored::Nothing, NotComparable::CursorMovement.explanation())
+        }
+        Class::Fetch(_) => not_shadowed(
+            Mirrored::Nothing,
+            "what it reads was said by DECLARE, and is compared as that",
+        ),
         Class::Execute(_) => not_shadowed(
             Mirrored::Rows,
-            "what it does was said by its PREPARE; if it writes, capture triggers record it",
+            "what it does was said by its PREPARE: a read is compared as that, and if it writes, capture triggers record it",
         ),
         Class::Ddl(ddl) => match ddl.kind {
             DdlKind::Transactional if ddl.computes_rows => not_shadowed(
@@ -150,16 +172,12 @@ fn judge(script: &Script, class: &Class, context: &ExplainContext<'_>) -> (bool,
             Mirrored::Rows,
             "it is not understood, so it is taken for a write: capture triggers record what it changes",
         ),
-        Class::Lock => not_shadowed(Mirrored::Nothing, "it takes locks on the primary and changes no row"),
         Class::Transaction(_) => not_shadowed(Mirrored::Nothing, "it begins or ends a transaction on the primary"),
         Class::Empty
         | Class::Set(_)
         | Class::Reset(_)
         | Class::Discard(_)
-        | Class::Prepare(_)
         | Class::Deallocate(_)
-        | Class::Declare(_)
-        | Class::Fetch(_)
         | Class::Close(_)
         | Class::Listen(_)
         | Class::Unlisten(_)

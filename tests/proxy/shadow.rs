@@ -29,7 +29,7 @@ impl Shadow for Witness {
     }
 
     fn sampled(&self, asked: &Asked<'_>) -> bool {
-        assert_eq!((asked.database, asked.user), ("shadowed", "postgres"));
+        assert_eq!((asked.database, asked.user), ("shadowed", "app"));
         !asked.text.ends_with(b"-- not me")
     }
 
@@ -151,6 +151,7 @@ async fn reads_are_shown_with_what_is_needed_to_repeat_them() {
             "simple within - settings=1 select 4: TDC false",
             "simple within after-write settings=1 select 5: TDC false",
             "simple within after-write settings=-1 select 6: TDC false",
+            "passed over several_statements: select 7; select 8",
             "simple alone - settings=0 select repeat('x', 2000000): TDC true",
             // One observer at a time: the second of the batch is passed over.
             "passed over pipelined: select $1::int",
