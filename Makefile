@@ -24,6 +24,7 @@ test: ## every test, on real servers and with real drivers
 	@scripts/install-build
 	@scripts/install-postgres
 	@scripts/install-drivers
+	@scripts/install-browser
 	@CARGO="$(CARGO)" scripts/run-tests $(ARGS)
 
 bench: ## throughput, latency, CPU and memory beside PgBouncer; ARGS=--help lists its options

@@ -4,6 +4,8 @@
 /// The words every layer shares: side, phase, epoch, control.
 pub mod control;
 
+/// Logs whose lines are chained by hashes: written, rotated, checked.
+pub mod chain;
 /// proxy.yaml, as written and as used.
 pub mod config;
 /// Logs and metrics of the process.
@@ -45,6 +47,9 @@ pub mod listener;
 
 /// The HTTP server beside the proxy, its documents, and the commands' client.
 pub mod admin;
+
+/// The auditor's report.
+pub mod report;
 
 /// Wires every part and lists every task.
 pub mod app;

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::{Entry, Healed, Outcome, Verified};
+use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
 use crate::reconcile::backfill::{BackfillStatus, Order};
-use crate::shadow::ShadowReport;
+use crate::shadow::{Acknowledgement, Kind, LogStatus, ShadowReport};
 
 /// `GET /api/v1/status`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,6 +31,8 @@ pub struct Status {
     /// What must hold before the next switchover.
     pub gates: Vec<Gate>,
     pub last_flip: Option<Flip>,
+    #[serde(default)]
+    pub mismatch_log: Option<LogStatus>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -279,6 +282,51 @@ pub struct QuarantineAnswer {
     pub databases: BTreeMap<String, Outcome>,
     /// Whether everything asked for was done.
     pub done: bool,
+}
+
+/// `POST /api/v1/mismatches/acknowledge`: those of a fingerprint so far (of a kind), or one line.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct AcknowledgeRequest {
+    #[serde(default)]
+    pub fingerprint: Option<String>,
+    #[serde(default)]
+    pub kind: Option<Kind>,
+    /// The number of a mismatch's line.
+    #[serde(default)]
+    pub line: Option<u64>,
+    /// Who, and why they may stand.
+    pub by: String,
+    pub reason: String,
+}
+
+impl AcknowledgeRequest {
+    /// What the log shall record.
+    ///
+    /// # Errors
+    /// It names nothing, or nobody, or no reason.
+    pub fn acknowledgement(&self) -> Result<Acknowledgement, String> {
+        if self.fingerprint.is_none() && self.line.is_none() {
+            return Err("name a fingerprint or a line".into());
+        }
+        if self.by.trim().is_empty() || self.reason.trim().is_empty() {
+            return Err("an acknowledgement needs a name and a reason".into());
+        }
+        Ok(Acknowledgement {
+            seq: 0,
+            time: String::new(),
+            by: self.by.clone(),
+            reason: self.reason.clone(),
+            fingerprint: self.fingerprint.clone(),
+            kind: self.kind,
+            line: self.line,
+        })
+    }
+}
+
+/// What the log recorded: the number and hash of the line.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Recorded {
+    pub head: Head,
 }
 
 /// `POST /api/v1/schema/heal`

@@ -12,6 +12,8 @@
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
+//! | `POST /api/v1/mismatches/acknowledge` | records it in the mismatch log: [`api::Recorded`], or 422 and why not |
+//! | `POST /api/v1/mismatches/statistics` | writes what the shadow reads came to now: [`api::Recorded`], or 422 and why not |
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
 //! | `POST /api/v1/verify`, `/api/v1/repair` | [`Event`]s, a JSON line each, while it runs; it ends when nobody reads them |
 //! | `GET /api/v1/backfill`, `POST …`, `POST …/cancel` | [`api::BackfillAnswer`], or 422 and why not |
@@ -43,9 +45,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
-    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, ShadowsAnswer, Status, SwitchoverAnswer,
-    SwitchoverRequest, VerifyRequest, WaitAnswer,
+    AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure,
+    HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest, ShadowsAnswer,
+    Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
@@ -72,6 +74,8 @@ pub trait Operations: Send + Sync + 'static {
     /// it.
     fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String>;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn acknowledge(&self, request: AcknowledgeRequest) -> impl Future<Output = Result<Recorded, String>> + Send;
+    fn record_statistics(&self) -> impl Future<Output = Result<Recorded, String>> + Send;
     fn backfill(&self) -> BackfillAnswer;
     fn start_backfill(&self, request: BackfillRequest) -> impl Future<Output = Result<BackfillAnswer, String>> + Send;
     fn cancel_backfill(
@@ -102,6 +106,8 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine", get(quarantine::<O>))
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
+        .route("/api/v1/mismatches/acknowledge", post(acknowledge::<O>))
+        .route("/api/v1/mismatches/statistics", post(record_statistics::<O>))
         .route("/api/v1/schema/heal", post(heal::<O>))
         .route("/api/v1/backfill", get(backfill::<O>).post(start_backfill::<O>))
         .route("/api/v1/backfill/cancel", post(cancel_backfill::<O>))
@@ -157,6 +163,24 @@ async fn switchover<O: Operations>(
     match operations.switchover(request).await {
         Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn acknowledge<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<AcknowledgeRequest>,
+) -> Response {
+    answer_recorded(operations.acknowledge(request).await)
+}
+
+async fn record_statistics<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    answer_recorded(operations.record_statistics().await)
+}
+
+fn answer_recorded(answer: Result<Recorded, String>) -> Response {
+    match answer {
+        Ok(recorded) => Json(recorded).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

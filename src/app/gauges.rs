@@ -34,6 +34,10 @@ pub(super) async fn publish(world: Arc<World>) {
             let count = sessions.get(state).copied().unwrap_or(0);
             gauge!("pgtandem_sessions", "state" => state).set(count as f64);
         }
+        let log = world.shadows.log().status();
+        gauge!("pgtandem_mismatch_log_failing").set(one_if(log.failing.is_some()));
+        gauge!("pgtandem_mismatch_log_lines").set(log.head.seq as f64);
+        gauge!("pgtandem_mismatch_log_lost").set(log.lost as f64);
         for database in world.databases().await {
             of_database(&database);
         }
@@ -101,6 +105,18 @@ fn describe() {
         (
             "pgtandem_problem",
             "1 while proxy.yaml's phase is not what is served; status says why",
+        ),
+        (
+            "pgtandem_mismatch_log_failing",
+            "1 while the mismatch log cannot be written; status says why",
+        ),
+        (
+            "pgtandem_mismatch_log_lines",
+            "number of the mismatch log's newest line",
+        ),
+        (
+            "pgtandem_mismatch_log_lost",
+            "mismatches that could not be written since the proxy started",
         ),
         ("pgtandem_sessions", "client sessions"),
         ("pgtandem_server_up", "1 while the server answers"),

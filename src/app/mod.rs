@@ -6,6 +6,7 @@
 //! | one applier for each mirrored database | control runtime | with mirroring |
 //! | shadow workers and the mismatch log's writer | control runtime | with the process |
 //! | watching both servers of each database | control runtime | with the process |
+//! | recording phases and statistics in the mismatch log | control runtime | with the process |
 //! | publishing the gauges, looking for new databases under `"*"` | control runtime | with the process |
 //! | the admin server | control runtime | with the process |
 //! | signals (SIGHUP, SIGTERM, SIGINT) | control runtime | with the process |
@@ -90,6 +91,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
         }
     }
     let gauges = AbortOnDropHandle::new(tokio::spawn(gauges::publish(world.clone())));
+    let statistics = AbortOnDropHandle::new(tokio::spawn(world.clone().keep_statistics()));
     let listener = Listener::start(world.sessions(), &listen)?;
     world.serving();
     asked_to_stop.await;
@@ -99,6 +101,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
     if cut_off > 0 {
         tracing::warn!(cut_off, "transactions were still open and were ended");
     }
+    drop(statistics);
     world.end().await;
     drop(gauges);
     stop.cancel();

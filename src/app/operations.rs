@@ -11,15 +11,16 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, ReloadAnswer, RetryRequest, Sessions,
-    ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest,
+    ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded, ReloadAnswer,
+    RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
+use crate::chain;
 use crate::control::{Phase, Side};
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
-use crate::shadow::Plans;
+use crate::shadow::{Plans, events};
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::Tandem;
 
@@ -68,6 +69,7 @@ impl Operations for World {
             databases,
             gates,
             last_flip,
+            mismatch_log: Some(self.shadows.log().status()),
         }
     }
 
@@ -211,6 +213,17 @@ impl Operations for World {
             answer.databases.insert(tandem.name().to_owned(), healed);
         }
         Ok(answer)
+    }
+
+    async fn acknowledge(&self, request: AcknowledgeRequest) -> Result<Recorded, String> {
+        let keys = chain::body(&request.acknowledgement()?).map_err(|error| error.to_string())?;
+        let head = self.shadows.log().record(events::ACKNOWLEDGED, keys).await?;
+        Ok(Recorded { head })
+    }
+
+    async fn record_statistics(&self) -> Result<Recorded, String> {
+        let head = self.shadows.record_statistics().await?;
+        Ok(Recorded { head })
     }
 
     fn backfill(&self) -> BackfillAnswer {

@@ -119,6 +119,7 @@ impl World {
         });
         let outcome = outcome.await;
         let record = record(to, &outcome, forced);
+        self.shadows.note_switchover(&record);
         self.facts().last_flip = Some(record);
         match outcome {
             Ok(flipped) => {

@@ -1,22 +1,27 @@
 //! The shadow reads of every database: starts one intake for each, and shows it the reads that
 //! sessions come by.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
+use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use dashmap::DashMap;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
-use crate::admin::api::{ShadowReads, ShadowsAnswer};
+use crate::admin::api::{Flip, ShadowReads, ShadowsAnswer};
+use crate::chain::{self, Head};
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, MismatchLog, NoCut, Outcome, Plans,
-    Shadow, ShadowRead, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, spawn,
+    Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome,
+    Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, events,
+    load_or_create_key, spawn,
 };
 use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
@@ -30,6 +35,9 @@ pub(super) struct Shadows {
     slower_ratio: ArcSwap<f64>,
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
+    _phases: AbortOnDropHandle<()>,
+    /// By database, what the log's lines of statistics have told.
+    told: Mutex<HashMap<String, ShadowReport>>,
     control: watch::Receiver<Control>,
 }
 
@@ -40,17 +48,61 @@ struct Intake {
 
 impl Shadows {
     /// Opens the mismatch log; databases are attended to one by one.
-    pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> Self {
+    ///
+    /// # Errors
+    /// The key of the hashes cannot be had. A log that cannot be written is alarmed instead.
+    pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> anyhow::Result<Self> {
         let log = &config.mismatch_log;
-        let (log, log_writer) = MismatchLog::open(log.path.clone(), ValueWriter::new(log.values));
-        Self {
+        let key = load_or_create_key(&log.key_file)
+            .with_context(|| format!("mismatch_log: key_file: {}", log.key_file.display()))?;
+        let values = ValueWriter::with_key(log.values, key).by_column(log.columns.clone());
+        let (log, log_writer) = MismatchLog::open(log.chain(), values);
+        Ok(Self {
             databases: Arc::default(),
             wanted: Arc::new(AtomicBool::new(config.reads.shadows_any())),
             slower_ratio: ArcSwap::from_pointee(config.reads.slower_ratio),
-            log,
             _log_writer: log_writer,
+            _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
+            log,
+            told: Mutex::default(),
             control,
+        })
+    }
+
+    /// Writes what the shadow reads came to since the last such lines. What cannot be written is
+    /// told by the next ones.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_statistics(&self) -> Result<Head, String> {
+        let mut told = self.told.lock().await;
+        for (database, now) in self.report().databases {
+            let before = told.get(&database).cloned().unwrap_or_default();
+            for interval in Interval::between(&database, &before, &now) {
+                let keys = chain::body(&interval).map_err(|error| error.to_string())?;
+                self.log.record(events::STATISTICS, keys).await?;
+            }
+            told.insert(database, now);
         }
+        Ok(self.log.status().head)
+    }
+
+    /// Also one that was abandoned: an auditor asks why. Nobody waits for the disk.
+    pub(super) fn note_switchover(&self, flip: &Flip) {
+        let (log, keys) = (self.log.clone(), chain::body(flip));
+        tokio::spawn(async move {
+            let recorded = match keys {
+                Ok(keys) => log.record(events::SWITCHOVER, keys).await.map(|_| ()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = recorded {
+                tracing::warn!(error, "the mismatch log does not tell of a switchover");
+            }
+        });
+    }
+
+    pub(super) const fn log(&self) -> &MismatchLog {
+        &self.log
     }
 
     /// How values are shown to operators.
@@ -154,6 +206,19 @@ impl Shadows {
             databases: databases
                 .map(|database| (database.key().clone(), database.sink.report(**self.slower_ratio.load())))
                 .collect(),
+        }
+    }
+}
+
+/// The log says where the migration stood when.
+async fn record_phases(log: MismatchLog, mut control: watch::Receiver<Control>) {
+    while control.changed().await.is_ok() {
+        let now = *control.borrow_and_update();
+        let keys = serde_json::json!({ "phase": now.phase, "primary": now.primary, "epoch": now.epoch });
+        if let serde_json::Value::Object(keys) = keys
+            && let Err(error) = log.record(events::PHASE, keys).await
+        {
+            tracing::warn!(error, "the mismatch log does not tell of a change of phase");
         }
     }
 }

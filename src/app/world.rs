@@ -89,7 +89,7 @@ impl World {
             epoch: Epoch::FIRST,
         };
         let (sender, receiver) = watch::channel(control);
-        let shadows = Shadows::start(&config, receiver.clone());
+        let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
@@ -414,6 +414,9 @@ impl World {
         if of_quarantine(old) != of_quarantine(new) {
             return fixed("writes: retry_attempts, error_threshold, error_window");
         }
+        if old.mismatch_log != new.mismatch_log {
+            return fixed("mismatch_log");
+        }
         if old.stray_writers != new.stray_writers {
             return fixed("stray_writers");
         }
@@ -423,7 +426,6 @@ impl World {
             ("limits", old.limits != new.limits),
             ("writes", old.writes != new.writes),
             ("reads", old.reads != new.reads),
-            ("mismatch_log", old.mismatch_log != new.mismatch_log),
             ("switchover", old.switchover != new.switchover),
             ("backfill", old.backfill != new.backfill),
         ] {
@@ -438,6 +440,19 @@ impl World {
     pub(super) async fn end(&self) {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;
+        }
+        if let Err(error) = self.shadows.record_statistics().await {
+            tracing::warn!(error, "the mismatch log does not tell of the last reads");
+        }
+    }
+
+    /// The log's lines of statistics, as long as the process lives.
+    pub(super) async fn keep_statistics(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
+            if let Err(error) = self.shadows.record_statistics().await {
+                tracing::warn!(error, "statistics could not be written to the mismatch log");
+            }
         }
     }
 }

@@ -1,37 +1,137 @@
 //! `pgtandem mismatches`: reads the log itself, so it answers whether or not a proxy runs.
 
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, Subcommand};
 use time::OffsetDateTime;
 
-use super::{print_json, say};
-use crate::shadow::{Filter, by_fingerprint, read_log};
+use super::quarantine::actor;
+use super::{Common, Output, client, load, plans, print_json, print_line, say};
+use crate::admin::api::{AcknowledgeRequest, Recorded};
+use crate::admin::client::AdminError;
+use crate::chain::{self, Chain, Follower};
+use crate::config::{self, Config};
+use crate::shadow::{
+    Filter, Kind, LogContents, Mismatch, Parsed, by_fingerprint, events, is_acknowledged, parse, read_log,
+};
 
-pub(super) fn run(
-    path: &Path,
-    json: bool,
+/// Between two looks at the log for new lines.
+const FOLLOW_EVERY: Duration = Duration::from_millis(200);
+
+#[derive(Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    output: Output,
+    /// One by one instead of by fingerprint.
+    #[arg(long)]
     each: bool,
+    /// Only since this time (RFC 3339), or this long ago (10min, 2h, 7d).
+    #[arg(long, value_name = "TIME")]
     since: Option<String>,
+    /// Only fingerprints that begin so.
+    #[arg(long, value_name = "ID")]
     fingerprint: Option<String>,
-) -> anyhow::Result<bool> {
-    let since = since
+    /// Only this kind: value, missing_row, extra_row, error, …
+    #[arg(long, value_name = "KIND", value_parser = kind)]
+    kind: Option<Kind>,
+    /// Print new ones as they are confirmed, until Ctrl-C.
+    #[arg(long, conflicts_with_all = ["since", "verify_log"])]
+    follow: bool,
+    /// Check the chain of all files, line by line, and say where it breaks. Exit 1 when it does.
+    #[arg(long, conflicts_with_all = ["each", "since", "fingerprint", "kind"])]
+    verify_log: bool,
+    /// Ask the running proxy for both sides' plans, of this fingerprint or of all statements that are
+    /// slower on new.
+    #[arg(long, conflicts_with_all = ["each", "since", "kind", "follow", "verify_log"])]
+    explain: bool,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Record that mismatches were looked at and may stand: all of a fingerprint so far, or one.
+    Ack(Ack),
+}
+
+#[derive(Args)]
+struct Ack {
+    /// As `mismatches` shows it, or its beginning.
+    #[arg(required_unless_present = "line", conflicts_with = "line")]
+    fingerprint: Option<String>,
+    /// Of this kind alone.
+    #[arg(long, value_name = "KIND", value_parser = kind, requires = "fingerprint")]
+    kind: Option<Kind>,
+    /// The number of one mismatch (#17).
+    #[arg(long, value_name = "NUMBER")]
+    line: Option<u64>,
+    /// Why they may stand.
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
+    /// Who says so; otherwise PGTANDEM_ACTOR or the user at the keyboard.
+    #[arg(long, value_name = "NAME")]
+    by: Option<String>,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// A kind by its name in the log.
+fn kind(text: &str) -> Result<Kind, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
+    if let Some(Action::Ack(ack)) = arguments.action {
+        return acknowledge(ack).await;
+    }
+    if arguments.explain {
+        let client = client(&arguments.common)?;
+        return plans::run(&client, arguments.output.json, arguments.fingerprint.as_deref()).await;
+    }
+    let config = load(&arguments.common)?;
+    if arguments.verify_log {
+        return verify(&config, arguments.output.json);
+    }
+    let since = arguments
+        .since
         .map(|text| Filter::parse_since(&text, OffsetDateTime::now_utc()))
         .transpose()
         .map_err(|error| anyhow!("--since: {error}"))?;
     let filter = Filter {
         since,
-        fingerprint,
-        ..Filter::default()
+        fingerprint: arguments.fingerprint,
+        kind: arguments.kind,
     };
-    let contents = read_log(path, &filter).with_context(|| format!("read the mismatch log {}", path.display()))?;
-    let summaries = by_fingerprint(&contents.mismatches);
+    let path = &config.mismatch_log.path;
+    if arguments.follow {
+        return follow(path, &filter, arguments.output.json).await;
+    }
+    let contents = read(path, &filter)?;
+    print(&contents, arguments.output.json, arguments.each)?;
+    Ok(contents
+        .mismatches
+        .iter()
+        .all(|mismatch| is_acknowledged(mismatch, &contents.acknowledgements).is_some()))
+}
+
+fn read(path: &Path, filter: &Filter) -> anyhow::Result<LogContents> {
+    read_log(path, filter).with_context(|| format!("read the mismatch log {}", path.display()))
+}
+
+fn print(contents: &LogContents, json: bool, each: bool) -> anyhow::Result<()> {
+    let summaries = by_fingerprint(&contents.mismatches, &contents.acknowledgements);
     match (json, each) {
-        (true, true) => print_json(&contents)?,
-        (true, false) => print_json(&summaries)?,
+        (true, true) => return print_json(contents),
+        (true, false) => return print_json(&summaries),
         (false, true) => {
             for mismatch in &contents.mismatches {
-                say(&serde_json::to_string(mismatch)?);
+                print_line(mismatch);
             }
         }
         (false, false) => {
@@ -40,16 +140,111 @@ pub(super) fn run(
             }
         }
     }
-    if !json {
-        if contents.mismatches.is_empty() {
-            say("no mismatches");
-        }
-        if contents.unreadable_lines > 0 {
-            say(&format!(
-                "{} lines of the log could not be read (a torn last line, or a newer version's)",
-                contents.unreadable_lines
-            ));
-        }
+    if contents.mismatches.is_empty() {
+        say("no mismatches");
     }
-    Ok(contents.mismatches.is_empty())
+    if contents.unreadable_lines > 0 {
+        say(&format!(
+            "{} lines of the log could not be read (a torn last line, or a newer version's): see --verify-log",
+            contents.unreadable_lines
+        ));
+    }
+    Ok(())
+}
+
+/// Until the process is ended.
+async fn follow(path: &Path, filter: &Filter, json: bool) -> anyhow::Result<bool> {
+    let doing = || format!("follow the mismatch log {}", path.display());
+    let mut follower = Follower::from_end(path).with_context(doing)?;
+    loop {
+        for line in follower.ready().with_context(doing)? {
+            if let Some(Parsed::Mismatch(mismatch)) = parse(&line)
+                && filter.wants(&mismatch)
+            {
+                print_one(&mismatch, json);
+            }
+        }
+        tokio::time::sleep(FOLLOW_EVERY).await;
+    }
+}
+
+fn print_one(mismatch: &Mismatch, json: bool) {
+    if json {
+        print_line(mismatch);
+    } else {
+        say(&format!("{}  {}", mismatch.fingerprint, mismatch.statement));
+        say(mismatch.to_string().trim_end());
+    }
+}
+
+fn verify(config: &Config, json: bool) -> anyhow::Result<bool> {
+    let log = &config.mismatch_log;
+    let verified = chain::verify(&log.path, log.signing_key().as_ref())
+        .with_context(|| format!("check the mismatch log {}", log.path.display()))?;
+    if json {
+        print_json(&verified)?;
+    } else {
+        say(&verified.to_string());
+    }
+    Ok(verified.intact)
+}
+
+/// Through the proxy that runs, which alone may write the log; where none does, directly.
+async fn acknowledge(ack: Ack) -> anyhow::Result<bool> {
+    let config = load(&ack.common)?;
+    let request = chosen(&config.mismatch_log, &ack)?;
+    let answer: Result<Recorded, AdminError> = client(&ack.common)?
+        .post("/api/v1/mismatches/acknowledge", &request)
+        .await;
+    let head = match answer {
+        Ok(recorded) => recorded.head,
+        Err(AdminError::NotRunning { .. }) => write_directly(&config.mismatch_log, &request)?,
+        Err(other) => return Err(other.into()),
+    };
+    if ack.output.json {
+        print_json(&Recorded { head })?;
+    } else {
+        say(&format!("recorded as line #{} by {}", head.seq, request.by));
+    }
+    Ok(true)
+}
+
+/// What the log must have for it to be acknowledged.
+fn chosen(log: &config::MismatchLog, ack: &Ack) -> anyhow::Result<AcknowledgeRequest> {
+    let filter = Filter {
+        fingerprint: ack.fingerprint.clone(),
+        kind: ack.kind,
+        ..Filter::default()
+    };
+    let mut found = read(&log.path, &filter)?.mismatches;
+    found.retain(|mismatch| ack.line.is_none_or(|line| line == mismatch.seq));
+    let mut fingerprints: Vec<&str> = found.iter().map(|mismatch| mismatch.fingerprint.as_str()).collect();
+    fingerprints.sort_unstable();
+    fingerprints.dedup();
+    match fingerprints[..] {
+        [] => bail!("the mismatch log holds no such mismatch"),
+        [_] => {}
+        [..] => bail!("several fingerprints begin so: {}", fingerprints.join(", ")),
+    }
+    Ok(AcknowledgeRequest {
+        fingerprint: ack.line.is_none().then(|| fingerprints[0].to_owned()),
+        kind: ack.kind,
+        line: ack.line,
+        by: ack.by.clone().unwrap_or_else(actor),
+        reason: ack.reason.clone(),
+    })
+}
+
+fn write_directly(log: &config::MismatchLog, request: &AcknowledgeRequest) -> anyhow::Result<chain::Head> {
+    let doing = || format!("write the mismatch log {}", log.path.display());
+    let keys = chain::body(&request.acknowledgement().map_err(anyhow::Error::msg)?)?;
+    let opened = chain::body(&serde_json::json!({
+        "pgtandem": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "command": "mismatches ack",
+    }))?;
+    let mut chain = Chain::open(log.chain(), opened).with_context(doing)?;
+    let head = chain.append(events::ACKNOWLEDGED, keys).with_context(doing)?.clone();
+    chain.sync().with_context(doing)?;
+    Ok(head)
 }

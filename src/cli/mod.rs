@@ -9,6 +9,7 @@ mod mismatches;
 mod plans;
 mod quarantine;
 mod reconcile;
+mod report;
 mod schema;
 mod status;
 mod switchover;
@@ -126,26 +127,14 @@ enum Command {
         #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
         timeout: Duration,
     },
-    /// Read the mismatch log. Exit 1 when it holds any that was asked for.
-    Mismatches {
-        #[command(flatten)]
-        common: Common,
-        #[command(flatten)]
-        output: Output,
-        /// One by one instead of by fingerprint.
-        #[arg(long)]
-        each: bool,
-        /// Only since this time (RFC 3339), or this long ago (10min, 2h).
-        #[arg(long, value_name = "TIME")]
-        since: Option<String>,
-        /// Only this fingerprint.
-        #[arg(long, value_name = "ID")]
-        fingerprint: Option<String>,
-        /// Ask the running proxy for both sides' plans, of this fingerprint or of all statements that
-        /// are slower on new.
-        #[arg(long)]
-        explain: bool,
-    },
+    /// Read the mismatch log, check its chain, acknowledge what it holds. Exit 1 when it holds any
+    /// that was asked for and nobody acknowledged.
+    #[command(args_conflicts_with_subcommands = true)]
+    Mismatches(mismatches::Arguments),
+    /// Put together what an auditor keeps: coverage, match rate, mismatches, latencies,
+    /// verifications, phases and flips, and the head that ties it to the log. Exit 1 when the log's
+    /// chain is broken or lines were lost.
+    Report(report::Arguments),
     /// Compare the rows of both sides, exactly, while applications write. Exit 1 on any difference
     /// or where something could not be compared.
     Verify {
@@ -270,20 +259,8 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             caught_up: _,
             timeout,
         } => wait::run(&client(&common)?, output.json, timeout).await,
-        Command::Mismatches {
-            common,
-            output,
-            each,
-            since,
-            fingerprint,
-            explain: false,
-        } => mismatches::run(&load(&common)?.mismatch_log.path, output.json, each, since, fingerprint),
-        Command::Mismatches {
-            common,
-            output,
-            fingerprint,
-            ..
-        } => plans::run(&client(&common)?, output.json, fingerprint.as_deref()).await,
+        Command::Mismatches(arguments) => mismatches::run(arguments).await,
+        Command::Report(arguments) => report::run(arguments).await,
         Command::Verify { common, output, which } => {
             reconcile::run(&common, output.json, which, reconcile::Doing::Verify).await
         }
@@ -410,6 +387,14 @@ mod tests {
         assert!(parse("pgtandem verify --table a --table s.b --values plain --report r.json").is_ok());
         assert!(parse("pgtandem verify --dry-run").is_err());
         assert!(parse("pgtandem repair --dry-run --json").is_ok());
+        assert!(parse("pgtandem mismatches --since 2h --kind value --json").is_ok());
+        assert!(parse("pgtandem mismatches --kind odd").is_err());
+        assert!(parse("pgtandem mismatches --verify-log --each").is_err());
+        assert!(parse("pgtandem mismatches ack 0a --reason known --by ann").is_ok());
+        assert!(parse("pgtandem mismatches ack --line 3 --reason known").is_ok());
+        assert!(parse("pgtandem mismatches ack 0a").is_err() && parse("pgtandem mismatches ack --reason x").is_err());
+        assert!(parse("pgtandem report --since 7d -o r.html --verification v.json").is_ok());
+        assert!(parse("pgtandem report --json --md").is_err());
         assert!(parse("pgtandem quarantine discard 3").is_err());
         assert!(parse("pgtandem quarantine discard 3 --reason stale").is_ok());
     }

@@ -27,6 +27,14 @@ pub(super) async fn run(client: &AdminClient, json: bool) -> anyhow::Result<bool
 /// What an operator must look at, a line each.
 fn problems(status: &Status) -> Vec<String> {
     let mut problems: Vec<String> = status.problem.iter().cloned().collect();
+    if let Some(log) = &status.mismatch_log
+        && let Some(error) = &log.failing
+    {
+        problems.push(format!(
+            "the mismatch log cannot be written: {error}; {} mismatches were lost so far",
+            log.lost
+        ));
+    }
     for database in &status.databases {
         let name = &database.name;
         for (side, server) in [("legacy", &database.legacy), ("new", &database.new)] {

@@ -3,6 +3,7 @@
 //!
 //! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
 
+mod mismatch_log;
 mod raw;
 mod reads;
 mod target;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
 pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
 pub use target::{Secret, SslMode, Target};
@@ -201,19 +203,6 @@ pub struct Journal {
 pub enum WhenFull {
     Block,
     StopMirroring,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MismatchLog {
-    pub path: PathBuf,
-    pub values: LoggedValues,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoggedValues {
-    Hashed,
-    Plain,
-    None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

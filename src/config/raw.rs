@@ -12,11 +12,12 @@ use std::time::Duration;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
+use super::mismatch_log::RawMismatchLog;
 use super::reads::RawReads;
 use super::transform::RawTransform;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    LoggedValues, MaxRate, MismatchLog, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
+    MaxRate, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -175,14 +176,7 @@ impl RawConfig {
                 },
             },
             reads: self.reads.check()?,
-            mismatch_log: MismatchLog {
-                path: beside(path, &self.mismatch_log.path.0),
-                values: match self.mismatch_log.values {
-                    RawLoggedValues::Hashed => LoggedValues::Hashed,
-                    RawLoggedValues::Plain => LoggedValues::Plain,
-                    RawLoggedValues::None => LoggedValues::None,
-                },
-            },
+            mismatch_log: self.mismatch_log.check(path)?,
             switchover: Switchover {
                 drain_timeout: self.switchover.drain_timeout.0,
             },
@@ -201,7 +195,7 @@ impl RawConfig {
 }
 
 /// A relative path stands beside proxy.yaml, not beside whoever started the proxy.
-fn beside(config: &Path, path: &str) -> PathBuf {
+pub(super) fn beside(config: &Path, path: &str) -> PathBuf {
     config.parent().unwrap_or_else(|| Path::new("")).join(path)
 }
 
@@ -455,30 +449,6 @@ enum RawWhenFull {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct RawMismatchLog {
-    path: Text,
-    values: RawLoggedValues,
-}
-
-impl Default for RawMismatchLog {
-    fn default() -> Self {
-        Self {
-            path: Text("mismatches.jsonl".into()),
-            values: RawLoggedValues::Hashed,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum RawLoggedValues {
-    Hashed,
-    Plain,
-    None,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
 struct RawSwitchover {
     drain_timeout: Seconds,
 }
@@ -616,7 +586,7 @@ impl<'de> Deserialize<'de> for Seconds {
 }
 
 /// `1024`, `64kB`, `16MiB`, `10GiB`; kB, MB and GB count in 1024s as Postgres' own settings do.
-struct Bytes(u64);
+pub(super) struct Bytes(pub(super) u64);
 
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -659,6 +629,7 @@ impl<'de> Deserialize<'de> for Percent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chain::Fsync;
 
     const MINIMAL: &str = "
 phase: dual_write
@@ -681,6 +652,8 @@ databases:
         assert_eq!(config.journal.max_bytes, 10 << 30);
         assert_eq!(config.reads.shadow_percent, 10.0);
         assert_eq!(config.mismatch_log.path, Path::new("/etc/mismatches.jsonl"));
+        assert_eq!(config.mismatch_log.key_file, Path::new("/etc/mismatches.key"));
+        assert_eq!(config.mismatch_log.fsync, Fsync::Every(Duration::from_secs(1)));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
         assert_eq!(config.auth.method, AuthMethod::Scram);
         assert_eq!(config.writes, Writes::default());
@@ -726,6 +699,26 @@ databases:
             (
                 format!("{MINIMAL}reads: {{ canary_percent: 5 }}\n"),
                 "not in this version",
+            ),
+            (
+                format!("{MINIMAL}mismatch_log: {{ rotate: 1 }}\n"),
+                "expected one of path, values",
+            ),
+            (format!("{MINIMAL}mismatch_log: {{ values: some }}\n"), "hashed"),
+            (
+                format!("{MINIMAL}mismatch_log: {{ columns: {{ email: secret }} }}\n"),
+                "hashed",
+            ),
+            (
+                format!("{MINIMAL}mismatch_log: {{ max_size: 1kB }}\n"),
+                "at least 64KiB",
+            ),
+            (format!("{MINIMAL}mismatch_log: {{ max_age: 0s }}\n"), "more than 0s"),
+            (format!("{MINIMAL}mismatch_log: {{ mac_key: short }}\n"), "at least 16"),
+            (format!("{MINIMAL}mismatch_log: {{ fsync: often }}\n"), "always, never"),
+            (
+                format!("{MINIMAL}mismatch_log: {{ path: a, key_file: a }}\n"),
+                "the log itself",
             ),
             (format!("{MINIMAL}admin: 0.0.0.0:6433\n"), "admin_token"),
             (

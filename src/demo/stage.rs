@@ -22,6 +22,7 @@ use crate::config::Admin;
 use crate::control::{Phase, Side};
 use crate::reconcile::backfill::BackfillStatus;
 use crate::servers::{Binaries, PASSWORD, SUPERUSER, Server, free_port};
+use crate::shadow::{Filter, read_log};
 
 /// The application's role, the tables' owner.
 const APPLICATION: &str = "app";
@@ -224,11 +225,9 @@ impl Stage {
 
     /// The newest line of the mismatch log.
     pub(super) fn last_mismatch(&self) -> anyhow::Result<String> {
-        let log = fs::read_to_string(self.directory.path().join("mismatches.jsonl"))?;
-        log.lines()
-            .last()
-            .map(str::to_owned)
-            .context("the mismatch log is empty")
+        let log = self.directory.path().join("mismatches.jsonl");
+        let newest = read_log(&log, &Filter::default())?.mismatches.pop();
+        Ok(serde_json::to_string(&newest.context("the mismatch log is empty")?)?)
     }
 
     pub(super) async fn version_seen_by_clients(&self) -> anyhow::Result<String> {

@@ -29,6 +29,9 @@ pub(super) enum Confirmed {
     Is(Outcome),
     Mismatch {
         round: u64,
+        /// Of the answer, and the places of those that belong to a table's key.
+        columns: Vec<String>,
+        keys: Vec<usize>,
         found: Difference,
         sides: Box<BothSides<Digest>>,
     },
@@ -207,6 +210,8 @@ pub(super) async fn confirm(
                 _ if now != defined => Confirmed::Again,
                 Verdict::Equal | Verdict::OrderTies | Verdict::Tolerated => Confirmed::Mismatch {
                     round,
+                    columns: names(&asked.ours, &asked.theirs),
+                    keys: key_places(&worker.catalog.load(), &asked.ours),
                     found,
                     sides: Box::new(BothSides {
                         primary: asked.ours.digest,
@@ -230,6 +235,25 @@ pub(super) async fn confirm(
         }
     }
     Ok(confirmed)
+}
+
+fn key_places(catalog: &Catalog, ours: &Answer) -> Vec<usize> {
+    (0..ours.columns.len())
+        .filter(|&at| catalog.is_key(ours.columns[at].origin))
+        .collect()
+}
+
+/// Of the primary's answer; of the secondary's where that has none, being an error.
+fn names(ours: &Answer, theirs: &Answer) -> Vec<String> {
+    let columns = if ours.columns.is_empty() {
+        &theirs.columns
+    } else {
+        &ours.columns
+    };
+    columns
+        .iter()
+        .map(|column| String::from_utf8_lossy(&column.name).into_owned())
+        .collect()
 }
 
 const fn comparison<'a>(

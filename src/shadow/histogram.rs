@@ -36,6 +36,16 @@ impl Histogram {
         self.max = self.max.max(duration);
     }
 
+    /// What another one counted, as [`Durations`] tells it.
+    pub(super) fn add(&mut self, other: &Durations) {
+        for &(upper, count) in &other.buckets {
+            let bucket = &mut self.buckets[bucket_ending(upper)];
+            *bucket = bucket.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+        }
+        self.sum += duration(other.sum_ms);
+        self.max = self.max.max(duration(other.max_ms));
+    }
+
     pub(super) fn report(&self) -> Durations {
         let count = self.buckets.iter().copied().map(u64::from).sum();
         Durations {
@@ -78,7 +88,22 @@ fn bucket(duration: Duration) -> usize {
     (place as usize).min(BUCKETS - 1)
 }
 
-fn upper_ms(bucket: u32) -> f64 {
+/// The bucket with that upper end.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "at least 0, and bounded by the number of buckets"
+)]
+pub(super) fn bucket_ending(upper_ms: f64) -> usize {
+    let place = ((upper_ms * 1000.0).max(1.0).log2() * f64::from(PER_DOUBLING)).round();
+    (place as usize).min(BUCKETS - 1)
+}
+
+fn duration(milliseconds: f64) -> Duration {
+    Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or_default()
+}
+
+pub(super) fn upper_ms(bucket: u32) -> f64 {
     (f64::from(bucket) / f64::from(PER_DOUBLING)).exp2() / 1000.0
 }
 
@@ -120,6 +145,24 @@ mod tests {
         assert!((report.max_ms - 100.0).abs() < 1e-9);
         assert!((report.sum_ms - 50_050.0).abs() < 1e-6);
         assert_eq!(report.buckets.iter().map(|(_, count)| count).sum::<u64>(), 1000);
+    }
+
+    #[test]
+    fn what_is_told_can_be_added_up() {
+        let mut one = Histogram::default();
+        let mut all = Histogram::default();
+        let mut added = Histogram::default();
+        for number in 1..=1000 {
+            let duration = Duration::from_micros(number * number);
+            one.record(duration);
+            all.record(duration);
+            if number % 250 == 0 {
+                added.add(&std::mem::take(&mut one).report());
+            }
+        }
+        let (all, added) = (all.report(), added.report());
+        assert_eq!(all.buckets, added.buckets);
+        assert!((all.sum_ms - added.sum_ms).abs() < 1e-3 && (all.max_ms - added.max_ms).abs() < 1e-6);
     }
 
     #[test]

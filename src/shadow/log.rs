@@ -1,56 +1,79 @@
-//! The mismatch log: one JSON line for each confirmed mismatch.
+//! The mismatch log: one JSON line for each confirmed mismatch, and for whatever else an auditor
+//! must know, in a [chain](crate::chain). `docs/mismatch-log.md` has the schema.
 //!
-//! One task owns the file; whoever found a mismatch hands it over and goes on. What cannot be
-//! written is counted and logged, and reads go on. Values are written as a keyed hash (equal
-//! values are recognisable, none can be found by trying, for the key is drawn at start and never
-//! leaves the process unless the configuration gives one), plainly, or not at all.
+//! One thread owns the files; whoever found a mismatch hands it over and goes on. What cannot be
+//! written is counted and alarmed, and reads go on; the next line that can be written says how
+//! many were lost.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
-use tokio::fs::{File, OpenOptions};
-use tokio::io::AsyncWriteExt;
+use serde_json::{Map, Value, json};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
 
 use super::compare::Kind;
 use super::stats::Counters;
-use crate::config::LoggedValues;
-use crate::control::Side;
-use crate::wire::backend;
+use super::values::ValueWriter;
+use crate::chain::{self, Chain, Fsync, Head, Options};
+use crate::control::{Epoch, Side};
 
-/// The schema of a line; grows when a key changes its meaning.
-pub(super) const VERSION: u32 = 1;
+/// Names of the events, beside [`chain::events`].
+pub mod events {
+    pub const MISMATCH: &str = "mismatch";
+    pub const ACKNOWLEDGED: &str = "acknowledged";
+    pub const STATISTICS: &str = "statistics";
+    pub const PHASE: &str = "phase";
+    pub const SWITCHOVER: &str = "switchover";
+}
 
-/// One line of the log.
+/// A confirmed mismatch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Mismatch {
-    pub version: u32,
-    /// RFC 3339, UTC.
+    /// The line's number and time, RFC 3339 in UTC; the log gives them.
+    #[serde(default)]
+    pub seq: u64,
+    #[serde(default)]
     pub time: String,
     pub database: String,
     pub user: String,
     /// The statement with its constants removed: its id and its text.
     pub fingerprint: String,
     pub statement: String,
+    /// The statement as it was, where values are written plainly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sql: Option<String>,
     /// Keyed hash of the text and its parameters: the same read has the same key.
     pub key: String,
     pub kind: Kind,
     /// Which database was the primary.
     pub primary: Side,
     pub rows: BothSides<u64>,
+    /// Keyed hashes of the two whole answers: equal answers are recognisable.
+    #[serde(default)]
+    pub digest: BothSides<String>,
     /// SQLSTATEs, where a side failed.
     #[serde(default, skip_serializing_if = "BothSides::is_empty")]
     pub error: BothSides<Option<String>>,
+    /// The answer's columns, and those in which the rows shown below differ.
+    #[serde(default)]
+    pub columns: Vec<String>,
+    #[serde(default)]
+    pub differing_columns: Vec<String>,
+    /// Of the rows shown: the values of the columns in which they agree.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<Map<String, Value>>,
     /// The first differing rows, a list of values each.
     #[serde(default, skip_serializing_if = "BothSides::is_empty")]
     pub first_rows: BothSides<Vec<Vec<Option<String>>>>,
     /// Of the client's own read, and of its first shadow.
     pub latency_ms: BothSides<f64>,
-    /// The round whose cut both sides were asked at.
+    /// The cut that both sides were asked at: a round of an epoch.
+    pub epoch: Epoch,
     pub round: u64,
 }
 
@@ -66,72 +89,70 @@ impl<T: Default + PartialEq> BothSides<T> {
     }
 }
 
-/// How values are written.
-#[derive(Clone)]
-pub struct ValueWriter {
-    values: LoggedValues,
-    key: [u8; 32],
+/// Somebody looked at mismatches and says why they may stand: those of one fingerprint (and kind)
+/// up to this line, or one of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acknowledgement {
+    #[serde(default)]
+    pub seq: u64,
+    #[serde(default)]
+    pub time: String,
+    pub by: String,
+    pub reason: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<Kind>,
+    /// The number of one mismatch's line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
 }
 
-impl ValueWriter {
-    /// With a key of its own.
-    pub fn new(values: LoggedValues) -> Self {
-        Self::with_key(values, rand::random())
-    }
-
-    /// With a given key, so that equal values are recognisable across restarts.
-    pub const fn with_key(values: LoggedValues, key: [u8; 32]) -> Self {
-        Self { values, key }
-    }
-
-    /// 64 bits of HMAC-SHA-256, in hex.
-    pub(super) fn hash(&self, parts: &[&[u8]]) -> String {
-        // HMAC takes keys of any length.
-        let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.key) else {
-            return String::new();
-        };
-        for part in parts {
-            mac.update(part);
-        }
-        let bytes = mac.finalize().into_bytes();
-        bytes[..8].iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// Whether values may be seen.
-    pub fn shows_values(&self) -> bool {
-        self.values == LoggedValues::Plain
-    }
-
-    /// A value from elsewhere, as this log would write it; `None` where it writes none.
-    pub fn text(&self, value: &str) -> Option<String> {
-        match self.values {
-            LoggedValues::Plain => Some(value.to_owned()),
-            LoggedValues::Hashed => Some(self.hash(&[value.as_bytes()])),
-            LoggedValues::None => None,
-        }
-    }
-
-    /// The values of DataRow bodies.
-    pub(super) fn rows(&self, rows: &[Vec<u8>]) -> Vec<Vec<Option<String>>> {
-        if self.values == LoggedValues::None {
-            return Vec::new();
-        }
-        let value = |value: &[u8]| match self.values {
-            LoggedValues::Plain => String::from_utf8_lossy(value).into_owned(),
-            LoggedValues::Hashed | LoggedValues::None => self.hash(&[value]),
-        };
-        rows.iter()
-            .map(|row| backend::columns(row).map(|column| column.map(value)).collect())
-            .collect()
+impl Acknowledgement {
+    pub fn covers(&self, mismatch: &Mismatch) -> bool {
+        mismatch.seq < self.seq
+            && self.line.is_none_or(|line| line == mismatch.seq)
+            && self.kind.is_none_or(|kind| kind == mismatch.kind)
+            && self.fingerprint.as_ref().is_none_or(|id| *id == mismatch.fingerprint)
+            && (self.line.is_some() || self.fingerprint.is_some())
     }
 }
 
-/// Mismatches on their way to the file; a line is a few kB. More than this many at once only
-/// come when the disk hangs, and then memory must not fill up.
+/// What the status tells of the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogStatus {
+    pub path: String,
+    pub head: Head,
+    /// Of the current file.
+    pub bytes: u64,
+    /// Why it cannot be written, while it cannot.
+    pub failing: Option<String>,
+    /// Lines that were lost since the proxy started.
+    pub lost: u64,
+}
+
+impl From<PathBuf> for Options {
+    /// As where proxy.yaml says nothing else.
+    fn from(path: PathBuf) -> Self {
+        Self {
+            path,
+            max_bytes: 64 << 20,
+            max_age: Duration::from_secs(24 * 3600),
+            fsync: Fsync::Every(Duration::from_secs(1)),
+            mac_key: None,
+        }
+    }
+}
+
+/// Lines on their way to the file; one is a few kB. More than this many at once only come when
+/// the disk hangs, and then memory must not fill up.
 const QUEUE: usize = 1024;
+/// Between two tries to open a log that cannot be written.
+const AGAIN: Duration = Duration::from_secs(5);
 
 enum Message {
-    Line(Box<Mismatch>, Arc<Counters>),
+    Mismatch(Box<Mismatch>, Arc<Counters>),
+    Event(&'static str, Map<String, Value>, oneshot::Sender<Result<Head, String>>),
     Flushed(oneshot::Sender<()>),
 }
 
@@ -139,22 +160,40 @@ enum Message {
 #[derive(Clone)]
 pub struct MismatchLog {
     queue: mpsc::Sender<Message>,
+    status: Arc<Mutex<LogStatus>>,
     pub(super) values: ValueWriter,
 }
 
 impl MismatchLog {
     /// Starts the writer. It ends when the last clone of the log is gone.
-    pub fn open(path: PathBuf, values: ValueWriter) -> (Self, JoinHandle<()>) {
+    pub fn open(options: impl Into<Options>, values: ValueWriter) -> (Self, JoinHandle<()>) {
+        let options = options.into();
         let (queue, messages) = mpsc::channel(QUEUE);
-        let writer = tokio::spawn(
-            Writer {
-                path,
-                file: None,
-                failing: false,
-            }
-            .run(messages),
-        );
-        (Self { queue, values }, writer)
+        let status = Arc::new(Mutex::new(LogStatus {
+            path: options.path.display().to_string(),
+            head: Head {
+                seq: 0,
+                hash: chain::GENESIS.into(),
+            },
+            bytes: 0,
+            failing: None,
+            lost: 0,
+        }));
+        let writer = Writer {
+            opened: json!({
+                "pgtandem": env!("CARGO_PKG_VERSION"),
+                "pid": std::process::id(),
+                "values": values.mode(),
+                "values_key": values.key_id(),
+            }),
+            options,
+            chain: None,
+            status: status.clone(),
+            lost: 0,
+        };
+        let handle = Handle::current();
+        let writing = tokio::task::spawn_blocking(move || writer.run(messages, &handle));
+        (Self { queue, status, values }, writing)
     }
 
     /// How it writes values.
@@ -162,11 +201,30 @@ impl MismatchLog {
         &self.values
     }
 
+    pub fn status(&self) -> LogStatus {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(super) fn write(&self, mismatch: Mismatch, counters: &Arc<Counters>) {
-        let message = Message::Line(Box::new(mismatch), counters.clone());
+        let message = Message::Mismatch(Box::new(mismatch), counters.clone());
         if self.queue.try_send(message).is_err() {
             counters.count_log_lost();
+            self.status.lock().unwrap_or_else(PoisonError::into_inner).lost += 1;
         }
+    }
+
+    /// Writes another event and returns the head with it.
+    ///
+    /// # Errors
+    /// The log cannot be written now.
+    pub async fn record(&self, event: &'static str, body: Map<String, Value>) -> Result<Head, String> {
+        let (done, written) = oneshot::channel();
+        let gone = || "the mismatch log's writer has ended".to_owned();
+        self.queue
+            .send(Message::Event(event, body, done))
+            .await
+            .map_err(|_| gone())?;
+        written.await.map_err(|_| gone())?
     }
 
     /// Returns when everything handed over before has been written, or counted as lost.
@@ -179,64 +237,145 @@ impl MismatchLog {
 }
 
 struct Writer {
-    path: PathBuf,
-    file: Option<File>,
-    /// Said once, not with every line.
-    failing: bool,
+    options: Options,
+    /// Keys of the line that tells of an opening.
+    opened: Value,
+    /// Absent while the log cannot be written.
+    chain: Option<Chain>,
+    status: Arc<Mutex<LogStatus>>,
+    /// Since the log could last be written.
+    lost: u64,
 }
 
 impl Writer {
-    async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
-        while let Some(message) = messages.recv().await {
+    fn run(mut self, mut messages: mpsc::Receiver<Message>, runtime: &Handle) {
+        self.try_open();
+        loop {
+            let due = match &self.chain {
+                Some(chain) => chain.sync_due(),
+                None => Some(Instant::now() + AGAIN),
+            };
+            let message = match due {
+                Some(due) => runtime.block_on(timeout_at(due, messages.recv())),
+                None => Ok(runtime.block_on(messages.recv())),
+            };
             match message {
-                Message::Flushed(done) => {
-                    done.send(()).ok();
-                }
-                Message::Line(mismatch, counters) => match self.write(&mismatch).await {
-                    Ok(()) => self.failing = false,
-                    Err(error) => {
-                        counters.count_log_lost();
-                        self.file = None;
-                        if !self.failing {
-                            tracing::error!(path = %self.path.display(), %error, "cannot write the mismatch log");
-                        }
-                        self.failing = true;
-                    }
-                },
+                Ok(Some(message)) => self.attend(message),
+                Ok(None) => break,
+                Err(_) => self.idle(),
             }
         }
     }
 
-    async fn write(&mut self, mismatch: &Mismatch) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(mismatch)?;
-        line.push(b'\n');
-        let file = match &mut self.file {
-            Some(file) => file,
-            None => {
-                let file = OpenOptions::new().append(true).create(true).open(&self.path).await?;
-                self.file.insert(file)
+    fn attend(&mut self, message: Message) {
+        match message {
+            Message::Flushed(done) => {
+                done.send(()).ok();
             }
-        };
-        // One write a line: a line is whole or, after a crash, the torn last one.
-        file.write_all(&line).await?;
-        file.flush().await
+            Message::Mismatch(mismatch, counters) => {
+                if self.write(events::MISMATCH, chain::body(&mismatch)).is_err() {
+                    counters.count_log_lost();
+                    self.lost();
+                }
+            }
+            Message::Event(event, body, done) => {
+                let written = self.write(event, Ok(body));
+                if written.is_err() {
+                    self.lost();
+                }
+                done.send(written).ok();
+            }
+        }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    /// Nothing to write: what waits for the disk goes there; what failed is tried again.
+    fn idle(&mut self) {
+        match &mut self.chain {
+            None => {
+                self.try_open();
+            }
+            Some(chain) => {
+                if let Err(error) = chain.sync() {
+                    self.failed(&error);
+                }
+            }
+        }
+    }
 
-    #[test]
-    fn values_as_configured() {
-        let row = b"\0\x02\0\0\0\x05alice\xff\xff\xff\xff".to_vec();
-        let of = |values, key| ValueWriter::with_key(values, [key; 32]).rows(std::slice::from_ref(&row));
-        assert_eq!(of(LoggedValues::Plain, 1), [[Some("alice".to_owned()), None]]);
-        assert!(of(LoggedValues::None, 1).is_empty());
-        let hashed = of(LoggedValues::Hashed, 1);
-        assert_eq!(hashed[0][0].as_ref().map(String::len), Some(16));
-        assert_eq!(hashed[0][1], None);
-        assert_eq!(hashed, of(LoggedValues::Hashed, 1));
-        assert_ne!(hashed, of(LoggedValues::Hashed, 2));
+    fn write(&mut self, event: &str, body: serde_json::Result<Map<String, Value>>) -> Result<Head, String> {
+        let body = body.map_err(|error| error.to_string())?;
+        if self.chain.is_none() {
+            self.try_open();
+        }
+        let Some(chain) = &mut self.chain else {
+            let why = self
+                .status
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .failing
+                .clone();
+            return Err(why.unwrap_or_default());
+        };
+        match chain.append(event, body) {
+            Ok(head) => {
+                let head = head.clone();
+                self.written();
+                Ok(head)
+            }
+            Err(error) => {
+                self.failed(&error);
+                Err(error.to_string())
+            }
+        }
+    }
+
+    fn try_open(&mut self) {
+        let mut opened = match &self.opened {
+            Value::Object(map) => map.clone(),
+            _ => Map::new(),
+        };
+        if self.lost > 0 {
+            opened.insert("lost_before".into(), self.lost.into());
+        }
+        match Chain::open(self.options.clone(), opened) {
+            Ok(chain) => {
+                self.chain = Some(chain);
+                self.lost = 0;
+                self.written();
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn written(&self) {
+        let Some(chain) = &self.chain else { return };
+        let (head, bytes) = (chain.head().clone(), chain.bytes());
+        self.told(|status| {
+            status.head = head;
+            status.bytes = bytes;
+            status.failing = None;
+        });
+    }
+
+    /// What is in the file is found out when it is opened again.
+    fn failed(&mut self, error: &std::io::Error) {
+        self.chain = None;
+        let path = self.options.path.display();
+        self.told(|status| {
+            // Said once, not with every line.
+            if status.failing.is_none() {
+                tracing::error!(%path, %error, "cannot write the mismatch log");
+            }
+            status.failing = Some(error.to_string());
+        });
+    }
+
+    fn lost(&mut self) {
+        self.lost += 1;
+        self.told(|status| status.lost += 1);
+    }
+
+    fn told(&self, change: impl FnOnce(&mut LogStatus)) {
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }

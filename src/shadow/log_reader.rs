@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::compare::Kind;
-use super::log::Mismatch;
+use super::log::{Acknowledgement, Mismatch, events};
+use crate::chain;
 
 /// Which mismatches to show.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -23,22 +24,23 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Parses `--since`: an RFC 3339 time, or an age (`90s`, `15m`, `2h`, `7d`).
+    /// Parses `--since`: an RFC 3339 time, or an age (`90s`, `15min`, `2h`, `7d`).
     pub fn parse_since(text: &str, now: OffsetDateTime) -> Result<OffsetDateTime, String> {
         if let Ok(time) = OffsetDateTime::parse(text, &Rfc3339) {
             return Ok(time);
         }
         let wrong =
-            || format!("\"{text}\" is neither a time like 2026-01-31T12:00:00Z nor an age like 90s, 15m, 2h, 7d");
-        let unit = text.chars().next_back().ok_or_else(wrong)?;
+            || format!("\"{text}\" is neither a time like 2026-01-31T12:00:00Z nor an age like 90s, 15min, 2h, 7d");
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (count, unit) = text.split_at(digits);
         let seconds = match unit {
-            's' => 1,
-            'm' => 60,
-            'h' => 3600,
-            'd' => 86_400,
+            "s" => 1,
+            "m" | "min" => 60,
+            "h" => 3600,
+            "d" => 86_400,
             _ => return Err(wrong()),
         };
-        let count: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+        let count: u64 = count.parse().map_err(|_| wrong())?;
         now.checked_sub(
             Duration::from_secs(count.saturating_mul(seconds))
                 .try_into()
@@ -47,7 +49,7 @@ impl Filter {
         .ok_or_else(wrong)
     }
 
-    fn wants(&self, mismatch: &Mismatch) -> bool {
+    pub fn wants(&self, mismatch: &Mismatch) -> bool {
         let late_enough = self.since.is_none_or(|since| {
             // A line whose time cannot be read is shown rather than hidden.
             OffsetDateTime::parse(&mismatch.time, &Rfc3339).map_or(true, |time| time >= since)
@@ -65,33 +67,66 @@ impl Filter {
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct LogContents {
     pub mismatches: Vec<Mismatch>,
-    /// Lines that are no mismatch of a known version: a torn last line, or a newer program's.
+    /// All of them, whatever the filter wants.
+    pub acknowledgements: Vec<Acknowledgement>,
+    /// Lines that are none of a known version: a torn last line, or a newer program's.
     pub unreadable_lines: u64,
 }
 
-/// Reads the mismatches that the filter wants. A log that does not exist holds none.
+/// Reads the mismatches that the filter wants, across rotated files. A log that does not exist
+/// holds none.
 pub fn read_log(path: &Path, filter: &Filter) -> io::Result<LogContents> {
     let mut contents = LogContents::default();
-    let file = match std::fs::File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(contents),
-        Err(error) => return Err(error),
-    };
-    for line in BufReader::new(file).split(b'\n') {
-        let line = line?;
-        if line.is_empty() {
-            continue;
-        }
-        match serde_json::from_slice::<Mismatch>(&line) {
-            Ok(mismatch) if mismatch.version <= super::log::VERSION => {
-                if filter.wants(&mismatch) {
-                    contents.mismatches.push(mismatch);
-                }
-            }
-            _ => contents.unreadable_lines += 1,
+    for line in chain::lines(path, filter.since.map(Into::into))? {
+        match parse(&line?.bytes) {
+            Some(Parsed::Mismatch(mismatch)) if filter.wants(&mismatch) => contents.mismatches.push(*mismatch),
+            Some(Parsed::Acknowledged(acknowledgement)) => contents.acknowledgements.push(acknowledgement),
+            Some(_) => {}
+            None => contents.unreadable_lines += 1,
         }
     }
     Ok(contents)
+}
+
+/// A line of the log, as far as it is of interest here.
+pub enum Parsed {
+    Mismatch(Box<Mismatch>),
+    Acknowledged(Acknowledgement),
+    /// Another event, with its keys.
+    Other(chain::Envelope, serde_json::Value),
+}
+
+/// `None` where the line is none of a known version.
+pub fn parse(line: &[u8]) -> Option<Parsed> {
+    let envelope: chain::Envelope = serde_json::from_slice(line).ok()?;
+    if envelope.version > chain::VERSION {
+        return None;
+    }
+    match envelope.event.as_str() {
+        events::MISMATCH => serde_json::from_slice(line).ok().map(Parsed::Mismatch),
+        events::ACKNOWLEDGED => serde_json::from_slice(line).ok().map(Parsed::Acknowledged),
+        _ => serde_json::from_slice(line)
+            .ok()
+            .map(|value| Parsed::Other(envelope, value)),
+    }
+}
+
+/// The newest acknowledgement of a mismatch.
+pub fn is_acknowledged<'a>(
+    mismatch: &Mismatch,
+    acknowledgements: &'a [Acknowledgement],
+) -> Option<&'a Acknowledgement> {
+    acknowledgements
+        .iter()
+        .rfind(|acknowledgement| acknowledgement.covers(mismatch))
+}
+
+/// By whom, when and why mismatches were accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Acknowledged {
+    pub by: String,
+    pub at: String,
+    pub reason: String,
 }
 
 /// The mismatches of one statement.
@@ -103,12 +138,16 @@ pub struct FingerprintSummary {
     pub kinds: BTreeMap<Kind, u64>,
     pub first: String,
     pub last: String,
+    /// Those that nobody has acknowledged.
+    pub open: u64,
+    /// The newest acknowledgement of any of them.
+    pub acknowledged: Option<Acknowledged>,
     /// The latest one.
     pub example: Mismatch,
 }
 
 /// By fingerprint, the most frequent first.
-pub fn by_fingerprint(mismatches: &[Mismatch]) -> Vec<FingerprintSummary> {
+pub fn by_fingerprint(mismatches: &[Mismatch], acknowledgements: &[Acknowledgement]) -> Vec<FingerprintSummary> {
     let mut summaries: BTreeMap<&str, FingerprintSummary> = BTreeMap::new();
     for mismatch in mismatches {
         let summary = summaries
@@ -120,12 +159,24 @@ pub fn by_fingerprint(mismatches: &[Mismatch]) -> Vec<FingerprintSummary> {
                 kinds: BTreeMap::new(),
                 first: mismatch.time.clone(),
                 last: mismatch.time.clone(),
+                open: 0,
+                acknowledged: None,
                 example: mismatch.clone(),
             });
         summary.count += 1;
         *summary.kinds.entry(mismatch.kind).or_default() += 1;
         summary.last.clone_from(&mismatch.time);
         summary.example.clone_from(mismatch);
+        match is_acknowledged(mismatch, acknowledgements) {
+            None => summary.open += 1,
+            Some(acknowledgement) => {
+                summary.acknowledged = Some(Acknowledged {
+                    by: acknowledgement.by.clone(),
+                    at: acknowledgement.time.clone(),
+                    reason: acknowledgement.reason.clone(),
+                });
+            }
+        }
     }
     let mut summaries: Vec<_> = summaries.into_values().collect();
     summaries.sort_by_key(|summary| std::cmp::Reverse(summary.count));
@@ -149,6 +200,13 @@ impl fmt::Display for FingerprintSummary {
             self.last
         )?;
         writeln!(f, "  {}", self.statement)?;
+        if let Some(Acknowledged { by, at, reason }) = &self.acknowledged {
+            writeln!(
+                f,
+                "  acknowledged by {by} at {at}: {reason}; {} since or besides",
+                self.open
+            )?;
+        }
         write!(f, "{}", self.example)
     }
 }
@@ -157,12 +215,14 @@ impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "  {} {} {} as {}, key {}, round {}: {} rows on the primary ({}), {} on the secondary; {:.1} ms and {:.1} ms",
+            "  #{} {} {} {} as {}, key {}, epoch {}, round {}: {} rows on the primary ({}), {} on the secondary; {:.1} ms and {:.1} ms",
+            self.seq,
             self.time,
             self.kind.as_str(),
             self.database,
             self.user,
             self.key,
+            self.epoch,
             self.round,
             self.rows.primary,
             self.primary,
@@ -170,6 +230,9 @@ impl fmt::Display for Mismatch {
             self.latency_ms.primary,
             self.latency_ms.secondary
         )?;
+        if !self.differing_columns.is_empty() {
+            writeln!(f, "    differing columns: {}", self.differing_columns.join(", "))?;
+        }
         let sides = [
             ("primary  ", &self.error.primary, &self.first_rows.primary),
             ("secondary", &self.error.secondary, &self.first_rows.secondary),
@@ -189,20 +252,20 @@ impl fmt::Display for Mismatch {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
-    use crate::control::Side;
-    use crate::shadow::log::{BothSides, VERSION};
+    use crate::chain::{Chain, Options, body};
+    use crate::control::{Epoch, Side};
+    use crate::shadow::log::BothSides;
 
-    fn mismatch(time: &str, fingerprint: &str, kind: Kind) -> Mismatch {
+    fn mismatch(fingerprint: &str, kind: Kind) -> Mismatch {
         Mismatch {
-            version: VERSION,
-            time: time.into(),
+            seq: 0,
+            time: String::new(),
             database: "shop".into(),
             user: "app".into(),
             fingerprint: fingerprint.into(),
             statement: "select * from t where a = ?".into(),
+            sql: None,
             key: "0123".into(),
             kind,
             primary: Side::Legacy,
@@ -210,7 +273,11 @@ mod tests {
                 primary: 1,
                 secondary: 2,
             },
+            digest: BothSides::default(),
             error: BothSides::default(),
+            columns: vec!["a".into(), "b".into()],
+            differing_columns: vec![],
+            keys: vec![],
             first_rows: BothSides {
                 primary: vec![],
                 secondary: vec![vec![Some("x".into()), None]],
@@ -219,53 +286,88 @@ mod tests {
                 primary: 1.25,
                 secondary: 2.0,
             },
+            epoch: Epoch::FIRST,
             round: 7,
         }
     }
 
     #[test]
-    fn a_log_is_read_back() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        let lines = [
-            mismatch("2026-01-01T00:00:00Z", "aa01", Kind::Value),
-            mismatch("2026-01-02T00:00:00Z", "aa01", Kind::ExtraRow),
-            mismatch("2026-01-03T00:00:00Z", "bb02", Kind::Error),
-        ];
-        for line in &lines {
-            writeln!(file, "{}", serde_json::to_string(line).unwrap()).unwrap();
-        }
-        write!(file, "{{\"version\":1,\"ti").unwrap();
-        let read = |filter: &Filter| read_log(file.path(), filter).unwrap();
-        let all = read(&Filter::default());
-        assert_eq!((all.mismatches.as_slice(), all.unreadable_lines), (&lines[..], 1));
-        let summaries = by_fingerprint(&all.mismatches);
-        assert_eq!((summaries.len(), summaries[0].count), (2, 2));
-        assert_eq!(
-            (summaries[0].first.as_str(), summaries[0].last.as_str()),
-            ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z")
-        );
-        assert!(
-            summaries[0].to_string().contains("secondary (x, null)"),
-            "{}",
-            summaries[0]
-        );
-        let now = OffsetDateTime::parse("2026-01-03T12:00:00Z", &Rfc3339).unwrap();
-        let since = |text| Filter {
-            since: Some(Filter::parse_since(text, now).unwrap()),
-            ..Filter::default()
+    fn a_log_is_read_back_with_what_was_acknowledged() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("mismatches.jsonl");
+        let mut chain = Chain::open(Options::from(path.clone()), serde_json::Map::new()).unwrap();
+        let mut write = |event, of: &dyn erased::Body| {
+            chain.append(event, of.body()).unwrap();
         };
-        assert_eq!(read(&since("1d")).mismatches.len(), 1);
-        assert_eq!(read(&since("2026-01-02T00:00:00Z")).mismatches.len(), 2);
-        assert!(Filter::parse_since("yesterday", now).is_err() && Filter::parse_since("", now).is_err());
-        assert!(Filter::parse_since("5\u{e4}", now).is_err());
+        write(events::MISMATCH, &mismatch("aa01", Kind::Value));
+        write(events::MISMATCH, &mismatch("bb02", Kind::Error));
+        let accepted = Acknowledgement {
+            seq: 0,
+            time: String::new(),
+            by: "ann".into(),
+            reason: "rounding, ticket 7".into(),
+            fingerprint: Some("aa01".into()),
+            kind: None,
+            line: None,
+        };
+        write(events::ACKNOWLEDGED, &accepted);
+        write(events::MISMATCH, &mismatch("aa01", Kind::ExtraRow));
+
+        let contents = read_log(&path, &Filter::default()).unwrap();
+        assert_eq!((contents.mismatches.len(), contents.unreadable_lines), (3, 0));
+        assert_eq!(contents.mismatches[0].seq, 2);
+        let summaries = by_fingerprint(&contents.mismatches, &contents.acknowledgements);
+        let shown: Vec<_> = summaries
+            .iter()
+            .map(|summary| (summary.fingerprint.as_str(), summary.count, summary.open))
+            .collect();
+        // What comes after the acknowledgement is open again.
+        assert_eq!(shown, [("aa01", 2, 1), ("bb02", 1, 1)]);
+        assert_eq!(summaries[0].acknowledged.as_ref().unwrap().by, "ann");
+        let text = summaries[0].to_string();
+        assert!(
+            text.contains("secondary (x, null)") && text.contains("ticket 7"),
+            "{text}"
+        );
+
         let one = Filter {
             fingerprint: Some("bb".into()),
             ..Filter::default()
         };
-        assert_eq!(read(&one).mismatches[0].kind, Kind::Error);
+        assert_eq!(read_log(&path, &one).unwrap().mismatches[0].kind, Kind::Error);
+        let later = Filter {
+            since: Some(OffsetDateTime::now_utc() + Duration::from_secs(60)),
+            ..Filter::default()
+        };
+        assert!(read_log(&path, &later).unwrap().mismatches.is_empty());
         assert_eq!(
             read_log(Path::new("/nowhere/at/all"), &one).unwrap(),
             LogContents::default()
         );
+    }
+
+    /// Two types of events in one list.
+    mod erased {
+        use serde_json::{Map, Value};
+
+        pub(super) trait Body {
+            fn body(&self) -> Map<String, Value>;
+        }
+
+        impl<T: serde::Serialize> Body for T {
+            fn body(&self) -> Map<String, Value> {
+                super::body(self).unwrap()
+            }
+        }
+    }
+
+    #[test]
+    fn since() {
+        let now = OffsetDateTime::parse("2026-01-03T12:00:00Z", &Rfc3339).unwrap();
+        let since = |text| Filter::parse_since(text, now);
+        assert_eq!(since("1d").unwrap(), now - Duration::from_secs(86_400));
+        assert_eq!(since("10min").unwrap(), now - Duration::from_secs(600));
+        assert!(since("2026-01-02T00:00:00Z").is_ok());
+        assert!(since("yesterday").is_err() && since("").is_err() && since("5\u{e4}").is_err());
     }
 }

@@ -18,14 +18,17 @@ mod cuts;
 mod digest;
 mod fingerprints;
 mod histogram;
+mod interval;
 mod log;
 mod log_reader;
 mod plans;
 mod read;
 mod rules;
 mod sample;
+mod shown;
 mod sink;
 mod stats;
+mod values;
 mod worker;
 
 use std::sync::Arc;
@@ -39,8 +42,11 @@ pub use catalog::Catalog;
 pub use compare::Kind;
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
 pub use digest::{Digest, DigestBuilder};
-pub use log::{BothSides, Mismatch, MismatchLog, ValueWriter};
-pub use log_reader::{Filter, FingerprintSummary, LogContents, by_fingerprint, read_log};
+pub use interval::{Interval, Period};
+pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
+pub use log_reader::{
+    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
+};
 pub use plans::{Planner, Plans};
 pub use read::{BindValues, Call, ShadowRead};
 pub use sample::Asked;
@@ -49,6 +55,7 @@ pub use stats::{
     Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
     ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,
 };
+pub use values::{ValueWriter, load_or_create_key};
 
 use crate::config::{DatabaseConfig, Reads};
 use crate::control::Control;

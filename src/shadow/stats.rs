@@ -437,7 +437,7 @@ pub struct NeverCompared {
 }
 
 impl Coverage {
-    fn of(totals: &ReadCounts, fingerprints: &[FingerprintReport], others: &ReadCounts) -> Self {
+    pub(super) fn of(totals: &ReadCounts, fingerprints: &[FingerprintReport], others: &ReadCounts) -> Self {
         let never: Vec<_> = fingerprints.iter().filter(|one| one.counts.compared == 0).collect();
         // What is beyond is at least one fingerprint, compared or not.
         let beyond = u64::from(others.executions > 0);
@@ -484,7 +484,7 @@ const SLOWER_READS_MIN: u64 = 20;
 /// Faster than this on new nobody minds, and a shadow's own overhead weighs too much.
 const SLOWER_MS_MIN: f64 = 1.0;
 
-fn slower_on_new(fingerprints: &[FingerprintReport], ratio: f64) -> Vec<Slower> {
+pub(super) fn slower_on_new(fingerprints: &[FingerprintReport], ratio: f64) -> Vec<Slower> {
     let mut slower: Vec<Slower> = fingerprints
         .iter()
         .filter_map(|one| {

@@ -17,14 +17,15 @@ use tokio::task::JoinSet;
 use tokio::time::Duration;
 
 use super::catalog::Catalog;
-use super::compare::same;
+use super::compare::{Difference, same};
 use super::confirm::{Confirmed, confirm};
 use super::connection::{Connection, ConnectionError, Pool, PoolKey};
 use super::cuts::Cuts;
 use super::digest::Digest;
-use super::log::{BothSides, Mismatch, MismatchLog, VERSION};
+use super::log::{BothSides, Mismatch, MismatchLog};
 use super::read::{BindValues, Call, ShadowRead};
 use super::rules::Rules;
+use super::shown::told_apart;
 use super::sink::Queued;
 use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
@@ -183,51 +184,86 @@ impl Worker {
         match confirmed {
             Ok(Confirmed::Is(outcome)) => outcome,
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
-            Ok(Confirmed::Mismatch { round, found, sides }) => {
-                let fingerprint = read.fingerprint();
-                let values = &self.log.values;
-                let mismatch = Mismatch {
-                    version: VERSION,
-                    time: now(),
-                    database: self.database.clone(),
-                    user: read.login.user.clone(),
-                    fingerprint: fingerprint.id.to_string(),
-                    statement: fingerprint.text.clone(),
-                    key: values.hash(&[&read.text, &[0], read.call.parameters()]),
-                    kind: found.kind,
-                    primary: read.control.primary,
-                    rows: BothSides {
-                        primary: sides.primary.rows,
-                        secondary: sides.secondary.rows,
-                    },
-                    error: BothSides {
-                        primary: sides.primary.sqlstate().map(str::to_owned),
-                        secondary: sides.secondary.sqlstate().map(str::to_owned),
-                    },
-                    first_rows: BothSides {
-                        primary: values.rows(&found.primary),
-                        secondary: values.rows(&found.secondary),
-                    },
-                    latency_ms: BothSides {
-                        primary: read.timing.total.as_secs_f64() * 1000.0,
-                        secondary: timing.total.as_secs_f64() * 1000.0,
-                    },
-                    round,
-                };
-                tracing::warn!(
-                    database = self.database,
-                    fingerprint = mismatch.fingerprint,
-                    statement = mismatch.statement,
-                    kind = mismatch.kind.as_str(),
-                    columns = ?found.columns,
-                    round,
-                    "shadow read: mismatch"
-                );
-                self.log.write(mismatch, &self.counters);
+            Ok(Confirmed::Mismatch {
+                round,
+                columns,
+                keys,
+                found,
+                sides,
+            }) => {
+                self.log_mismatch(read, timing, round, columns, &keys, &found, &sides);
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
         }
+    }
+
+    fn log_mismatch(
+        &self,
+        read: &ShadowRead,
+        timing: Timing,
+        round: u64,
+        columns: Vec<String>,
+        keys: &[usize],
+        found: &Difference,
+        sides: &BothSides<Digest>,
+    ) {
+        let fingerprint = read.fingerprint();
+        let values = &self.log.values;
+        let first_rows = BothSides {
+            primary: values.rows(&columns, &found.primary),
+            secondary: values.rows(&columns, &found.secondary),
+        };
+        let apart = told_apart(&columns, keys, &found.primary, &found.secondary, &first_rows);
+        let mismatch = Mismatch {
+            seq: 0,
+            time: String::new(),
+            database: self.database.clone(),
+            user: read.login.user.clone(),
+            fingerprint: fingerprint.id.to_string(),
+            statement: fingerprint.text.clone(),
+            sql: values
+                .shows_values()
+                .then(|| String::from_utf8_lossy(&read.text).into_owned()),
+            key: values.hash(&[&read.text, &[0], read.call.parameters()]),
+            kind: found.kind,
+            primary: read.control.primary,
+            rows: BothSides {
+                primary: sides.primary.rows,
+                secondary: sides.secondary.rows,
+            },
+            digest: BothSides {
+                primary: values.hash(&[&sides.primary.ordered.to_be_bytes()]),
+                secondary: values.hash(&[&sides.secondary.ordered.to_be_bytes()]),
+            },
+            error: BothSides {
+                primary: sides.primary.sqlstate().map(str::to_owned),
+                secondary: sides.secondary.sqlstate().map(str::to_owned),
+            },
+            columns,
+            // Of all rows, where keys tell which belong together; else of those shown.
+            differing_columns: match &found.columns[..] {
+                [] => apart.differing_columns,
+                columns => columns.to_vec(),
+            },
+            keys: apart.keys,
+            first_rows,
+            latency_ms: BothSides {
+                primary: read.timing.total.as_secs_f64() * 1000.0,
+                secondary: timing.total.as_secs_f64() * 1000.0,
+            },
+            epoch: read.control.epoch,
+            round,
+        };
+        tracing::warn!(
+            database = self.database,
+            fingerprint = mismatch.fingerprint,
+            statement = mismatch.statement,
+            kind = mismatch.kind.as_str(),
+            round,
+            "shadow read: mismatch"
+        );
+        self.log.write(mismatch, &self.counters);
     }
 
     fn count(&self, read: &ShadowRead, outcome: Outcome) {

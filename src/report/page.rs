@@ -1,0 +1,279 @@
+//! How the report looks: askama's templates, so that everything is escaped, and what they need
+//! said shortly.
+
+use std::collections::BTreeMap;
+
+use askama::Template;
+
+use super::plot::{self, Pairs, Steps, short_time};
+use super::{Database, Rate, Report, SideHistory};
+use crate::shadow::{FingerprintReport, ReadCounts};
+
+/// Rows of a table; the JSON has all.
+const ROWS_MAX: usize = 100;
+
+#[derive(Template)]
+#[template(path = "report.html")]
+struct Html<'a> {
+    report: &'a Report,
+    say: Say,
+}
+
+#[derive(Template)]
+#[template(path = "report.md", escape = "none")]
+struct Markdown<'a> {
+    report: &'a Report,
+    say: Say,
+}
+
+pub(super) fn html(report: &Report) -> anyhow::Result<String> {
+    Ok(Html { report, say: Say }.render()?)
+}
+
+pub(super) fn markdown(report: &Report) -> anyhow::Result<String> {
+    Ok(Markdown { report, say: Say }.render()?)
+}
+
+/// The templates' phrases.
+#[derive(Clone, Copy)]
+struct Say;
+
+#[allow(clippy::unused_self, reason = "templates call methods")]
+impl Say {
+    /// `1,234,567`
+    fn number(self, value: impl ToString) -> String {
+        let digits = value.to_string();
+        let mut text = String::new();
+        for (n, digit) in digits.chars().enumerate() {
+            if n > 0 && (digits.len() - n).is_multiple_of(3) {
+                text.push(',');
+            }
+            text.push(digit);
+        }
+        text
+    }
+
+    /// `1 line`, `1,234 lines`
+    fn some(self, count: impl ToString, what: &str) -> String {
+        let count = self.number(count);
+        let plural = if count == "1" { "" } else { "s" };
+        format!("{count} {what}{plural}")
+    }
+
+    /// Cut off, never rounded up: 99.9999 % is not all.
+    fn share(self, value: &f64) -> String {
+        match value * 100.0 {
+            all if all >= 100.0 => "100\u{a0}%".into(),
+            nearly if nearly > 99.0 => {
+                let cut = (nearly * 10_000.0).floor() / 10_000.0;
+                format!(
+                    "{}\u{a0}%",
+                    format!("{cut:.4}").trim_end_matches('0').trim_end_matches('.')
+                )
+            }
+            other => format!("{:.1}\u{a0}%", (other * 10.0).floor() / 10.0),
+        }
+    }
+
+    fn match_rate(self, rate: &Rate) -> String {
+        rate.match_rate.map_or_else(|| "–".into(), |share| self.share(&share))
+    }
+
+    /// Two digits, rounded up.
+    fn bound(self, rate: &Rate) -> String {
+        let Some(bound) = rate.upper_bound else {
+            return "–".into();
+        };
+        let percent = bound * 100.0;
+        if percent >= 99.5 {
+            return "100\u{a0}%".into();
+        }
+        let decimals = (1.0 - percent.log10().floor()).clamp(0.0, 12.0);
+        let factor = 10_f64.powf(decimals);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 12")]
+        let digits = decimals as usize;
+        format!("{:.digits$}\u{a0}%", (percent * factor - 1e-9).ceil() / factor)
+    }
+
+    fn sentence(self, rate: &Rate) -> String {
+        match rate.compared {
+            0 => "No read was compared in this period.".into(),
+            compared => format!(
+                "Of {} reads compared, {} differed. If they are a fair sample, fewer than {} of such reads differ, with 95 % confidence.",
+                self.number(compared),
+                match rate.mismatched {
+                    0 => "none".into(),
+                    some => self.number(some),
+                },
+                self.bound(rate)
+            ),
+        }
+    }
+
+    fn rate(self, database: &Database, fingerprint: &str) -> Rate {
+        database.rates.get(fingerprint).copied().unwrap_or_default()
+    }
+
+    fn ms(self, value: &f64) -> String {
+        if *value > 0.0 { short_time(*value) } else { "–".into() }
+    }
+
+    fn ratio(self, value: &f64) -> String {
+        format!("{value:.2}")
+    }
+
+    /// To the second, with a blank instead of the T.
+    fn time(self, rfc3339: &str) -> String {
+        let seconds = rfc3339.get(..19).unwrap_or(rfc3339).replacen('T', " ", 1);
+        format!("{seconds} UTC")
+    }
+
+    /// The beginning of a long text.
+    fn short(self, text: &str) -> String {
+        const MAX: usize = 160;
+        let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        match line.char_indices().nth(MAX) {
+            Some((end, _)) => format!("{}…", &line[..end]),
+            None => line,
+        }
+    }
+
+    /// As one cell of a Markdown table, in which nothing is markup.
+    fn cell(self, text: impl AsRef<str>) -> String {
+        let mut cell = String::new();
+        for character in self.short(text.as_ref()).chars() {
+            match character {
+                '&' => cell.push_str("&amp;"),
+                '<' => cell.push_str("&lt;"),
+                '|' | '\\' | '`' | '*' | '_' | '[' | ']' | '~' | '#' => {
+                    cell.push('\\');
+                    cell.push(character);
+                }
+                _ => cell.push(character),
+            }
+        }
+        cell
+    }
+
+    fn or_dash(self, text: &Option<String>) -> String {
+        text.clone().unwrap_or_else(|| "–".into())
+    }
+
+    /// A reason of the log as words.
+    fn words(self, name: &str) -> String {
+        name.replace('_', " ")
+    }
+
+    /// Not compared, by what kept it from being so.
+    fn reasons(self, counts: &ReadCounts) -> Vec<(String, String, u64)> {
+        let groups: [(&str, &BTreeMap<String, u64>); 4] = [
+            ("not comparable", &counts.not_comparable),
+            ("not wanted", &counts.skipped),
+            ("dropped", &counts.dropped),
+            ("failed", &counts.failed),
+        ];
+        groups
+            .into_iter()
+            .flat_map(|(group, reasons)| {
+                reasons
+                    .iter()
+                    .map(move |(reason, count)| (group.to_owned(), reason.replace('_', " "), *count))
+            })
+            .collect()
+    }
+
+    fn kinds(self, kinds: &BTreeMap<crate::shadow::Kind, u64>) -> String {
+        let kinds: Vec<String> = kinds
+            .iter()
+            .map(|(kind, count)| format!("{} {count}", self.words(kind.as_str())))
+            .collect();
+        kinds.join(", ")
+    }
+
+    fn noisy(self, database: &Database) -> Vec<&FingerprintReport> {
+        let fingerprints = database.reads.fingerprints.iter();
+        fingerprints.filter(|one| one.noise.disagreed > 0).collect()
+    }
+
+    fn most_read(self, database: &Database) -> Vec<&FingerprintReport> {
+        database.reads.fingerprints.iter().take(ROWS_MAX).collect()
+    }
+
+    fn measured(self, database: &Database) -> Vec<(&FingerprintReport, &crate::shadow::Latency)> {
+        let fingerprints = database.reads.fingerprints.iter();
+        fingerprints
+            .filter_map(|one| Some((one, one.latency.as_ref()?)))
+            .take(ROWS_MAX)
+            .collect()
+    }
+
+    fn left_out(self, all: usize) -> usize {
+        all.saturating_sub(ROWS_MAX)
+    }
+
+    fn open(self, report: &Report) -> u64 {
+        let databases = report.databases.iter();
+        databases
+            .flat_map(|database| &database.mismatches)
+            .map(|one| one.open)
+            .sum()
+    }
+
+    fn steps(self, database: &Database) -> Option<Steps> {
+        plot::steps(&database.reads)
+    }
+
+    fn pairs(self, database: &Database) -> Option<Pairs> {
+        plot::pairs(&database.reads)
+    }
+
+    fn width(self) -> f64 {
+        plot::WIDTH
+    }
+
+    fn sides(self, database: &Database) -> [(&'static str, &SideHistory); 2] {
+        [("legacy", &database.legacy), ("new", &database.new)]
+    }
+
+    fn executions(self, report: &Report) -> u64 {
+        report.databases.iter().map(|one| one.reads.coverage.executions).sum()
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+    fn coverage(self, report: &Report) -> String {
+        let coverage = report.databases.iter().map(|one| &one.reads.coverage);
+        let (compared, all) = coverage.fold((0, 0), |(compared, all), one| {
+            (compared + one.executions_compared, all + one.executions)
+        });
+        match all {
+            0 => "–".into(),
+            all => self.share(&(compared as f64 / all as f64)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_looks_better_than_it_is() {
+        assert_eq!(Say.share(&1.0), "100\u{a0}%");
+        assert_eq!(Say.share(&0.999_999_999), "99.9999\u{a0}%");
+        assert_eq!(Say.share(&0.9995), "99.95\u{a0}%");
+        assert_eq!(Say.share(&0.129), "12.9\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(10_000, 0)), "0.030\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(100, 1)), "4.7\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(3, 3)), "100\u{a0}%");
+        assert_eq!(Say.bound(&Rate::new(0, 0)), "–");
+        assert_eq!(Say.number(1_234_567_u64), "1,234,567");
+    }
+
+    #[test]
+    fn a_cell_is_no_markup() {
+        assert_eq!(
+            Say.cell("select a | b,\n  c from <t> where `d` = *"),
+            "select a \\| b, c from &lt;t> where \\`d\\` = \\*"
+        );
+    }
+}

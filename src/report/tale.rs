@@ -1,0 +1,203 @@
+//! What the mismatch log tells of a period, in one pass over its lines.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::Database;
+use crate::chain;
+use crate::shadow::{Acknowledgement, Interval, Mismatch, Parsed, Period, ShadowReport, events, parse};
+
+#[derive(Default)]
+pub(super) struct Tale {
+    /// Times of the first and the last line.
+    pub(super) period: Option<(String, String)>,
+    pub(super) acknowledgements: Vec<Acknowledgement>,
+    /// Lines that could not be written.
+    pub(super) lost: u64,
+    mismatches: Vec<Mismatch>,
+    periods: BTreeMap<String, Period>,
+    happenings: Vec<Happening>,
+}
+
+/// Something that happened, with who and why where that is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Happening {
+    pub at: String,
+    pub what: String,
+    pub who: Option<String>,
+    pub why: Option<String>,
+    /// Number of the log's line that tells of it; absent: a database does.
+    pub line: Option<u64>,
+}
+
+impl Tale {
+    /// Lines of `since` and later. A line of statistics counts what came before it, too, back to
+    /// the line of statistics before.
+    pub(super) fn read(log: &Path, since: Option<OffsetDateTime>) -> io::Result<Self> {
+        let mut tale = Self::default();
+        for line in chain::lines(log, since.map(Into::into))? {
+            match parse(&line?.bytes) {
+                Some(Parsed::Mismatch(mismatch)) if is_late(&mismatch.time, since) => {
+                    tale.passed(&mismatch.time);
+                    tale.mismatches.push(*mismatch);
+                }
+                Some(Parsed::Acknowledged(acknowledgement)) if is_late(&acknowledgement.time, since) => {
+                    tale.passed(&acknowledgement.time);
+                    tale.acknowledged(acknowledgement);
+                }
+                Some(Parsed::Other(envelope, value)) if is_late(&envelope.time, since) => {
+                    tale.passed(&envelope.time);
+                    tale.other(&envelope, value);
+                }
+                _ => {}
+            }
+        }
+        Ok(tale)
+    }
+
+    fn passed(&mut self, time: &str) {
+        match &mut self.period {
+            Some((_, last)) => time.clone_into(last),
+            None => self.period = Some((time.to_owned(), time.to_owned())),
+        }
+    }
+
+    fn acknowledged(&mut self, acknowledgement: Acknowledgement) {
+        let of = match (&acknowledgement.fingerprint, acknowledgement.kind, acknowledgement.line) {
+            (_, _, Some(line)) => format!("mismatch #{line}"),
+            (Some(fingerprint), Some(kind), _) => format!("mismatches of {fingerprint}, {}", kind.as_str()),
+            (Some(fingerprint), None, _) => format!("mismatches of {fingerprint}"),
+            (None, ..) => "nothing".into(),
+        };
+        self.happenings.push(Happening {
+            at: acknowledgement.time.clone(),
+            what: format!("{of} acknowledged"),
+            who: Some(acknowledgement.by.clone()),
+            why: Some(acknowledgement.reason.clone()),
+            line: Some(acknowledgement.seq),
+        });
+        self.acknowledgements.push(acknowledgement);
+    }
+
+    fn other(&mut self, envelope: &chain::Envelope, value: Value) {
+        let text = |key: &str| value[key].as_str().map(str::to_owned);
+        let (what, why) = match envelope.event.as_str() {
+            events::STATISTICS => {
+                if let Ok(interval) = serde_json::from_value::<Interval>(value) {
+                    self.periods
+                        .entry(interval.database.clone())
+                        .or_default()
+                        .add(&interval);
+                }
+                return;
+            }
+            events::PHASE => (
+                format!(
+                    "phase {}, {} is primary, epoch {}",
+                    text("phase").unwrap_or_default(),
+                    text("primary").unwrap_or_default(),
+                    value["epoch"]
+                ),
+                None,
+            ),
+            events::SWITCHOVER => (
+                format!(
+                    "switchover to {}: {}; new transactions held for {:.0} ms",
+                    text("to").unwrap_or_default(),
+                    text("outcome").unwrap_or_default(),
+                    value["held_ms"].as_f64().unwrap_or_default()
+                ),
+                text("forced").map(|reason| format!("closed gates were passed: {reason}")),
+            ),
+            chain::events::OPENED => {
+                let lost = value["lost_before"].as_u64().unwrap_or(0);
+                self.lost += lost;
+                if lost == 0 {
+                    return;
+                }
+                (format!("{lost} lines could not be written before this one"), None)
+            }
+            chain::events::TORN => (
+                format!(
+                    "an unfinished last line ({} bytes) of a writer that was killed was set aside",
+                    value["bytes"]
+                ),
+                None,
+            ),
+            chain::events::LINES_MISSING | chain::events::SET_ASIDE => {
+                (format!("log: {}", envelope.event.replace('_', " ")), text("note"))
+            }
+            other => (format!("log: {other}"), None),
+        };
+        self.happenings.push(Happening {
+            at: envelope.time.clone(),
+            what,
+            who: text("actor"),
+            why,
+            line: Some(envelope.seq),
+        });
+    }
+
+    /// Those of proxy.yaml, and those that only the log knows.
+    pub(super) fn databases<'a>(&self, named: impl Iterator<Item = &'a String>) -> Vec<String> {
+        let mut names: Vec<String> = named.cloned().collect();
+        let logged = self.mismatches.iter().map(|mismatch| &mismatch.database);
+        for name in logged.chain(self.periods.keys()) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
+    pub(super) fn reads(&self, database: &str, slower: f64) -> ShadowReport {
+        self.periods
+            .get(database)
+            .map_or_else(ShadowReport::default, |period| period.report(slower))
+    }
+
+    pub(super) fn mismatches_of(&self, database: &str) -> impl Iterator<Item = &Mismatch> {
+        self.mismatches
+            .iter()
+            .filter(move |mismatch| mismatch.database == database)
+    }
+
+    /// With what the databases tell of orders that somebody gave.
+    pub(super) fn happenings(&self, databases: &[Database]) -> Vec<Happening> {
+        let mut all = self.happenings.clone();
+        for database in databases {
+            for event in [&database.legacy, &database.new]
+                .into_iter()
+                .flat_map(|side| &side.quarantine_history)
+            {
+                all.push(Happening {
+                    at: event.at.clone(),
+                    what: format!(
+                        "quarantine of {}: entry {} {} ({} changes in {})",
+                        database.name,
+                        event.id,
+                        event.action,
+                        event.changes,
+                        event.tables.join(", ")
+                    ),
+                    who: event.actor.clone(),
+                    why: event.reason.clone().or_else(|| event.error.clone()),
+                    line: None,
+                });
+            }
+        }
+        all.sort_by(|one, other| one.at.cmp(&other.at));
+        all
+    }
+}
+
+/// A line whose time cannot be read is told rather than hidden.
+fn is_late(time: &str, since: Option<OffsetDateTime>) -> bool {
+    since.is_none_or(|since| OffsetDateTime::parse(time, &Rfc3339).map_or(true, |time| time >= since))
+}

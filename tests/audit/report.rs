@@ -1,0 +1,257 @@
+//! The log and the report over a whole migration: two servers, the proxy, reads that differ, an
+//! acknowledgement, a kill, a flip, and somebody who edits the log.
+
+use std::fs;
+use std::time::Duration;
+
+use pgtandem::admin::api::ShadowsAnswer;
+use pgtandem::control::{Phase, Side};
+use serde_json::Value;
+use tokio_postgres::Client;
+
+use crate::rig::{DATABASE, OWN_ROLE, Rig};
+
+const CONSTANT: &str = "a value that nobody else may read";
+
+async fn until_compared(rig: &Rig, matched: u64, mismatched: u64) {
+    rig.until(|status| {
+        let reads = &status.databases[0].shadow_reads;
+        reads.matched >= matched && reads.mismatched >= mismatched
+    })
+    .await;
+}
+
+/// A new table is known to the shadow reads a moment later; how many were compared until then.
+async fn until_known(rig: &Rig, client: &Client) -> u64 {
+    for _ in 0..1200 {
+        client.simple_query("SELECT count(*) FROM item").await.unwrap();
+        let matched = rig.status().await.unwrap().databases[0].shadow_reads.matched;
+        if matched > 0 {
+            // What is still on its way comes before this one.
+            client.simple_query("SELECT id FROM item").await.unwrap();
+            return settled(rig).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the table was never known: {}", rig.log());
+}
+
+/// Matched reads, once there are no more to come.
+async fn settled(rig: &Rig) -> u64 {
+    let mut last = 0;
+    loop {
+        let answer: ShadowsAnswer = rig.admin().get("/api/v1/shadows").await.unwrap();
+        let totals = &answer.databases[DATABASE].totals;
+        if totals.waiting == 0 && totals.counts.matched == last {
+            return last;
+        }
+        last = totals.counts.matched;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// As the proxy's own role: any other would be refused on the secondary.
+async fn on_new(rig: &Rig, sql: &str) {
+    let client = rig.direct(Side::New, OWN_ROLE).await;
+    client.batch_execute(&format!("SET ROLE app; {sql}")).await.unwrap();
+}
+
+fn report(rig: &Rig, code: i32, arguments: &[&str]) -> Value {
+    let all: Vec<&str> = ["report", "--json"].iter().chain(arguments).copied().collect();
+    let output = rig.command(&all);
+    assert_eq!(output.status.code(), Some(code), "{output:?}\n{}", rig.log());
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_as_an_auditor_sees_it() {
+    let mut rig = Rig::new();
+    rig.extra =
+        "reads: { shadow_percent: 100 }\nmismatch_log: { mac_key: only the auditor has it, statistics_every: 1h }\n"
+            .into();
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE item (id int PRIMARY KEY, name text); INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, 20) n")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    let known = until_known(&rig, &client).await;
+    for _ in 0..20 {
+        client.simple_query("SELECT * FROM item").await.unwrap();
+        client.simple_query("SELECT now()").await.unwrap();
+    }
+    until_compared(&rig, known + 20, 0).await;
+
+    // A difference: found, told by kind, not readable, acknowledged, and open again when it is back.
+    rig.check(&["mismatches"], 0, "no mismatches");
+    on_new(&rig, &format!("UPDATE item SET name = '{CONSTANT}' WHERE id = 7")).await;
+    client
+        .simple_query("SELECT name, id FROM item WHERE id < 10")
+        .await
+        .unwrap();
+    until_compared(&rig, known + 20, 1).await;
+    let shown = rig.check(
+        &["mismatches", "--kind", "value"],
+        1,
+        "select name, id from item where id < ?",
+    );
+    assert!(
+        shown.contains("differing columns: name") && !shown.contains(CONSTANT),
+        "{shown}"
+    );
+    rig.check(&["mismatches", "--kind", "order"], 0, "no mismatches");
+    rig.check(
+        &["mismatches", "--since", "2000-01-01T00:00:00Z"],
+        1,
+        "differing columns: name",
+    );
+    let fingerprint = shown.split_whitespace().next().unwrap().to_owned();
+    rig.check(&["mismatches", "ack", "0000"], 2, "--reason");
+    rig.check(
+        &["mismatches", "ack", "nothing", "--reason", "x"],
+        2,
+        "no such mismatch",
+    );
+    rig.check(
+        &[
+            "mismatches",
+            "ack",
+            &fingerprint[..6],
+            "--reason",
+            "planted",
+            "--by",
+            "ann",
+        ],
+        0,
+        "by ann",
+    );
+    rig.check(&["mismatches"], 0, "acknowledged by ann");
+    rig.check(&["mismatches", "--verify-log"], 0, "intact");
+    on_new(&rig, "UPDATE item SET name = 'item 7' WHERE id = 7").await;
+
+    let first = report(&rig, 0, &[]);
+    let shop = &first["databases"][0];
+    assert_eq!(
+        (&shop["rate"]["compared"], &shop["rate"]["mismatched"]),
+        (&(known + 21).into(), &1.into())
+    );
+    assert!(shop["rate"]["upper_bound"].as_f64().unwrap() > 1.0 / (known as f64 + 21.0));
+    assert_eq!(shop["kinds"]["value"], 1);
+    assert_eq!(shop["reads"]["totals"]["not_comparable"]["clock"], 20);
+    assert_eq!(shop["mismatches"][0]["open"], 0);
+    let fingerprints = shop["reads"]["fingerprints"].as_array().unwrap();
+    let read = fingerprints
+        .iter()
+        .find(|one| one["text"] == "select * from item")
+        .unwrap();
+    let latency = &read["latency"];
+    assert!(latency["new"]["total"]["p50_ms"].as_f64().unwrap() > 0.0, "{latency}");
+    assert_eq!(
+        (&shop["legacy"]["role"], &shop["new"]["role"]),
+        (&"primary".into(), &"secondary".into())
+    );
+    let head = first["log"]["chain"]["head"].clone();
+
+    // Killed and begun anew: what was counted before is still there.
+    rig.kill_proxy();
+    rig.check(&["mismatches", "--verify-log"], 0, "intact");
+    let without_proxy = report(&rig, 0, &[]);
+    assert_eq!(without_proxy["proxy"], Value::Null);
+    assert_eq!(without_proxy["overall"], first["overall"]);
+    rig.check(
+        &["mismatches", "ack", "--line", "1", "--reason", "x"],
+        2,
+        "no such mismatch",
+    );
+    let line = first["databases"][0]["mismatches"][0]["example"]["seq"].to_string();
+    rig.check(
+        &[
+            "mismatches",
+            "ack",
+            "--line",
+            &line,
+            "--reason",
+            "once more",
+            "--by",
+            "bob",
+        ],
+        0,
+        "by bob",
+    );
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    let again = until_known(&rig, &client).await;
+    for _ in 0..10 {
+        client.simple_query("SELECT * FROM item").await.unwrap();
+    }
+    until_compared(&rig, again + 10, 0).await;
+    let compared = known + 21 + again + 10;
+    rig.check(&["switchover", "--to", "new"], 0, "switchover to new");
+
+    let page = rig.directory.path().join("report.html");
+    rig.check(
+        &["report", "--since", "1h", "-o", &page.to_string_lossy()],
+        0,
+        &format!("{compared} reads compared, 1 mismatched; log intact"),
+    );
+    let page = fs::read_to_string(page).unwrap();
+    for says in [
+        &format!("Of {compared} reads compared, 1 differed"),
+        "planted",
+        "switchover to new: done",
+        "phase dual_read, legacy is primary",
+        &fingerprint,
+    ] {
+        assert!(page.contains(says), "{says}");
+    }
+    assert!(
+        !page.contains(CONSTANT) && !page.contains("item 7"),
+        "values are hidden"
+    );
+    rig.check(&["report", "--md"], 0, "# Migration report");
+    let later = report(&rig, 0, &[]);
+    assert!(later["log"]["chain"]["head"]["seq"].as_u64() > head["seq"].as_u64());
+    assert!(later["log"]["chain"]["signed"].as_u64().unwrap() > 10);
+
+    // Somebody edits the log.
+    let path = rig.directory.path().join("mismatches.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(!text.contains(CONSTANT));
+    fs::write(&path, text.replacen("\"kind\":\"value\"", "\"kind\":\"order\"", 1)).unwrap();
+    rig.check(&["mismatches", "--verify-log"], 1, "its MAC is wrong");
+    let edited = report(&rig, 1, &[]);
+    assert_eq!(edited["log"]["chain"]["intact"], false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
+    let mut rig = Rig::new();
+    rig.extra =
+        "reads: { shadow_percent: 100 }\nmismatch_log: { path: logs/mismatches.jsonl, key_file: the.key }\n".into();
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE item (id int PRIMARY KEY); INSERT INTO item VALUES (1)")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    rig.check(&["status"], 1, "the mismatch log cannot be written");
+    until_known(&rig, &client).await;
+    on_new(&rig, "DELETE FROM item").await;
+    client.simple_query("SELECT * FROM item").await.unwrap();
+    until_compared(&rig, 0, 1).await;
+    rig.until(|status| status.databases[0].shadow_reads.log_lost == 1).await;
+
+    // The folder is there now: the log goes on, and tells what it does not have.
+    fs::create_dir(rig.directory.path().join("logs")).unwrap();
+    client.simple_query("SELECT id FROM item").await.unwrap();
+    until_compared(&rig, 0, 2).await;
+    rig.until(|status| status.mismatch_log.as_ref().is_some_and(|log| log.failing.is_none()))
+        .await;
+    rig.check(&["mismatches"], 1, "select id from item");
+    let told = report(&rig, 1, &[]);
+    // With the phase, which could not be told either.
+    assert!(told["log"]["lost"].as_u64().unwrap() >= 1, "{told}");
+    assert_eq!(told["overall"]["mismatched"], 2);
+}
