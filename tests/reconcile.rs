@@ -63,7 +63,10 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
         1,
         "public.orders: 2 rows differ (1 missing, 0 extra, 1 different)",
     );
-    assert!(!said.contains("somebody else"), "a value where hashes were asked for: {said}");
+    assert!(
+        !said.contains("somebody else"),
+        "a value where hashes were asked for: {said}"
+    );
     let found = report(&rig, "report.json");
     assert!(!found.equal);
     let orders = table(&found, "orders");
@@ -86,7 +89,11 @@ async fn differences_are_found_reported_and_mended_while_clients_write() {
     for cut in &found.databases[0].cuts {
         assert!(cut.age_ms < 30_000.0, "{cut:?}");
     }
-    rig.check(&["verify", "--table", "orders", "--values", "plain"], 1, "somebody else");
+    rig.check(
+        &["verify", "--table", "orders", "--values", "plain"],
+        1,
+        "somebody else",
+    );
     rig.check(
         &["verify", "--table", "nothing"],
         2,

@@ -9,6 +9,7 @@
 //! | `GET /api/v1/status` | [`api::Status`] |
 //! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
 //! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
+//! | `GET /api/v1/switchover` | [`api::History`]; 422 where no side can be asked |
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
@@ -42,7 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::api::{
     BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure, HealAnswer,
-    HealRequest, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status, SwitchoverAnswer,
+    HealRequest, History, QuarantineAnswer, QuarantineList, ReloadAnswer, RetryRequest, Status, SwitchoverAnswer,
     SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
@@ -58,6 +59,7 @@ pub trait Operations: Send + Sync + 'static {
         self: Arc<Self>,
         request: SwitchoverRequest,
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
+    fn history(&self) -> impl Future<Output = Result<History, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
     fn quarantine(&self) -> impl Future<Output = Result<QuarantineList, String>> + Send;
@@ -87,7 +89,7 @@ pub async fn serve<O: Operations>(
         .route("/metrics", get(move || async move { metrics.render() }))
         .route("/api/v1/status", get(status::<O>))
         .route("/api/v1/reload", post(reload::<O>))
-        .route("/api/v1/switchover", post(switchover::<O>))
+        .route("/api/v1/switchover", get(history::<O>).post(switchover::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/explain", get(explain::<O>))
         .route("/api/v1/verify", post(verify::<O>))
@@ -150,6 +152,13 @@ async fn switchover<O: Operations>(
     match operations.switchover(request).await {
         Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn history<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.history().await {
+        Ok(history) => Json(history).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

@@ -13,8 +13,8 @@ use serde::{Deserialize, de};
 
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    LoggedValues, MaxRate, MismatchLog, Reads, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate,
-    Writes,
+    LoggedValues, MaxRate, MismatchLog, Reads, Secret, Stragglers, StrayWriters, Switchover, Target, Verify, WhenFull,
+    WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -185,6 +185,10 @@ impl RawConfig {
             },
             switchover: Switchover {
                 drain_timeout: self.switchover.drain_timeout.0,
+                stragglers: match self.switchover.stragglers {
+                    RawStragglers::Wait => Stragglers::Wait,
+                    RawStragglers::End => Stragglers::End,
+                },
             },
             verify: Verify {
                 continuous: self.verify.continuous,
@@ -486,12 +490,21 @@ enum RawLoggedValues {
 #[serde(deny_unknown_fields, default)]
 struct RawSwitchover {
     drain_timeout: Seconds,
+    stragglers: RawStragglers,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum RawStragglers {
+    Wait,
+    End,
 }
 
 impl Default for RawSwitchover {
     fn default() -> Self {
         Self {
             drain_timeout: Seconds(Duration::from_secs(5)),
+            stragglers: RawStragglers::Wait,
         }
     }
 }
@@ -687,6 +700,7 @@ databases:
         assert_eq!(config.reads.shadow_percent, 10.0);
         assert_eq!(config.mismatch_log.path, Path::new("/etc/mismatches.jsonl"));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
+        assert_eq!(config.switchover.stragglers, Stragglers::Wait);
         assert_eq!(config.auth.method, AuthMethod::Scram);
         assert_eq!(config.writes, Writes::default());
         assert_eq!(config.verify, Verify::default());
@@ -711,6 +725,10 @@ databases:
             (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
+            (
+                format!("{MINIMAL}switchover: {{ stragglers: kill }}\n"),
+                "unknown variant",
+            ),
             (
                 MINIMAL.replace("postgresql://pgtandem@new", "mysql://pgtandem@new"),
                 ":6:10: new: ",

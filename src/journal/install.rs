@@ -11,15 +11,16 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 5;
+const VERSION: i32 = 6;
 
-const SCRIPTS: [&str; 6] = [
+const SCRIPTS: [&str; 7] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     OBJECTS,
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),
     include_str!("sql/backfill.sql"),
+    include_str!("sql/switchover.sql"),
 ];
 
 /// Where the query of catalog::objects becomes a function.
