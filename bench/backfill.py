@@ -2,13 +2,12 @@
 notice of it, and how much memory it takes."""
 
 import json
-import re
 import subprocess
 import threading
 import time
 
 from load import measure
-from machinery import CLIENT, Pgtandem, environment
+from machinery import CLIENT, Pgtandem, environment, peak_memory_mb
 
 COLUMNS = "(id bigint PRIMARY KEY, n int NOT NULL, name text NOT NULL, at timestamptz NOT NULL, amount numeric(12,2))"
 ROWS = (
@@ -41,7 +40,7 @@ def backfill(bench):
     print(f"  writers at {RATE} updates/s on the table that is copied: p99 {alone:.2f} ms without, {during:.2f} ms during it", flush=True)
     bench.report.target("writers' p99 during a backfill, of without", during / alone, 1.5, True)
 
-    peak = peak_mb(proxy)
+    peak = peak_memory_mb(proxy.process)
     results["peak_mb"] = peak
     print(f"  the proxy's memory at its peak: {peak:.0f} MB", flush=True)
     bench.report.target("the proxy's peak memory over the backfills, MB", peak, 256, True, "{:.0f}")
@@ -120,11 +119,6 @@ def writers(bench, proxy, rows):
         print("  (the backfill was over before the writers were: more rows make a better figure)")
     copying.join()
     return alone, during
-
-
-def peak_mb(proxy):
-    with open(f"/proc/{proxy.process.pid}/status") as file:
-        return int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1)) / 1024
 
 
 def rows_different(bench):

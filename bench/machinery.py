@@ -302,3 +302,9 @@ def memory_kb(process):
         with open(f"/proc/{process.pid}/{path}") as file:
             found[name] = next(int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
     return found["VmRSS"], found["Pss"]
+
+
+def peak_memory_mb(process):
+    """The most that was ever resident."""
+    with open(f"/proc/{process.pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 
-from machinery import PROXY, Pgtandem, environment
+from machinery import PROXY, Pgtandem, environment, peak_memory_mb
 
 PLANTED = 100
 # Of the sort that people have: numbers, text, a time, a null now and then. 10 million rows: 1.1 GB.
@@ -19,7 +19,7 @@ HASH = "SELECT sum(hashtext(t::text)) FROM rows AS t"
 def verify(bench):
     """`pgtandem verify` of a large table against hashing it whole on both servers at once; without
     and with planted differences; and the proxy's peak memory."""
-    rows = 200_000 if bench.options.quick else 10_000_000
+    rows = bench.options.rows
     dbname = "existing"
     print(f"\nverify: a table of {rows} rows on both sides", flush=True)
     for server in (bench.legacy, bench.new):
@@ -102,8 +102,3 @@ def mend(proxy):
     done = subprocess.run([proxy.program, "repair", "--config", proxy.config], capture_output=True, text=True, timeout=1800, env=environment())
     if done.returncode != 0:
         raise SystemExit(f"bench: pgtandem repair: {done.stdout}{done.stderr}")
-
-
-def peak_memory_mb(process):
-    with open(f"/proc/{process.pid}/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024

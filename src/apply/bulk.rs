@@ -414,7 +414,7 @@ impl Session {
         self.commit().await?;
         self.reached(&ending);
         if has_ddl {
-            self.tables = super::tables::Tables::load(&self.secondary).await?;
+            self.reload_tables().await?;
         }
         Ok(count)
     }
@@ -473,6 +473,9 @@ impl Session {
                 .await
                 .map_err(doing("void changes before a TRUNCATE"))?;
         }
+        if !cleared_rels.is_empty() {
+            self.refresh_tables().await?;
+        }
         let mut writes = super::rows::Writes::default();
         self.clear(&mut writes, &cleared_rels).await?;
         self.write(&writes).await?;
@@ -484,6 +487,9 @@ impl Session {
             )
             .await
             .map_err(doing("list the tables of a piece"))?;
+        if !rels.is_empty() {
+            self.refresh_tables().await?;
+        }
         for row in &rels {
             let rel: Oid = row.get(0);
             let Some(mirrored) = self.tables.get(rel) else { continue };

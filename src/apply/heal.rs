@@ -16,7 +16,7 @@ use super::refill::{RESUMED, TOO_LARGE};
 use super::seeding::CatalogWatch;
 use super::session::Session;
 use super::status::Seeding;
-use super::tables::{Tables, record_pause};
+use super::tables::record_pause;
 use super::{ApplyError, doing};
 use crate::catalog::definitions::definitions_different;
 use crate::catalog::objects::Objects;
@@ -257,7 +257,7 @@ impl Session {
         watch: &mut CatalogWatch,
         healed: &mut Healed,
     ) -> Result<(), ApplyError> {
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         for _ in 0..LOCK_ATTEMPTS {
             let settled = self.bring_in_step(watch).await?;
             let made = self.note_made(script).await?;
@@ -304,7 +304,7 @@ impl Session {
             .await
             .map_err(doing("note tables that were made"))?;
         if noted > 0 {
-            self.tables = Tables::load(&self.secondary).await?;
+            self.reload_tables().await?;
         }
         Ok(noted > 0)
     }

@@ -19,7 +19,6 @@ use super::refusal::{Class, Refusal, classify};
 use super::round::{Ending, wait_flushed};
 use super::rows::{Mode, NotWritten, Writes};
 use super::session::Session;
-use super::tables::Tables;
 use super::{ApplyError, doing};
 use crate::catalog::{Oid, table};
 use crate::journal::read::{Change, Operation};
@@ -62,7 +61,7 @@ impl Session {
             if !tables_are_fresh {
                 // A table may have been dropped or changed here past us: then that is paused, and
                 // no transaction is to blame.
-                self.tables = Tables::load(&self.secondary).await?;
+                self.reload_tables().await?;
                 tables_are_fresh = true;
                 work.push(rest);
             } else if let [single] = rest[..] {
@@ -77,7 +76,7 @@ impl Session {
         failing(self.commit().await)?;
         self.reached(ending);
         if self.held_in_round > 0 || tables_are_fresh || units.iter().any(Unit::has_barrier) {
-            self.tables = Tables::load(&self.secondary).await?;
+            self.reload_tables().await?;
             self.summarize_quarantine().await?;
         }
         Ok(())
@@ -131,6 +130,7 @@ impl Session {
             let again = match written {
                 Ok(()) => {
                     self.at_savepoint("RELEASE SAVEPOINT part").await?;
+                    self.refresh_tables().await?;
                     return Ok(None);
                 }
                 Err(NotWritten::Surprise(what)) => {
@@ -146,7 +146,7 @@ impl Session {
                 .await?;
             (self.cleared_in_round, self.diverged_in_round) = counted.clone();
             if has_ddl {
-                self.tables = Tables::load(&self.secondary).await?;
+                self.reload_tables().await?;
             }
             if !again {
                 break;
@@ -207,7 +207,7 @@ impl Session {
             )
             .await
             .map_err(doing("mark tables for seeding"))?;
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         Ok(())
     }
 
@@ -265,7 +265,7 @@ impl Session {
                 self.held.forget(table.rel);
             }
             if !record.created.is_empty() {
-                self.tables = Tables::load(&self.secondary).await?;
+                self.reload_tables().await?;
             }
         }
         Ok(())

@@ -15,7 +15,6 @@ use super::refusal::Refusal;
 use super::round::{Ending, Stop, wait_flushed};
 use super::rows::{Mode, NotWritten, Writes};
 use super::session::{Session, Target};
-use super::tables::Tables;
 use super::{ApplyError, doing, image};
 use crate::catalog::Oid;
 use crate::journal::read::{Change, Operation, Raw, Unsigned, lsn};
@@ -515,13 +514,13 @@ impl Session {
 
     /// Carries out an operator's order, at the end of a round.
     pub(super) async fn carry_out(&mut self, order: &Order) -> Result<Outcome, ApplyError> {
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         let outcome = match order {
             Order::Retry { id, actor } => self.retry(*id, actor).await?,
             Order::Discard { id, actor, reason } => self.discard(*id, actor, reason).await?,
         };
         self.load_held(None).await?;
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         self.summarize_quarantine().await?;
         Ok(outcome)
     }
@@ -671,6 +670,7 @@ impl Session {
         for (position, _, record) in ddl {
             self.write_span((from, *position), mode).await?;
             self.run_ddl(record).await?;
+            self.refresh_tables().await?;
             // What came for its tables meanwhile was left out.
             let rels: Vec<Oid> = record
                 .created

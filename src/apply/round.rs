@@ -283,7 +283,7 @@ impl Session {
         self.commit().await?;
         self.reached(ending);
         if plan.ddl().next().is_some() {
-            self.tables = super::tables::Tables::load(&self.secondary).await?;
+            self.reload_tables().await?;
         }
         Ok(())
     }
@@ -297,7 +297,10 @@ impl Session {
     ) -> Result<(), NotWritten> {
         for step in steps {
             match step {
-                Step::Rows(differences) => self.add_rows(writes, differences, mode).await?,
+                Step::Rows(differences) => {
+                    self.refresh_tables().await?;
+                    self.add_rows(writes, differences, mode).await?;
+                }
                 Step::Ddl(record) => {
                     self.write(&std::mem::take(writes)).await?;
                     self.run_ddl(record).await?;
@@ -372,7 +375,7 @@ impl Session {
             .await
             .map_err(doing("roll back a round"))?;
         // DDL of the round is gone again, and so are the definitions read after it.
-        self.tables = super::tables::Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         Ok(())
     }
 

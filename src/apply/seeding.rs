@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::plan::{DdlRecord, TableRecord};
 use super::session::Session;
 use super::status::{NotMirrored, Seeding};
-use super::tables::{Tables, same_columns};
+use super::tables::same_columns;
 use super::{ApplyError, doing};
 use crate::catalog::quote::qualified;
 use crate::catalog::{Oid, privileges};
@@ -164,7 +164,7 @@ impl Session {
         }
         let secondary_report = capture_tables(&self.secondary).await?;
         // Definitions and capture may have changed under prepared statements.
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         self.adopt_tables().await?;
         let settled = self.compare_definitions().await?;
         let refilled = self.refill_resumed().await?;
@@ -244,7 +244,7 @@ impl Session {
                 serde_json::from_str(row.get(0)).map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
             self.adopt(&table, row.get(1)).await?;
         }
-        self.tables = Tables::load(&self.secondary).await?;
+        self.reload_tables().await?;
         Ok(())
     }
 
@@ -368,7 +368,7 @@ impl Session {
             }
         }
         if resumed {
-            self.tables = Tables::load(&self.secondary).await?;
+            self.reload_tables().await?;
         }
         Ok(true)
     }

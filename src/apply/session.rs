@@ -45,6 +45,8 @@ pub(super) struct Session {
     pub reader: RoundReader,
     pub lookout: Lookout,
     pub tables: Tables,
+    /// DDL was run since they were read.
+    pub tables_stale: bool,
     /// Everything that this snapshot sees is on the secondary.
     pub since: Snapshot,
     /// The end of the log when `since` was taken.
@@ -127,6 +129,7 @@ impl Session {
             .get(0);
         let mut session = Self {
             tables: Tables::default(),
+            tables_stale: false,
             since: Snapshot::before_everything(),
             durable: Snapshot::before_everything(),
             position: 0,

@@ -13,6 +13,20 @@ AS $$
                 ELSE false END
 $$;
 
+-- The relations whose rows in the catalog are of this transaction. By age first: that is a
+-- subtraction, and there may be a hundred thousand columns.
+CREATE OR REPLACE FUNCTION pgtandem.changed_here() RETURNS oid[]
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    top_xid bigint := pg_current_xact_id()::text::bigint;
+BEGIN
+    RETURN ARRAY(SELECT c.oid FROM pg_class c WHERE age(c.xmin) <= 0 AND pgtandem.ours(c.xmin, top_xid)
+                 UNION
+                 SELECT a.attrelid FROM pg_attribute a WHERE age(a.xmin) <= 0 AND pgtandem.ours(a.xmin, top_xid));
+END
+$$;
+
 -- CREATE TABLE for a table that came from a query: it has columns, and nothing else.
 CREATE OR REPLACE FUNCTION pgtandem.plain_table(rel oid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -88,6 +102,9 @@ SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET qu
 AS $$
 DECLARE
     top_xid bigint := pg_current_xact_id()::text::bigint;
+    -- Only what this transaction touched: what others do is theirs to record, and to wait here for
+    -- their locks would hang the client.
+    touched oid[] := pgtandem.changed_here();
     t record;
     rel oid;
     created jsonb := '[]';
@@ -101,7 +118,7 @@ BEGIN
     FOR t IN
         SELECT s.*, pgtandem.name_of(s.rel) AS target, pg_get_userbyid(c.relowner) AS owner
           FROM pgtandem.shape s JOIN pg_class c ON c.oid = s.rel
-         WHERE NOT s.capturing AND s.extension IS NULL
+         WHERE s.rel = ANY (touched) AND NOT s.capturing AND s.extension IS NULL
            AND pgtandem.ours(c.xmin, top_xid)
          ORDER BY s.rel
     LOOP
@@ -126,11 +143,8 @@ BEGIN
         SELECT s.*, c.filenode AS old_filenode, c.attributes AS old_attributes, c.attribute_count AS old_count, c.shape AS old_shape, c.names AS old_names,
                pgtandem.name_of(s.rel) AS target
           FROM pgtandem.shape s JOIN pgtandem.captured c ON c.rel = s.rel
-         WHERE (s.shape, s.filenode, s.attributes, s.schema, s.name) IS DISTINCT FROM (c.shape, c.filenode, c.attributes, c.schema, c.name)
-           -- Only what this transaction touched: what others do is theirs to record, and to wait
-           -- here for their locks would hang the client.
-           AND (EXISTS (SELECT FROM pg_class o WHERE o.oid = s.rel AND pgtandem.ours(o.xmin, top_xid))
-                OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = s.rel AND pgtandem.ours(a.xmin, top_xid)))
+         WHERE s.rel = ANY (touched)
+           AND (s.shape, s.filenode, s.attributes, s.schema, s.name) IS DISTINCT FROM (c.shape, c.filenode, c.attributes, c.schema, c.name)
            AND NOT created @> jsonb_build_array(jsonb_build_object('rel', s.rel::bigint))
          ORDER BY s.rel
     LOOP
