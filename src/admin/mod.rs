@@ -10,6 +10,7 @@
 //! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
 //! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
 //! | `GET /api/v1/switchover` | [`api::History`]; 422 where no side can be asked |
+//! | `POST /api/v1/complete` | ends the migration: [`api::ReloadAnswer`], or 422 and why not |
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
@@ -59,6 +60,7 @@ pub trait Operations: Send + Sync + 'static {
         self: Arc<Self>,
         request: SwitchoverRequest,
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
+    fn complete(self: Arc<Self>) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
     fn history(&self) -> impl Future<Output = Result<History, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn explain(&self, sql: &str) -> impl Future<Output = ExplainAnswer> + Send;
@@ -90,6 +92,7 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/status", get(status::<O>))
         .route("/api/v1/reload", post(reload::<O>))
         .route("/api/v1/switchover", get(history::<O>).post(switchover::<O>))
+        .route("/api/v1/complete", post(complete::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/explain", get(explain::<O>))
         .route("/api/v1/verify", post(verify::<O>))
@@ -152,6 +155,13 @@ async fn switchover<O: Operations>(
     match operations.switchover(request).await {
         Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn complete<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.complete().await {
+        Ok(answer) => Json(answer).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

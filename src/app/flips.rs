@@ -48,6 +48,25 @@ impl Host for World {
         self.transition.clone().try_lock_owned().ok()
     }
 
+    async fn completed(&self) {
+        let Some(_changing) = self.try_exclude() else { return };
+        for tandem in self.tandems().iter() {
+            tandem.stop_applier().await;
+        }
+        let phase = Phase::Complete;
+        tracing::info!(
+            changed = self.publish(Control {
+                phase,
+                ..self.control_now()
+            }),
+            "another proxy has completed the migration"
+        );
+        if self.wish() != phase {
+            self.facts().problem =
+                Some("another proxy has completed the migration; write phase: complete in proxy.yaml".into());
+        }
+    }
+
     async fn adopt(&self, control: Control) {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;

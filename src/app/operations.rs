@@ -131,6 +131,19 @@ impl Operations for World {
         })
     }
 
+    async fn complete(self: Arc<Self>) -> Result<ReloadAnswer, String> {
+        let _changing = self.transition.lock().await;
+        let changed = self.make_so(Phase::Complete, None).await?;
+        if self.config.load().phase != Phase::Complete {
+            self.facts().problem =
+                Some("the migration is complete; proxy.yaml still says otherwise: write phase: complete".into());
+        }
+        Ok(ReloadAnswer {
+            phase: self.control_now().phase,
+            changed,
+        })
+    }
+
     async fn history(&self) -> Result<History, String> {
         self.recorded_flips().await
     }

@@ -95,7 +95,9 @@ impl World {
         }
         Ok(vec![
             published,
-            "mirroring has ended and what pgtandem installed was removed; the legacy server is no longer needed by it"
+            "mirroring has ended and what pgtandem installed was removed; only schema pgtandem with a marker is left on legacy".into(),
+            "the legacy server is no longer needed by pgtandem, and nothing keeps writers off it any more: \
+             revoke CONNECT there or stop it, keep its last backup for as long as you must, then switch it off"
                 .into(),
         ])
     }

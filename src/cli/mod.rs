@@ -4,6 +4,7 @@
 
 mod backfill;
 mod check;
+mod complete;
 mod explain;
 mod mismatches;
 mod quarantine;
@@ -118,6 +119,17 @@ enum Command {
         /// Why closed gates may be passed.
         #[arg(long, value_name = "TEXT", requires = "force")]
         reason: Option<String>,
+    },
+    /// End the migration: mirroring stops and what pgtandem installed is removed from both sides.
+    /// There is no way back after it. Exit 1 without --yes, and where clients are still on legacy.
+    Complete {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// Legacy will no longer be kept in step, and that is meant.
+        #[arg(long)]
+        yes: bool,
     },
     /// Wait until everything committed before this call has been applied to the secondary.
     Wait {
@@ -280,6 +292,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             };
             switchover::run(&client, output.json, request).await
         }
+        Command::Complete { common, output, yes } => complete::run(&client(&common)?, output.json, yes).await,
         Command::Wait {
             common,
             output,

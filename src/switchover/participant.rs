@@ -17,6 +17,7 @@ use super::resolve::{seat, take_over};
 use super::tandem::Tandem;
 use crate::config::{Stragglers, Switchover};
 use crate::control::{Control, Phase, Side};
+use crate::journal;
 use crate::session::{Hold, Registry, State, Straggler, Uncarried};
 use crate::upstream::control::{Control as Connection, connect, connect_hearing, error_chain};
 
@@ -43,6 +44,8 @@ pub trait Host: Send + Sync + 'static {
     fn wish(&self) -> Phase;
     /// Keeps other changes of the phase away, if none is under way.
     fn try_exclude(&self) -> Option<OwnedMutexGuard<()>>;
+    /// Another proxy has completed the migration.
+    fn completed(&self) -> impl Future<Output = ()> + Send;
     /// Clients belong there from now on; appliers of the new direction are started.
     fn adopt(&self, control: Control) -> impl Future<Output = ()> + Send;
 }
@@ -158,6 +161,8 @@ struct Part<'a, H> {
 
 /// What was found, and what it was found by.
 struct Found {
+    /// Where clients are, schema pgtandem is not.
+    uninstalled: bool,
     seen: Seen<u8>,
     flip: Option<FlipRow>,
 }
@@ -184,6 +189,10 @@ impl<H: Host> Part<'_, H> {
             self.on = control.primary;
         }
         let Some(found) = self.look(control).await else { return };
+        if found.uninstalled && self.hold.is_none() && self.is_completed(control).await {
+            self.host.completed().await;
+            return;
+        }
         let standing = self.numbered(found.flip.as_ref());
         let act = machine::participate(control.epoch, standing, &found.seen);
         match (act, found.flip) {
@@ -202,6 +211,17 @@ impl<H: Host> Part<'_, H> {
                 .await;
             }
             (Act::TakeOver, Some(flip)) => self.take_over(&flip).await,
+        }
+    }
+
+    /// Legacy carries the marker of a migration that is over.
+    async fn is_completed(&mut self, control: Control) -> bool {
+        if control.primary != Side::New {
+            return false;
+        }
+        match self.link(Side::Legacy).await {
+            Ok(legacy) => journal::is_completed(legacy).await.unwrap_or(false),
+            Err(_) => false,
         }
     }
 
@@ -248,6 +268,7 @@ impl<H: Host> Part<'_, H> {
             .into_iter()
             .chain(primary_by(&there, control.primary.other()))
             .max_by_key(|(_, epoch)| *epoch);
+        let uninstalled = here.as_ref().is_some_and(|look| look.role.is_none());
         let flip = match (here, there) {
             (Some(here), there) => match here.flip {
                 // What it says of itself may be old where others have gone on twice.
@@ -259,6 +280,7 @@ impl<H: Host> Part<'_, H> {
             (None, _) => return None,
         };
         Some(Found {
+            uninstalled,
             seen: Seen {
                 flip: flip.as_ref().map(|flip| FlipSeen {
                     id: 0,

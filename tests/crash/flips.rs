@@ -62,6 +62,12 @@ impl Fleet {
             .await
     }
 
+    /// What was killed has recovered, as far as gates measure it; under a storm, at some moment.
+    async fn gates_open(&self) {
+        let open = |status: &Status| !status.gates.is_empty() && status.gates.iter().all(|gate| gate.open);
+        self.stage.rig.until(open).await;
+    }
+
     /// Both proxies serve clients on the same side, which one of the databases calls the primary.
     async fn agree(&self) -> (Side, u64) {
         let primary_of = async |status: Result<Status, AdminError>| status.ok().map(|s| (s.primary, s.epoch.0));
@@ -110,6 +116,15 @@ impl Fleet {
             }
         }
         recorded
+    }
+
+    /// The flip has come as far as the fence, which waits for a writer.
+    async fn waits_for_the_fence(&self, flip: &JoinHandle<Result<Flip, AdminError>>) {
+        let sql = "SELECT EXISTS (SELECT FROM pgtandem.flip WHERE step = 'fencing')";
+        while self.stage.rig.value(Side::Legacy, sql).await != "true" {
+            assert!(!flip.is_finished(), "it ended before\n{}", self.logs());
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     fn logs(&self) -> String {
@@ -360,6 +375,83 @@ async fn no_flip_where_the_reverse_direction_would_not_work() {
     fleet.assert_exact().await;
 }
 
+/// A writer past the proxies, in the middle of a transaction when the fence comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_transaction_at_the_fence_is_waited_for_and_named() {
+    let fleet = Fleet::with("switchover: { drain_timeout: 400ms }").await;
+    let direct = fleet.stage.rig.direct(Side::Legacy, APP).await;
+    direct
+        .batch_execute("SET application_name = 'nightly'; BEGIN; INSERT INTO notes (note) VALUES ('open')")
+        .await
+        .unwrap();
+    let text = fleet
+        .stage
+        .rig
+        .check(&["switchover", "--to", "new"], 1, "writers were still in flight");
+    assert!(text.contains("app, nightly, idle in transaction"), "{text}");
+    assert_eq!(fleet.agree().await, (Side::Legacy, 1));
+    // Everybody goes on, through both proxies.
+    for url in [fleet.stage.rig.url(), fleet.other.url()] {
+        let client = connect(&url).await.unwrap();
+        client
+            .batch_execute("INSERT INTO notes (note) VALUES ('after')")
+            .await
+            .unwrap();
+    }
+    direct.batch_execute("COMMIT").await.unwrap();
+    fleet.assert_exact().await;
+    // One that commits at the last moment is on the other side, too.
+    direct
+        .batch_execute("BEGIN; INSERT INTO notes (note) VALUES ('late')")
+        .await
+        .unwrap();
+    let port = fleet.stage.rig.admin_port;
+    let flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
+    fleet.waits_for_the_fence(&flip).await;
+    direct.batch_execute("COMMIT").await.unwrap();
+    flip.await.unwrap().unwrap();
+    let refused = direct
+        .batch_execute("INSERT INTO notes (note) VALUES ('stray')")
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code().unwrap().code(), "25006");
+    assert_eq!(fleet.agree().await, (Side::New, 2));
+    fleet.assert_exact().await;
+    let notes = fleet.stage.rig.value(Side::New, "SELECT count(*) FROM notes").await;
+    assert_eq!(notes, "4");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn complete_is_asked_for_twice_and_holds_for_every_proxy() {
+    let fleet = Fleet::set().await;
+    fleet.stage.rig.check(&["complete"], 1, "switch over first");
+    fleet
+        .stage
+        .rig
+        .check(&["switchover", "--to", "new"], 0, "switchover to new");
+    fleet.agree().await;
+    fleet.stage.rig.check(&["complete"], 1, "Repeat it with --yes");
+    fleet.stage.rig.check(&["complete", "--yes"], 0, "switch it off");
+    fleet
+        .other
+        .until(&fleet.stage.rig, |status| status.phase == Phase::Complete)
+        .await;
+    let installed = "SELECT to_regclass('pgtandem.state') IS NOT NULL";
+    for side in [Side::Legacy, Side::New] {
+        assert_eq!(fleet.stage.rig.value(side, installed).await, "false", "{side}");
+    }
+    for url in [fleet.stage.rig.url(), fleet.other.url()] {
+        let client = connect(&url).await.unwrap();
+        client
+            .batch_execute("INSERT INTO notes (note) VALUES ('after')")
+            .await
+            .unwrap();
+    }
+    let notes = "SELECT count(*) FROM notes";
+    assert_eq!(fleet.stage.rig.value(Side::New, notes).await, "2");
+    assert_eq!(fleet.stage.rig.value(Side::Legacy, notes).await, "0");
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Coordinator,
@@ -479,6 +571,7 @@ async fn killed_at_each_step(victim: Victim) {
         let storm = fleet.storm(true).await;
         storm.everybody_commits(2).await;
         let (_, epoch) = fleet.agree().await;
+        fleet.gates_open().await;
         let stop = Stop::before(&fleet, step).await;
         let port = fleet.stage.rig.admin_port;
         let flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
@@ -526,6 +619,7 @@ async fn killed_at_each_step(victim: Victim) {
             began.elapsed()
         );
         if primary == Side::New {
+            fleet.gates_open().await;
             let back = switchover(fleet.stage.rig.admin_port, Side::Legacy, false).await;
             back.unwrap_or_else(|error| panic!("{error}\n{}", fleet.logs()));
             assert_eq!(fleet.agree().await, (Side::Legacy, now + 1));
