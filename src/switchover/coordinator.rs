@@ -26,7 +26,7 @@ const PREPARE_MAX: Duration = Duration::from_secs(60);
 /// How long the clients' release may take before the flip is told without it.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// Beyond what a step may take, before others may take it for left alone.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(5);
 /// Between two tries at a side that is away.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// Answers come as notifications; this is for one that got lost.
@@ -56,6 +56,9 @@ pub async fn lead(order: Order<'_>) -> Result<String, Abandoned> {
     let mut lead = Lead::begin(order).await.map_err(Abandoned)?;
     let outcome = lead.run().await;
     let id = lead.flip.id.clone();
+    // It goes with the connection, too, a moment later; the next flip may come at once.
+    let unlock = format!("SELECT pg_advisory_unlock({LOCK_CLASS}, {LOCK_FLIP})");
+    lead.old.batch_execute(&unlock).await.ok();
     outcome.map(|()| id).map_err(Abandoned)
 }
 

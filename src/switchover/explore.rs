@@ -17,7 +17,7 @@ use crate::control::{Epoch, Side};
 
 const SIDES: [Side; 2] = [Side::Legacy, Side::New];
 const FLIPS_MAX: u8 = 2;
-const WRITES_MAX: u8 = 2;
+const WRITES_MAX: u8 = 1;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Flip {
@@ -515,16 +515,17 @@ fn explore(rules: &Rules, faults: u8) -> Result<usize, String> {
 #[test]
 fn whatever_happens_one_side_is_primary_and_nothing_is_lost() {
     let visited = explore(&RULES, 2).unwrap_or_else(|story| panic!("{story}"));
-    println!("{visited} states");
     // Far fewer would mean that it does not get to the interesting ones.
-    assert!(visited > 50_000, "{visited}");
+    assert!(visited > 100_000, "{visited}");
 }
 
 #[test]
 fn a_broken_transition_is_found() {
-    let broken: [(&str, Rules); 7] = [
+    let (two, lost, stuck) = ("two sides are primary", "an acknowledged commit is lost", "stuck");
+    let broken: [(&str, &str, Rules); 7] = [
         (
             "late to turn, it turns a side that has gone on",
+            two,
             Rules {
                 turn: |_, epoch| Recorded::Primary(epoch),
                 ..RULES
@@ -532,6 +533,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "a decision is taken back",
+            two,
             Rules {
                 resolve: |step, role, epoch| match step {
                     Step::Decided => (Step::Aborted, Recorded::Primary(epoch.previous())),
@@ -542,6 +544,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "a half turned side is left so",
+            stuck,
             Rules {
                 resolve: |step, role, _| (if step.is_open() { Step::Aborted } else { step }, role),
                 ..RULES
@@ -549,6 +552,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "the fence does not wait for open transactions",
+            lost,
             Rules {
                 fence_waits: false,
                 ..RULES
@@ -556,6 +560,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "a stalled stream is taken for caught up",
+            lost,
             Rules {
                 rounds_apply: false,
                 ..RULES
@@ -563,6 +568,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "it is decided without the fence",
+            two,
             Rules {
                 decides_under_fence: false,
                 ..RULES
@@ -570,6 +576,7 @@ fn a_broken_transition_is_found() {
         ),
         (
             "a proxy does not come back from a flip that was given up",
+            stuck,
             Rules {
                 participate: |own, standing, seen| match participate(own, standing, seen) {
                     Act::Release => Act::Wait,
@@ -579,10 +586,8 @@ fn a_broken_transition_is_found() {
             },
         ),
     ];
-    for (what, rules) in broken {
-        let found = explore(&rules, 2);
-        assert!(found.is_err(), "not found: {what}");
-        let story = found.unwrap_err();
-        println!("{what}: {}", story.lines().last().unwrap_or_default());
+    for (what, becomes, rules) in broken {
+        let story = explore(&rules, 2).map(|_| ()).unwrap_err();
+        assert!(story.contains(becomes), "{what}: {story}");
     }
 }

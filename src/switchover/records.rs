@@ -30,7 +30,7 @@ pub struct FlipRow {
     pub coordinator: String,
     pub forced: Option<String>,
     pub step: Step,
-    /// Nobody holds the coordinator's lock, or its time is over.
+    /// Nobody holds the coordinator's lock, or it has fallen silent, or its time is over.
     pub orphaned: bool,
 }
 
@@ -180,10 +180,13 @@ pub async fn look(client: &Client) -> Result<Look, tokio_postgres::Error> {
                             SELECT FROM pg_catalog.pg_locks l
                              WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
                                AND l.classid = {LOCK_CLASS}::oid AND l.objid = {LOCK_FLIP}::oid
-                               AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())),
+                               AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))
+                        OR EXISTS (SELECT FROM pgtandem.proxy p
+                                    WHERE p.name = f.coordinator AND p.beat < pg_catalog.clock_timestamp() - {silence}),
                         s.state
                    FROM (SELECT pg_catalog.pg_sequence_last_value('pgtandem.state'::regclass) AS state) s
-                   LEFT JOIN (SELECT * FROM pgtandem.flip ORDER BY began DESC LIMIT 1) f ON true"
+                   LEFT JOIN (SELECT * FROM pgtandem.flip ORDER BY began DESC LIMIT 1) f ON true",
+                silence = interval(SILENCE_MAX)
             ),
             &[],
         )

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio_postgres::error::SqlState;
 
 use super::crossing::{restore_old, turn_new};
 use super::machine::{self, Step};
@@ -100,13 +101,19 @@ async fn settle(seat: &Tandem, flip: &FlipRow, who: &str, why: &str) -> Result<S
     let told = |error| error_chain(&error);
     let mut client = open(seat, flip.from).await?;
     let transaction = client.transaction().await.map_err(told)?;
-    transaction
+    let locked = transaction
         .batch_execute(&format!(
             "SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = {}; SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})",
             LOCK_WAIT.as_millis()
         ))
-        .await
-        .map_err(told)?;
+        .await;
+    if let Err(error) = locked {
+        transaction.rollback().await.map_err(told)?;
+        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            end_holder(&client).await.map_err(told)?;
+        }
+        return Err(told(error));
+    }
     let Some(found) = records::find_for_update(&transaction, &flip.id).await.map_err(told)? else {
         return Ok(Step::Aborted);
     };
@@ -136,6 +143,29 @@ async fn settle(seat: &Tandem, flip: &FlipRow, who: &str, why: &str) -> Result<S
         record_aborted_on_the_other(seat, flip, who, why).await;
     }
     Ok(step)
+}
+
+/// A coordinator that stands still or is cut off may have left its fence behind. Ended, it cannot
+/// decide any more, and finds out how the flip was ended.
+async fn end_holder(client: &Connection) -> Result<(), tokio_postgres::Error> {
+    let rows = client
+        .query(
+            &format!(
+                "SELECT l.pid, pg_catalog.pg_terminate_backend(l.pid) FROM pg_catalog.pg_locks l
+                  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+                    AND l.classid = {LOCK_CLASS}::oid AND l.objid = {LOCK_STATE}::oid
+                    AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())"
+            ),
+            &[],
+        )
+        .await?;
+    for row in &rows {
+        tracing::warn!(
+            pid = row.get::<_, i32>(0),
+            "ended a session that held on to the side's state"
+        );
+    }
+    Ok(())
 }
 
 /// For whoever reads the history there; nothing depends on it.

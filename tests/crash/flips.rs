@@ -455,9 +455,13 @@ async fn complete_is_asked_for_twice_and_holds_for_every_proxy() {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Coordinator,
+    /// Stands still, and goes on when the others have ended what it led.
+    CoordinatorStopped,
     OtherProxy,
     Primary,
     Secondary,
+    /// The network between both proxies and new.
+    SecondaryCutOff,
 }
 
 const STEPS: [Step; 7] = [
@@ -492,16 +496,26 @@ impl Stop {
         Self { holder }
     }
 
-    async fn reached(&self, flip: &JoinHandle<Result<Flip, AdminError>>) {
-        loop {
+    /// Begins a flip and returns when it has come here. A gate may close for a moment, under a storm
+    /// and after what was killed before.
+    async fn reached_by_flip(&self, fleet: &Fleet) -> JoinHandle<Result<Flip, AdminError>> {
+        let port = fleet.stage.rig.admin_port;
+        let mut flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
+        let mut refused = Vec::new();
+        while refused.len() < 20 {
             let sql = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711 AND NOT granted";
             let waiting: i64 = self.holder.query_one(sql, &[]).await.unwrap().get(0);
             if waiting > 0 {
-                return;
+                return flip;
             }
-            assert!(!flip.is_finished(), "it ended before");
+            if flip.is_finished() {
+                refused.push(flip.await.unwrap().unwrap_err().to_string());
+                fleet.gates_open().await;
+                flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
+            }
             sleep(Duration::from_millis(5)).await;
         }
+        panic!("{refused:#?}\n{}", fleet.logs());
     }
 
     /// The server may be gone by now.
@@ -573,18 +587,29 @@ async fn killed_at_each_step(victim: Victim) {
         let (_, epoch) = fleet.agree().await;
         fleet.gates_open().await;
         let stop = Stop::before(&fleet, step).await;
-        let port = fleet.stage.rig.admin_port;
-        let flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
-        stop.reached(&flip).await;
+        let flip = stop.reached_by_flip(&fleet).await;
+        let mut stopped = None;
         match victim {
             Victim::Coordinator => fleet.stage.rig.kill_proxy(),
+            Victim::CoordinatorStopped => stopped = Some(processes::pause(fleet.stage.rig.proxy_pid())),
             Victim::OtherProxy => fleet.other.kill(),
             Victim::Primary => processes::kill(&fleet.stage.rig.legacy),
             Victim::Secondary => processes::kill(&fleet.stage.rig.new),
+            Victim::SecondaryCutOff => fleet.stage.relay.cut(),
         }
         stop.lift().await;
         sleep(Duration::from_millis(100)).await;
         match victim {
+            Victim::CoordinatorStopped => {
+                // Clients of the other proxy go on without it.
+                let client = connect(&fleet.other.url()).await.unwrap();
+                client
+                    .batch_execute("INSERT INTO notes (note) VALUES ('on')")
+                    .await
+                    .unwrap();
+                drop(stopped);
+            }
+            Victim::SecondaryCutOff => fleet.stage.relay.calm(),
             Victim::Coordinator => fleet.stage.rig.spawn_proxy(),
             Victim::OtherProxy => fleet.other.spawn(),
             Victim::Primary => fleet.stage.rig.legacy.start_again().unwrap(),
@@ -630,6 +655,16 @@ async fn killed_at_each_step(victim: Victim) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_coordinator_is_killed_at_each_step() {
     killed_at_each_step(Victim::Coordinator).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_coordinator_stands_still_at_each_step() {
+    killed_at_each_step(Victim::CoordinatorStopped).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_secondary_is_cut_off_at_each_step() {
+    killed_at_each_step(Victim::SecondaryCutOff).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
