@@ -74,9 +74,10 @@ impl Fleet {
         for _ in 0..2400 {
             let one = primary_of(self.stage.rig.status().await).await;
             let two = primary_of(self.other.status().await).await;
-            if one.is_some() && one == two {
+            if let Some((side, epoch)) = one
+                && one == two
+            {
                 let recorded = self.recorded().await;
-                let (side, epoch) = one.unwrap();
                 let expected = match side {
                     Side::Legacy => [Some((0, epoch)), None],
                     Side::New => [None, Some((0, epoch))],
@@ -580,7 +581,7 @@ impl Witness {
 async fn killed_at_each_step(victim: Victim) {
     let mut fleet = Fleet::set().await;
     for step in STEPS {
-        let began = std::time::Instant::now();
+        let began = tokio::time::Instant::now();
         let witness = Witness::begin(&fleet);
         let storm = fleet.storm(true).await;
         storm.everybody_commits(2).await;
