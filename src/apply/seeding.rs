@@ -165,7 +165,7 @@ impl Session {
         let secondary_report = capture_tables(&self.secondary).await?;
         // Definitions and capture may have changed under prepared statements.
         self.reload_tables().await?;
-        self.adopt_tables().await?;
+        self.adopt_quiet().await?;
         let settled = self.compare_definitions().await?;
         let refilled = self.refill_resumed().await?;
         self.aside
@@ -214,41 +214,58 @@ impl Session {
             created.extend(record.created.iter().map(|table| table.rel));
             wanted.extend(record.changed.iter().map(|table| table.rel));
         }
-        if wanted
-            .iter()
-            .any(|rel| self.tables.get(*rel).is_none() && !created.contains(rel))
-        {
-            self.adopt_tables().await?;
+        wanted.retain(|rel| self.tables.get(*rel).is_none() && !created.contains(rel));
+        if !wanted.is_empty() {
+            self.adopt(&wanted, "true").await?;
         }
         Ok(())
     }
 
-    /// Records captured tables that the secondary does not know yet, as they were when their
-    /// capture began: what DDL did to them since is in the journal.
-    pub(super) async fn adopt_tables(&mut self) -> Result<(), ApplyError> {
-        let known = self.tables.rels();
+    /// Records captured tables that the secondary does not know yet. Not while DDL waits in the
+    /// journal: that may be what makes them, or drops another one of the same name here.
+    async fn adopt_quiet(&mut self) -> Result<(), ApplyError> {
         let rows = self
             .aside
             .query(
-                "SELECT c.origin::text, c.was_empty FROM pgtandem.captured c
-                  WHERE c.rel <> ALL ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel)",
-                &[&known],
+                "SELECT rel FROM pgtandem.captured WHERE rel <> ALL ($1)",
+                &[&self.tables.rels()],
             )
             .await
             .map_err(doing("list captured tables"))?;
+        let unknown: Vec<Oid> = rows.iter().map(|row| row.get(0)).collect();
+        if unknown.is_empty() || self.target.is_some() {
+            return Ok(());
+        }
+        self.adopt(&unknown, &format!("NOT ({})", self.ddl_waits_sql())).await
+    }
+
+    /// As they were when their capture began: what DDL did to them since is in the journal. The
+    /// condition is asked in the same snapshot.
+    async fn adopt(&mut self, rels: &[Oid], condition: &str) -> Result<(), ApplyError> {
+        let rows = self
+            .aside
+            .query(
+                &format!(
+                    "SELECT c.origin::text, c.was_empty FROM pgtandem.captured c
+                      WHERE c.rel = ANY ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel) AND {condition}"
+                ),
+                &[&rels],
+            )
+            .await
+            .map_err(doing("read captured tables"))?;
         if rows.is_empty() {
             return Ok(());
         }
         for row in &rows {
             let table: TableRecord =
                 serde_json::from_str(row.get(0)).map_err(|error| ApplyError::Inconsistent(error.to_string()))?;
-            self.adopt(&table, row.get(1)).await?;
+            self.adopt_table(&table, row.get(1)).await?;
         }
         self.reload_tables().await?;
         Ok(())
     }
 
-    async fn adopt(&self, table: &TableRecord, was_empty: bool) -> Result<(), ApplyError> {
+    async fn adopt_table(&self, table: &TableRecord, was_empty: bool) -> Result<(), ApplyError> {
         let here = self
             .secondary
             .query_opt(

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::session::Session;
 use super::{ApplyError, doing};
@@ -16,6 +17,11 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Sequences read by one statement.
 const CHUNK: usize = 500;
+
+/// One statement takes the locks of all its sequences one after another, as a client's DDL does, and
+/// not in the same order. It gives up long before Postgres looks for a deadlock, whose victim may
+/// be the client.
+const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '20ms'; ";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Value {
@@ -55,11 +61,12 @@ SELECT n.nspname::text, c.relname::text
    AND n.nspname NOT LIKE 'pg\\_%' ORDER BY 1, 2";
 
 impl Session {
-    /// Copies what changed, if it is time or `now`.
-    pub(super) async fn copy_sequences(&mut self, now: bool) -> Result<(), ApplyError> {
+    /// Copies what changed, if it is time or `now`. False where that was not all: it was not time,
+    /// or one could not be read.
+    pub(super) async fn copy_sequences(&mut self, now: bool) -> Result<bool, ApplyError> {
         let started = Instant::now();
         if !now && self.sequences.next.is_some_and(|next| started < next) {
-            return Ok(());
+            return Ok(false);
         }
         if self.sequences.names.is_empty() {
             let listed = list(&self.aside).await?;
@@ -75,14 +82,13 @@ impl Session {
         let values = match read(&self.aside, &self.sequences.names).await {
             Ok(values) => values,
             // One was dropped since the last look; the next one lists them anew.
-            Err(ApplyError::Postgres { source, .. })
-                if source.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
-            {
+            Err(ApplyError::Postgres { source, .. }) if source.code() == Some(&SqlState::UNDEFINED_TABLE) => {
                 self.sequences.forget();
-                return Ok(());
+                return Ok(false);
             }
             Err(error) => return Err(error),
         };
+        let complete = values.len() == self.sequences.names.len();
         for (name, value) in values {
             if self.sequences.copied.get(&name) == Some(&value) {
                 continue;
@@ -115,7 +121,7 @@ impl Session {
         }
         // A database with very many sequences is not read all the time.
         self.sequences.next = Some(Instant::now() + INTERVAL.max(started.elapsed() * 20));
-        Ok(())
+        Ok(complete)
     }
 }
 
@@ -166,29 +172,53 @@ async fn list(client: &Client) -> Result<Vec<(String, String)>, ApplyError> {
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
-async fn read(client: &Client, names: &[(String, String)]) -> Result<HashMap<(String, String), Value>, ApplyError> {
+type Values = HashMap<(String, String), Value>;
+
+/// Without those that a client's open DDL has locked.
+async fn read(client: &Client, names: &[(String, String)]) -> Result<Values, ApplyError> {
     let mut values = HashMap::with_capacity(names.len());
     for chunk in names.chunks(CHUNK) {
-        let arms: Vec<String> = chunk
-            .iter()
-            .enumerate()
-            .map(|(index, (schema, name))| {
-                format!("SELECT {index}, last_value, is_called FROM {}", qualified(schema, name))
-            })
-            .collect();
-        let messages = client
-            .simple_query(&arms.join(" UNION ALL "))
-            .await
-            .map_err(doing("read sequences"))?;
-        for message in messages {
-            if let tokio_postgres::SimpleQueryMessage::Row(row) = message
-                && let (Some(index), Some(last), Some(called)) = (row.get(0), row.get(1), row.get(2))
-                && let (Ok(index), Ok(last)) = (index.parse::<usize>(), last.parse())
-                && let Some(name) = chunk.get(index)
-            {
-                let called = called == "t";
-                values.insert(name.clone(), Value { last, called });
+        match read_chunk(client, chunk).await {
+            Ok(found) => values.extend(found),
+            Err(error) if is_locked(&error) => {
+                for name in chunk {
+                    match read_chunk(client, std::slice::from_ref(name)).await {
+                        Ok(found) => values.extend(found),
+                        Err(error) if is_locked(&error) => {}
+                        Err(error) => return Err(doing("read a sequence")(error)),
+                    }
+                }
             }
+            Err(error) => return Err(doing("read sequences")(error)),
+        }
+    }
+    Ok(values)
+}
+
+fn is_locked(error: &tokio_postgres::Error) -> bool {
+    error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
+}
+
+async fn read_chunk(client: &Client, chunk: &[(String, String)]) -> Result<Values, tokio_postgres::Error> {
+    let arms: Vec<String> = chunk
+        .iter()
+        .enumerate()
+        .map(|(index, (schema, name))| {
+            format!("SELECT {index}, last_value, is_called FROM {}", qualified(schema, name))
+        })
+        .collect();
+    let messages = client
+        .simple_query(&format!("{LOCK_TIMEOUT}{}", arms.join(" UNION ALL ")))
+        .await?;
+    let mut values = HashMap::with_capacity(chunk.len());
+    for message in messages {
+        if let SimpleQueryMessage::Row(row) = message
+            && let (Some(index), Some(last), Some(called)) = (row.get(0), row.get(1), row.get(2))
+            && let (Ok(index), Ok(last)) = (index.parse::<usize>(), last.parse())
+            && let Some(name) = chunk.get(index)
+        {
+            let called = called == "t";
+            values.insert(name.clone(), Value { last, called });
         }
     }
     Ok(values)

@@ -114,6 +114,8 @@ struct Mending {
 #[derive(Debug, Clone, Default)]
 struct Done {
     ticket: u64,
+    /// Of those who want the sequences as well.
+    sequences: u64,
     cut: Option<Cut>,
 }
 
@@ -168,19 +170,27 @@ impl Applier {
 
     /// Waits until a round that began after this call has been applied (or found empty), and
     /// the sequences have been copied after that. No deadline: while the secondary is away, it
-    /// waits. While another proxy holds the lease, the answer comes from the watermark that one
-    /// leaves; the sequences are then at most half a second older.
+    /// waits; so it does while a client's open DDL has locked a sequence. While another proxy holds
+    /// the lease, the answer comes from the watermark that one leaves; the sequences are then at
+    /// most half a second older.
     pub async fn catch_up(&self) -> Result<Cut, Stopped> {
-        self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
-        self.round_after_now().await
+        let sequences = self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst) + 1;
+        self.reached(sequences).await
     }
 
     /// The same without the sequences, for those who ask often.
     pub async fn round_after_now(&self) -> Result<Cut, Stopped> {
+        self.reached(0).await
+    }
+
+    async fn reached(&self, sequences: u64) -> Result<Cut, Stopped> {
         let ticket = self.shared.wanted.fetch_add(1, Ordering::SeqCst) + 1;
         self.shared.wake.notify_one();
         let mut done = self.done.clone();
-        let reached = done.wait_for(|done| done.ticket >= ticket).await.map_err(|_| Stopped)?;
+        let reached = done
+            .wait_for(|done| done.ticket >= ticket && done.sequences >= sequences)
+            .await
+            .map_err(|_| Stopped)?;
         reached.cut.clone().ok_or(Stopped)
     }
 
@@ -475,6 +485,7 @@ impl Task {
         };
         self.done.send_replace(Done {
             ticket,
+            sequences: self.shared.wanted_sequences.load(Ordering::SeqCst),
             cut: Some(Cut {
                 round: watermark.round,
                 snapshot: watermark.snapshot.to_string(),
@@ -494,7 +505,8 @@ impl Task {
         let mut first = true;
         loop {
             let ticket = self.shared.wanted.load(Ordering::SeqCst);
-            let sequences_wanted = self.shared.wanted_sequences.swap(0, Ordering::SeqCst) > 0;
+            let sequences_wanted = self.shared.wanted_sequences.load(Ordering::SeqCst);
+            let sequences_done = self.done.borrow().sequences;
             let request = self.cut_requests.try_recv().ok().filter(|request| !request.is_closed());
             let mending = match &request {
                 None => self.mending_requests.try_recv().ok(),
@@ -511,12 +523,8 @@ impl Task {
                 session.tables = super::tables::Tables::load(&session.secondary).await?;
                 session.load_held(None).await?;
             }
-            let result = session.round(request.is_some() || mending.is_some()).await;
-            if result.is_err() && sequences_wanted {
-                self.shared.wanted_sequences.fetch_add(1, Ordering::SeqCst);
-            }
-            let (outcome, exported) = result?;
-            session.copy_sequences(sequences_wanted).await?;
+            let (outcome, exported) = session.round(request.is_some() || mending.is_some()).await?;
+            let copied = session.copy_sequences(sequences_wanted > sequences_done).await?;
             let cut = Cut {
                 round: session.round,
                 snapshot: session.since.to_string(),
@@ -527,6 +535,7 @@ impl Task {
             self.publish(&session, began);
             self.done.send_replace(Done {
                 ticket,
+                sequences: if copied { sequences_wanted } else { sequences_done },
                 cut: Some(cut.clone()),
             });
             self.mend(&mut session, mending, began).await?;

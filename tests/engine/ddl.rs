@@ -305,21 +305,28 @@ async fn a_new_table_that_cannot_be_captured_is_refused() {
 async fn a_clients_open_ddl_holds_up_nobody() {
     let (bed, applier) = Bed::mirrored(
         "open_ddl",
-        "CREATE TABLE changing (id int PRIMARY KEY, v int DEFAULT 1 CHECK (v > 0)); CREATE VIEW seen AS SELECT * FROM changing; CREATE TABLE t (id int PRIMARY KEY)",
+        "CREATE TABLE changing (id int PRIMARY KEY, v int DEFAULT 1 CHECK (v > 0)); CREATE VIEW seen AS SELECT * FROM changing; CREATE TABLE t (id int PRIMARY KEY); CREATE SEQUENCE free; CREATE SEQUENCE locked",
     )
     .await;
     let slow = bed.app(Side::Legacy).await;
     slow.batch_execute("BEGIN").await.unwrap();
     ddl_inside(&slow, "ALTER TABLE changing ADD COLUMN w int").await;
+    ddl_inside(&slow, "DROP SEQUENCE locked").await;
     let client = bed.app(Side::Legacy).await;
     // Definitions are compared every two seconds, and only when they have changed.
     for round in 0..30 {
         ddl(&client, &format!("CREATE TABLE new_{round} (id int PRIMARY KEY)")).await;
         client
-            .batch_execute(&format!("INSERT INTO t VALUES ({round})"))
+            .batch_execute(&format!("INSERT INTO t VALUES ({round}); SELECT nextval('free')"))
             .await
             .unwrap();
-        caught_up(&applier).await;
+        applier.round_after_now().await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    // All but the locked one are copied meanwhile; whoever wants all of them waits.
+    let new = bed.admin(Side::New).await;
+    let behind = "SELECT last_value < 30 FROM free";
+    while new.query_one(behind, &[]).await.unwrap().get(0) {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     slow.batch_execute("COMMIT").await.unwrap();
