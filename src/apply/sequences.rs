@@ -129,12 +129,21 @@ impl Session {
 /// applier: another proxy's copies only now and then.
 ///
 /// # Errors
-/// A server failed, or the secondary refuses a value. Sequences that it has not are left out.
+/// A server failed, the secondary refuses a value, or a client's open DDL has locked a sequence (for
+/// longer than the connections' lock_timeout). Sequences that the secondary has not are left out.
 pub async fn copy_sequences(primary: &Client, secondary: &Client) -> Result<usize, SequenceError> {
     let here: std::collections::HashSet<(String, String)> = list(secondary).await?.into_iter().collect();
     let mut names = list(primary).await?;
     names.retain(|name| here.contains(name));
     let (wanted, found) = tokio::try_join!(read(primary, &names), read(secondary, &names))?;
+    if let Some((schema, name)) = names
+        .iter()
+        .find(|name| !wanted.contains_key(*name) || !found.contains_key(*name))
+    {
+        return Err(SequenceError(format!(
+            "{schema}.{name} is locked by somebody's open transaction"
+        )));
+    }
     let changes: Vec<String> = wanted
         .iter()
         .filter(|(name, value)| found.get(name) != Some(value))

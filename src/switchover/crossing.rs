@@ -24,6 +24,8 @@ use crate::upstream::control::{Control as Connection, connect};
 
 /// A last round may take this long even where draining has used up the deadline.
 const LAST_ROUND_MIN: Duration = Duration::from_secs(5);
+/// For locks of applications' open transactions: clients are held meanwhile.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// A fence whose holder is cut off is lifted by its server after this long.
 const FENCE_SILENCE_MAX: Duration = Duration::from_secs(20);
 
@@ -261,8 +263,9 @@ async fn open(tandem: &Tandem, side: Side) -> Result<Connection, String> {
         .map_err(|error| error.to_string())?;
     connection
         .batch_execute(&format!(
-            "SET idle_in_transaction_session_timeout = {}",
-            FENCE_SILENCE_MAX.as_millis()
+            "SET idle_in_transaction_session_timeout = {}; SET lock_timeout = {}",
+            FENCE_SILENCE_MAX.as_millis(),
+            LOCK_WAIT.as_millis()
         ))
         .await
         .map_err(|error| error.to_string())?;
