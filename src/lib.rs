@@ -23,6 +23,9 @@ pub mod routing;
 /// What statements are, decided from their text alone.
 pub mod sql;
 
+/// How rows of one side look on the other, where the schemas differ.
+pub mod transform;
+
 /// Rounds: what the journal holds, brought to the secondary.
 pub mod apply;
 /// Reads repeated on the secondary, and the answers compared.

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod rig;
+#[path = "check/transform.rs"]
+mod transform;
 
 use std::time::Duration;
 

@@ -94,6 +94,7 @@ impl Pair {
         let targets = DatabaseConfig {
             legacy: target(Side::Legacy, &legacy),
             new: target(Side::New, &new),
+            transform: Default::default(),
         };
         let primary = connect(&targets.legacy, "test").await.unwrap();
         let secondary = connect(&targets.new, "test").await.unwrap();

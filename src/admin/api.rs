@@ -134,6 +134,9 @@ pub struct Mirroring {
     /// What the two sides define otherwise, by DDL that nobody saw: kind and name.
     #[serde(default)]
     pub different: Vec<String>,
+    /// Tables whose rows could not be mirrored back after a flip (`transform:`), and why.
+    #[serde(default)]
+    pub one_way: Vec<String>,
     pub sequence_errors: Vec<String>,
     pub divergences: u64,
     pub stray_writes: u64,

@@ -1,5 +1,7 @@
 //! The first watermark of a new direction, taken while nobody can write on the new primary.
 
+use std::collections::HashMap;
+
 use tokio_postgres::Client;
 
 use super::session::read_watermark;
@@ -61,13 +63,15 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
     let (snapshot, position): (String, String) = (head.get(0), head.get(1));
     let tables = primary
         .query(
-            "SELECT s.local, s.rel, h.schema, h.name, s.state, s.paused, s.note, h.columns, h.shape, h.filenode, h.attributes
-               FROM pgtandem.seeding s JOIN pgtandem.shape h ON h.rel = s.local",
+            "SELECT h.rel, s.rel, h.schema, h.name, s.state, s.paused, s.note, h.columns, h.shape, h.filenode, h.attributes, h.rel <> h.source, h.exact
+               FROM pgtandem.seeding s JOIN pgtandem.mirrored h ON h.source = s.local",
             &[],
         )
         .await
         .map_err(doing("read the old direction's tables"))?;
-    let left_behind = held_or_discarded(primary).await?;
+    let faces = faces_of(secondary).await?;
+    let table_of = |rel: Oid| faces.get(&rel).copied().unwrap_or(rel);
+    let left_behind: Vec<Oid> = held_or_discarded(primary).await?.into_iter().map(table_of).collect();
     let old_round = read_watermark(primary).await?.map_or(0, |watermark| watermark.round);
 
     let transaction = secondary
@@ -79,8 +83,17 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .await
         .map_err(doing("begin the new direction"))?;
     for row in &tables {
-        let (rel, local): (Oid, Oid) = (row.get(0), row.get(1));
-        let texts: [Option<&str>; 8] = [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get(index));
+        let (rel, old): (Oid, Oid) = (row.get(0), row.get(1));
+        let local = table_of(old);
+        let mut texts: [Option<&str>; 8] = [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get(index));
+        let (has_way_back, exact): (bool, bool) = (row.get(11), row.get(12));
+        if faces.contains_key(&old) && !has_way_back {
+            (texts[2], texts[3]) = (Some("unseeded"), Some(NO_WAY_BACK));
+        } else if !exact && texts[2] == Some("synced") {
+            // Compared when the new direction begins; what the inverse gives need not be what was
+            // there before (a dropped column).
+            (texts[2], texts[4]) = (Some("unseeded"), Some(COMPUTED_BACK));
+        }
         let filenode: Oid = row.get(9);
         transaction
             .execute(
@@ -122,6 +135,20 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .await
         .map_err(doing("store the first watermark"))?;
     transaction.commit().await.map_err(doing("begin the new direction"))
+}
+
+/// Why a table is not mirrored after a forced flip.
+const NO_WAY_BACK: &str = "transform: it has no way back to the other side's shape";
+/// Why a table is compared after a flip.
+const COMPUTED_BACK: &str = "transform: its rows are computed back by expressions, and are compared first";
+
+/// The tables behind the old primary's faces.
+async fn faces_of(primary: &Client) -> Result<HashMap<Oid, Oid>, ApplyError> {
+    let rows = primary
+        .query("SELECT rel, source FROM pgtandem.transform", &[])
+        .await
+        .map_err(doing("read the mapping of the two schemas"))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// The old primary's tables of which the new one lacks something. The entries stay there, under

@@ -20,8 +20,10 @@ use super::tables::record_pause;
 use super::{ApplyError, doing};
 use crate::catalog::definitions::definitions_different;
 use crate::catalog::objects::Objects;
+use crate::control::Side;
 use crate::journal::read::window_sql;
 use crate::reconcile::schema::{Script, Statement, statements};
+use crate::transform::hidden::Hidden;
 use crate::upstream::control::error_chain;
 
 /// Tries until nothing recorded waits any more, or the rows stand in nobody's way.
@@ -65,13 +67,16 @@ impl Session {
     ) -> Result<Result<Healed, String>, ApplyError> {
         let mut refused = String::new();
         for attempt in 0..ATTEMPTS {
-            let Some(primary) = self.settled_definitions().await? else {
+            let Some(mut primary) = self.settled_definitions().await? else {
                 self.round(false).await?;
                 continue;
             };
-            let secondary = Objects::read_installed(&self.secondary)
+            let mut secondary = Objects::read_installed(&self.secondary)
                 .await
                 .map_err(doing("read the secondary's definitions"))?;
+            let hidden = self.hidden().await?;
+            hidden.leave_out_of_objects(&mut primary);
+            hidden.leave_out_of_objects(&mut secondary);
             let scope = match scope(&order.only, &primary, &secondary) {
                 Ok(scope) => scope,
                 Err(why) => return Ok(Err(why)),
@@ -309,6 +314,17 @@ impl Session {
         Ok(noted > 0)
     }
 
+    /// What is meant to differ.
+    async fn hidden(&self) -> Result<Hidden, ApplyError> {
+        let (legacy, new) = match self.config.primary.side {
+            Side::Legacy => (&self.aside, &self.secondary),
+            Side::New => (&self.secondary, &self.aside),
+        };
+        Hidden::read(&self.config.transform, legacy, new)
+            .await
+            .map_err(doing("look for what is meant to differ"))
+    }
+
     async fn still_different(&self) -> Result<Vec<String>, ApplyError> {
         Ok(self.definitions_differ().await?.unwrap_or_default())
     }
@@ -316,13 +332,14 @@ impl Session {
     /// What is defined otherwise on the two sides though nothing waits in the journal; `None`
     /// while something does.
     pub(super) async fn definitions_differ(&self) -> Result<Option<Vec<String>>, ApplyError> {
-        let differences = different(&self.aside, &self.secondary).await?;
+        let hidden = self.hidden().await?;
+        let differences = different(&self.aside, &self.secondary, &hidden).await?;
         // Asked afterwards: what was seen there is seen here.
         Ok((!self.ddl_waits().await?).then_some(differences))
     }
 }
 
-async fn different(primary: &Client, secondary: &Client) -> Result<Vec<String>, ApplyError> {
+async fn different(primary: &Client, secondary: &Client, hidden: &Hidden) -> Result<Vec<String>, ApplyError> {
     for client in [primary, secondary] {
         client
             .batch_execute(PLAN_FREELY)
@@ -336,7 +353,8 @@ async fn different(primary: &Client, secondary: &Client) -> Result<Vec<String>, 
             .await
             .map_err(doing("compare definitions"))?;
     }
-    let differences = differences.map_err(doing("compare definitions"))?;
+    let mut differences = differences.map_err(doing("compare definitions"))?;
+    hidden.leave_out_of(&mut differences);
     Ok(differences
         .iter()
         .filter(|found| !found.is_about_order())

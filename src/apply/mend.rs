@@ -233,11 +233,12 @@ impl Session {
             return Ok(exchange);
         };
         let target = crate::catalog::quote::qualified(&table.schema, &table.name);
+        let source = self.faces.relation(rel).unwrap_or(&target);
         match rows {
             MendRows::Keys { columns, keys } => {
                 for keys in keys.chunks(AT_ONCE) {
                     let condition = among(columns, keys);
-                    let sql = format!("SELECT {image} FROM ONLY {target} AS t WHERE {condition}");
+                    let sql = format!("SELECT {image} FROM ONLY {source} AS t WHERE {condition}");
                     let found = self.primary.query(&sql, &[]).await;
                     let found = found.map_err(doing("read rows to be mended on the primary"))?;
                     exchange.come.extend(found.iter().map(|row| row.get::<_, String>(0)));
@@ -249,13 +250,13 @@ impl Session {
                     .writer
                     .as_ref()
                     .map_or_else(|| image.clone(), |writer| writer.row_text().to_owned());
-                let count = |image: &str| {
+                let count = |image: &str, relation: &str| {
                     format!(
-                        "SELECT s.i, count(*) FROM (SELECT {image} COLLATE \"C\" AS i FROM ONLY {target} AS t) s
+                        "SELECT s.i, count(*) FROM (SELECT {image} COLLATE \"C\" AS i FROM ONLY {relation} AS t) s
                           WHERE s.i = ANY ($1::text[]) GROUP BY 1"
                     )
                 };
-                let (here, there) = (count(&image), count(&theirs));
+                let (here, there) = (count(&image, source), count(&theirs, &target));
                 let wanted: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [images];
                 let (here, there) = tokio::try_join!(
                     self.primary.query(&here, &wanted),

@@ -25,6 +25,7 @@ mod bulk;
 mod ddl;
 pub mod difference;
 mod direction;
+mod faces;
 mod follower;
 mod guard;
 mod heal;
@@ -52,6 +53,7 @@ pub mod threshold;
 mod views;
 mod walk;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
@@ -72,6 +74,7 @@ use crate::config::{Journal, StrayWriters, Target, Writes};
 use crate::control::Epoch;
 use crate::journal::JournalError;
 use crate::journal::read::RoundReadError;
+use crate::transform::Transform;
 use crate::upstream::control::{ConnectError, error_chain};
 
 /// What an applier is told.
@@ -94,11 +97,13 @@ pub struct ApplierConfig {
     pub stray_writers: StrayWriters,
     pub journal: Journal,
     pub writes: Writes,
+    /// How the two sides' schemas differ.
+    pub transform: Arc<Transform>,
 }
 
 impl ApplierConfig {
     /// With the usual pauses, reading by snapshots.
-    pub const fn new(
+    pub fn new(
         primary: Target,
         secondary: Target,
         epoch: Epoch,
@@ -118,6 +123,7 @@ impl ApplierConfig {
             stray_writers,
             journal,
             writes,
+            transform: Arc::default(),
         }
     }
 
@@ -148,6 +154,8 @@ pub(crate) enum ApplyError {
     Silent(&'static str),
     #[error("{0}")]
     Deposed(String),
+    #[error("proxy.yaml describes what cannot be mirrored; `pgtandem check` lists it: {0}")]
+    Transform(String),
     #[error("schema pgtandem is not installed on {0}")]
     NotInstalled(String),
     #[error("the proxy's role on the secondary lacks a privilege; a DBA must run: {0}")]

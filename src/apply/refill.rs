@@ -98,7 +98,10 @@ impl Session {
     pub(super) async fn is_too_large(&self, rel: Oid) -> Result<bool, ApplyError> {
         let row = self
             .aside
-            .query_one("SELECT COALESCE(pg_table_size($1::oid::regclass), 0)", &[&rel])
+            .query_one(
+                "SELECT COALESCE(pg_table_size(pgtandem.source_of($1)::regclass), 0)",
+                &[&rel],
+            )
             .await
             .map_err(doing("measure a table"))?;
         Ok(row.get::<_, i64>(0) > REFILL_BYTES)
@@ -107,7 +110,7 @@ impl Session {
     async fn refill(&self, rels: &[Oid], lock_timeout: &str, then: &str) -> Result<(), tokio_postgres::Error> {
         let calls: Vec<String> = rels
             .iter()
-            .map(|rel| format!("SELECT pgtandem.refill({rel});"))
+            .map(|rel| format!("SELECT pgtandem.refill(pgtandem.source_of({rel}));"))
             .collect();
         let sql = format!(
             "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL enable_seqscan = on; {} {then}; COMMIT",

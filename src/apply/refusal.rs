@@ -79,9 +79,17 @@ impl Refusal {
     }
 }
 
+const TRANSFORM: &str = "\"transform: ";
+
 /// A server's message names objects in quotes, and in data exceptions (class 22) the value itself
 /// behind a colon.
 fn without_values<'a>(sqlstate: &str, message: &'a str) -> &'a str {
+    // An image that could not be computed says so instead of being one (transform::install).
+    if let Some(at) = message.find(TRANSFORM) {
+        let said = &message[at + 1..];
+        let end = said.match_indices([':', '"']).nth(1).map_or(said.len(), |(end, _)| end);
+        return &said[..end];
+    }
     match message.split_once(':') {
         Some((what, _value)) if sqlstate.starts_with("22") => what,
         _ => message,
@@ -107,6 +115,16 @@ mod tests {
                 "invalid input value for enum mood",
             ),
             ("22003", "integer out of range", "integer out of range"),
+            (
+                "22P02",
+                "malformed record literal: \"transform: division by zero\"",
+                "transform: division by zero",
+            ),
+            (
+                "22P02",
+                "malformed record literal: \"transform: invalid input syntax for type integer: \"secret\"\"",
+                "transform: invalid input syntax for type integer",
+            ),
             ("42601", "syntax error: at end", "syntax error: at end"),
         ] {
             assert_eq!(without_values(sqlstate, message), text);

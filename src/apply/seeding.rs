@@ -29,6 +29,9 @@ pub(super) struct CatalogWatch {
     next_comparison: Option<Instant>,
 }
 
+/// Why a table is paused whose transform has no inverse.
+const NO_FACE: &str = "transform: it has no way back to the other side's shape";
+
 impl CatalogWatch {
     /// The next look looks at everything.
     pub(super) fn forget(&mut self) {
@@ -187,11 +190,12 @@ impl Session {
     }
 
     async fn note_lost_capture(&mut self, rel: Oid) -> Result<(), ApplyError> {
+        let rels = self.faces.of(rel);
         self.secondary
             .execute(
                 "UPDATE pgtandem.seeding SET state = 'unseeded',
-                        note = 'capture was switched off or dropped for a while: changes are missing' WHERE rel = $1",
-                &[&rel],
+                        note = 'capture was switched off or dropped for a while: changes are missing' WHERE rel = ANY ($1)",
+                &[&rels],
             )
             .await
             .map_err(doing("mark a table for seeding"))?;
@@ -227,7 +231,8 @@ impl Session {
         let rows = self
             .aside
             .query(
-                "SELECT rel FROM pgtandem.captured WHERE rel <> ALL ($1)",
+"SELECT COALESCE(t.rel, c.rel) FROM pgtandem.captured c LEFT JOIN pgtandem.transform t ON t.source = c.rel
+                  WHERE COALESCE(t.rel, c.rel) <> ALL ($1)",
                 &[&self.tables.rels()],
             )
             .await
@@ -247,7 +252,12 @@ impl Session {
             .query(
                 &format!(
                     "SELECT c.origin::text, c.was_empty FROM pgtandem.captured c
-                      WHERE c.rel = ANY ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel) AND {condition}"
+                      WHERE c.rel = ANY ($1) AND EXISTS (SELECT FROM pg_class k WHERE k.oid = c.rel) AND {condition}
+                     UNION ALL
+                     SELECT jsonb_build_object('rel', m.rel::bigint, 'schema', m.schema, 'name', m.name, 'columns', m.columns, 'shape', m.shape,
+                                'filenode', m.filenode::bigint, 'attributes', m.attributes)::text, c.was_empty
+                       FROM pgtandem.mirrored m JOIN pgtandem.captured c ON c.rel = m.source
+                      WHERE m.rel = ANY ($1) AND m.rel <> m.source AND {condition}"
                 ),
                 &[&rels],
             )
@@ -276,6 +286,7 @@ impl Session {
             .map_err(doing("look for a table on the secondary"))?;
         let local: Option<Oid> = here.as_ref().map(|row| row.get(0));
         let paused = match &here {
+            _ if self.has_no_face(table.rel, &table.schema, &table.name) => Some(NO_FACE),
             None => Some("the secondary has no such table"),
             Some(row) if !same_columns(row.get(1), &table.columns) => Some("the two sides' columns differ"),
             Some(_) => None,
@@ -329,7 +340,7 @@ impl Session {
             biased;
             self.aside.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),
             self.aside.query_one(&ddl_waits, &[]),
-            self.aside.query("SELECT rel, columns, shape, filenode, attributes FROM pgtandem.shape", &[]),
+            self.aside.query("SELECT rel, columns, shape, filenode, attributes FROM pgtandem.mirrored", &[]),
             self.aside.batch_execute("COMMIT"),
         );
         for result in [begun, ended] {
@@ -398,16 +409,26 @@ impl Session {
         Ok(())
     }
 
+    /// Whether a table has another shape on the secondary that its rows cannot be given: whatever is
+    /// called the same there is something else.
+    fn has_no_face(&self, rel: Oid, schema: &str, name: &str) -> bool {
+        let primary = self.config.primary.side;
+        self.faces.relation(rel).is_none() && self.config.transform.concerns(primary, schema, name)
+    }
+
     /// A paused table goes on when both sides have the same columns again. What came meanwhile
     /// is missing, so it is unseeded: applied from here on, and reported as needing seeding.
     async fn try_resume(&self, rel: Oid, now: &Found, secondary: &HashMap<Oid, Found>) -> Result<bool, ApplyError> {
         let names = self
             .aside
-            .query_opt("SELECT schema, name FROM pgtandem.shape WHERE rel = $1", &[&rel])
+            .query_opt("SELECT schema, name FROM pgtandem.mirrored WHERE rel = $1", &[&rel])
             .await
             .map_err(doing("read a table's name"))?;
         let Some(names) = names else { return Ok(false) };
         let (schema, name): (String, String) = (names.get(0), names.get(1));
+        if self.has_no_face(rel, &schema, &name) {
+            return Ok(false);
+        }
         let local = self
             .secondary
             .query_opt(

@@ -11,6 +11,7 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 use super::session::Session;
 use super::{ApplyError, doing};
 use crate::catalog::quote::{literal, qualified};
+use crate::transform::sequences::renamed;
 
 /// At most this often, unless asked for.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -34,6 +35,8 @@ struct Value {
 pub(super) struct Sequences {
     /// `(schema, name)`, as of the last look at the primary's catalog.
     names: Vec<(String, String)>,
+    /// What they are called on the secondary, where that is otherwise.
+    renamed: HashMap<(String, String), (String, String)>,
     /// What the secondary has, as far as this session wrote or read it.
     copied: HashMap<(String, String), Value>,
     next: Option<Instant>,
@@ -71,13 +74,26 @@ impl Session {
         if self.sequences.names.is_empty() {
             let listed = list(&self.aside).await?;
             let here: std::collections::HashSet<(String, String)> = list(&self.secondary).await?.into_iter().collect();
+            self.sequences.renamed = renamed(&self.aside, &self.secondary)
+                .await
+                .map_err(doing("look for sequences of transformed tables"))?;
+            let there = |name: &(String, String)| self.sequences.renamed.get(name).unwrap_or(name).clone();
             self.sequences.errors = listed
                 .iter()
-                .filter(|name| !here.contains(*name))
-                .map(|(schema, name)| format!("{schema}.{name}: the secondary has no such sequence"))
+                .filter(|name| !here.contains(&there(name)))
+                .map(|name| {
+                    let (schema, name) = there(name);
+                    format!("{schema}.{name}: the secondary has no such sequence")
+                })
                 .collect();
-            self.sequences.names = listed.into_iter().filter(|name| here.contains(name)).collect();
-            self.sequences.copied = read(&self.secondary, &self.sequences.names).await?;
+            let names: Vec<(String, String)> = listed.into_iter().filter(|name| here.contains(&there(name))).collect();
+            let theirs: Vec<(String, String)> = names.iter().map(there).collect();
+            let copied = read(&self.secondary, &theirs).await?;
+            let pairs = names.iter().zip(&theirs);
+            self.sequences.copied = pairs
+                .filter_map(|(name, theirs)| Some((name.clone(), *copied.get(theirs)?)))
+                .collect();
+            self.sequences.names = names;
         }
         let values = match read(&self.aside, &self.sequences.names).await {
             Ok(values) => values,
@@ -93,9 +109,10 @@ impl Session {
             if self.sequences.copied.get(&name) == Some(&value) {
                 continue;
             }
+            let there = self.sequences.renamed.get(&name).unwrap_or(&name);
             let sql = format!(
                 "SELECT setval({}::regclass, {}, {})",
-                literal(&qualified(&name.0, &name.1)),
+                literal(&qualified(&there.0, &there.1)),
                 value.last,
                 value.called
             );

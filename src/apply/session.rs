@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::faces::Faces;
 use super::held::HeldKeys;
 use super::lease::{Lease, end_leftovers};
 use super::memory::Memory;
@@ -45,6 +46,7 @@ pub(super) struct Session {
     pub reader: RoundReader,
     pub lookout: Lookout,
     pub tables: Tables,
+    pub faces: Faces,
     /// DDL was run since they were read.
     pub tables_stale: bool,
     /// Everything that this snapshot sees is on the secondary.
@@ -119,7 +121,9 @@ impl Session {
         let role = SideRole::from(config.stray_writers);
         journal::install(&mut secondary, config.secondary.side, role, config.epoch).await?;
 
-        let reader = RoundReader::prepare(&primary, config.read_by)
+        let mut aside = aside;
+        let faces = Faces::put(&config, &mut aside, &mut secondary).await?;
+        let reader = RoundReader::prepare(&primary, config.read_by, faces.any())
             .await
             .map_err(doing("prepare the reading of rounds"))?;
         let own_role = secondary
@@ -129,6 +133,7 @@ impl Session {
             .get(0);
         let mut session = Self {
             tables: Tables::default(),
+            faces,
             tables_stale: false,
             since: Snapshot::before_everything(),
             durable: Snapshot::before_everything(),

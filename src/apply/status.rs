@@ -136,6 +136,8 @@ pub struct ApplierStatus {
     pub sql_for_dba: Vec<String>,
     /// What the two sides define otherwise, by DDL that nobody saw.
     pub different: Vec<String>,
+    /// Tables whose rows have no way back to the primary's shape, and why.
+    pub one_way: Vec<String>,
     pub sequences: usize,
     pub sequence_errors: Vec<String>,
     /// Writes of stray writers that the secondary recorded (`stray_writers: report`).
@@ -175,6 +177,7 @@ impl ApplierStatus {
             not_mirrored: Vec::new(),
             sql_for_dba: Vec::new(),
             different: Vec::new(),
+            one_way: Vec::new(),
             sequences: 0,
             sequence_errors: Vec::new(),
             strays: 0,

@@ -637,6 +637,7 @@ impl Task {
             status.lag = Lag::default();
             status.caught_up_at = Some(began);
             status.tables = session.tables.status();
+            status.one_way.clone_from(&session.faces.one_way);
             status.diverged = status.tables.iter().map(|table| table.diverged).sum();
             status.quarantine.clone_from(&session.quarantine);
             status.sequences = session.sequences.count();

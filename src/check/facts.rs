@@ -1,6 +1,7 @@
 //! What is read of both sides. Only this file asks the servers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -12,11 +13,15 @@ use crate::catalog::privileges;
 use crate::config::Config;
 use crate::control::Side;
 use crate::reconcile::schema::Script;
+use crate::transform::{Plan as Mapping, Transform};
 
 /// Everything that findings are made of.
 #[derive(Debug, Clone)]
 pub struct Facts {
     pub primary: Side,
+    /// proxy.yaml's, and what it comes to.
+    pub transform: Arc<Transform>,
+    pub mapping: Mapping,
     pub legacy: SideFacts,
     pub new: SideFacts,
     /// `first` is the primary's.
@@ -34,6 +39,11 @@ impl Facts {
             Side::Legacy => &self.legacy,
             Side::New => &self.new,
         }
+    }
+
+    /// Whether the primary's table has another shape on the secondary.
+    pub fn is_transformed(&self, table: &TableFacts) -> bool {
+        self.transform.concerns(self.primary, &table.schema, &table.name)
     }
 
     pub const fn primary(&self) -> &SideFacts {

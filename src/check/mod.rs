@@ -9,10 +9,12 @@
 //! | `roles.rs` | findings about roles and privileges |
 //! | `tables.rs` | findings about tables and sequences, and each table's verdict |
 //! | `definitions.rs` | findings about definitions that differ |
+//! | `mapping.rs` | findings about `transform:` |
 
 mod definitions;
 pub mod facts;
 pub mod finding;
+mod mapping;
 mod roles;
 mod servers;
 mod tables;
@@ -34,6 +36,9 @@ use crate::config::{Config, Target};
 use crate::control::Side;
 use crate::journal::{self, SideRole};
 use crate::reconcile::schema::statements;
+use crate::transform::check::examine;
+use crate::transform::hidden::Hidden;
+use crate::transform::{Plan as Mapping, Transform};
 use crate::upstream::control::connect;
 
 /// How long the primary's writes are measured.
@@ -62,6 +67,11 @@ impl Report {
 pub async fn check(config: &Config, database: String, [legacy, new]: &[Target; 2]) -> anyhow::Result<Report> {
     let legacy = connect(legacy, "check").await?;
     let new = connect(new, "check").await?;
+    let transform = config.transform_of(&database);
+    // Before the sessions become read-only: it makes temporary tables, and takes them back.
+    let mapping = examine_mapping(&transform, &legacy, &new)
+        .await
+        .context("examine transform")?;
     let primary = primary_of(config, &legacy, &new).await?;
     for client in [&legacy, &new] {
         client
@@ -84,10 +94,17 @@ pub async fn check(config: &Config, database: String, [legacy, new]: &[Target; 2
     for client in [first, second] {
         client.batch_execute(PINNED_SETTINGS).await?;
     }
-    let (here, there) = tokio::try_join!(Objects::read(first), Objects::read(second)).context("read definitions")?;
+    let (mut here, mut there) =
+        tokio::try_join!(Objects::read(first), Objects::read(second)).context("read definitions")?;
+    let hidden = Hidden::read(&transform, &legacy, &new).await?;
+    hidden.leave_out_of(&mut differences);
+    hidden.leave_out_of_objects(&mut here);
+    hidden.leave_out_of_objects(&mut there);
     let [legacy, new] = sides;
     let facts = Facts {
         primary,
+        transform,
+        mapping,
         legacy,
         new,
         differences,
@@ -96,6 +113,17 @@ pub async fn check(config: &Config, database: String, [legacy, new]: &[Target; 2
         users: config.auth.users.keys().cloned().collect(),
     };
     Ok(judge(database, &facts))
+}
+
+async fn examine_mapping(
+    transform: &Transform,
+    legacy: &Client,
+    new: &Client,
+) -> Result<Mapping, tokio_postgres::Error> {
+    for client in [legacy, new] {
+        client.batch_execute(PINNED_SETTINGS).await?;
+    }
+    examine(transform, legacy, new).await
 }
 
 /// Which side is primary: what is recorded there, else what proxy.yaml's phase says.
@@ -116,6 +144,7 @@ pub fn judge(database: String, facts: &Facts) -> Report {
     findings.extend(roles::findings(facts));
     findings.extend(tables::findings(facts, &tables));
     findings.extend(definitions::findings(facts));
+    findings.extend(mapping::findings(facts));
     findings.sort_by_key(|finding| finding.level);
     Report {
         database,

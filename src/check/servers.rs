@@ -362,6 +362,8 @@ mod tests {
         };
         Facts {
             primary: Side::Legacy,
+            transform: std::sync::Arc::default(),
+            mapping: crate::transform::Plan::default(),
             legacy: side.clone(),
             new: side,
             differences: Vec::new(),

@@ -52,6 +52,7 @@ fn verdict(here: &TableFacts, there: Option<&TableFacts>, facts: &Facts) -> Tabl
         ));
     }
     match there {
+        _ if facts.is_transformed(here) => not.extend(transformed(facts, here, &mut notes)),
         None => not.push(format!("{secondary} does not have it")),
         Some(there) => {
             if !there.owned {
@@ -88,6 +89,18 @@ fn verdict(here: &TableFacts, there: Option<&TableFacts>, facts: &Facts) -> Tabl
         exact,
         why: if exact { notes } else { not },
     }
+}
+
+/// What becomes of a transformed table: why it is not mirrored, or else a note.
+fn transformed(facts: &Facts, here: &TableFacts, notes: &mut Vec<String>) -> Option<String> {
+    let faces = facts.mapping.faces(facts.primary).iter();
+    let faces = faces.filter(|face| face.source.schema == here.schema && face.source.table == here.name);
+    let targets: Vec<String> = faces.map(|face| face.target.to_string()).collect();
+    if targets.is_empty() {
+        return Some("its transform cannot be used".into());
+    }
+    notes.push(format!("mirrored as {}", targets.join(" and ")));
+    None
 }
 
 /// In words, where they do; the order does not count.
@@ -171,7 +184,7 @@ fn missing(facts: &Facts) -> Vec<Finding> {
         .primary()
         .tables
         .iter()
-        .filter(|table| table.extension.is_none() && table.kind != "f")
+        .filter(|table| table.extension.is_none() && table.kind != "f" && !facts.is_transformed(table))
         .collect();
     let missing: Vec<&&TableFacts> = tables.iter().filter(|table| !has(table)).collect();
     if !missing.is_empty() && missing.len() == tables.len() {
@@ -196,7 +209,12 @@ fn missing(facts: &Facts) -> Vec<Finding> {
 fn columns(facts: &Facts) -> Vec<Finding> {
     let side = facts.primary.other();
     let mut found = Vec::new();
-    for table in &facts.primary().tables {
+    for table in facts
+        .primary()
+        .tables
+        .iter()
+        .filter(|table| !facts.is_transformed(table))
+    {
         let mut there = facts.secondary().tables.iter();
         let there = there.find(|there| there.schema == table.schema && there.name == table.name);
         if let Some(why) = there.and_then(|there| columns_differ(&table.columns, &there.columns)) {

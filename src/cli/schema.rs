@@ -17,6 +17,7 @@ use crate::config::{Config, EVERY_OTHER_DATABASE, Target};
 use crate::control::Side;
 use crate::reconcile::copy;
 use crate::reconcile::schema::{Script, statements};
+use crate::transform::hidden::Hidden;
 use crate::upstream::control::connect;
 
 #[derive(Subcommand)]
@@ -86,7 +87,7 @@ pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
             let mut all = true;
             for (name, [legacy, new]) in pairs(&config, database.as_deref()).await? {
                 if !after_rows {
-                    let plan = copy::Plan::make(&legacy, &new).await?;
+                    let plan = copy::Plan::make(&legacy, &new, &config.transform_of(&name)).await?;
                     if dry_run {
                         say(&format!("-- database {name}\n{}", plan.to_sql()));
                         continue;
@@ -217,7 +218,12 @@ async fn compare(config: &Config, database: String, [legacy, new]: &[Target; 2])
         .await
         .context("compare definitions")?;
     differences.retain(|found| !found.is_about_order());
-    let (here, there) = tokio::try_join!(Objects::read(first), Objects::read(second)).context("read definitions")?;
+    let (mut here, mut there) =
+        tokio::try_join!(Objects::read(first), Objects::read(second)).context("read definitions")?;
+    let hidden = Hidden::read(&config.transform_of(&database), &legacy, &new).await?;
+    hidden.leave_out_of(&mut differences);
+    hidden.leave_out_of_objects(&mut here);
+    hidden.leave_out_of_objects(&mut there);
     let script = statements(&here, &there, None);
     Ok(Diff {
         database,

@@ -5,14 +5,17 @@
 
 mod raw;
 mod target;
+mod transform;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use raw::ConfigError;
 pub use target::{Secret, SslMode, Target};
+pub use transform::{Name, Origin, Part, TableMap, Transform};
 
 use crate::control::{Phase, Side};
 
@@ -42,6 +45,12 @@ impl Config {
     /// Reads, substitutes `${NAME}`, parses and checks the file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         raw::load(path)
+    }
+
+    /// How a database's schema differs between the two sides.
+    pub fn transform_of(&self, database: &str) -> Arc<Transform> {
+        let named = self.databases.get(database);
+        named.map(|entry| entry.transform.clone()).unwrap_or_default()
     }
 }
 
@@ -73,6 +82,8 @@ pub const EVERY_OTHER_DATABASE: &str = "*";
 pub struct DatabaseConfig {
     pub legacy: Target,
     pub new: Target,
+    /// How legacy's rows look on new.
+    pub transform: Arc<Transform>,
 }
 
 impl DatabaseConfig {

@@ -6,11 +6,13 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
+use super::transform::RawTransform;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
     LoggedValues, MaxRate, MismatchLog, Reads, Secret, Stragglers, StrayWriters, Switchover, Target, Verify, WhenFull,
@@ -214,6 +216,8 @@ fn beside(config: &Path, path: &str) -> PathBuf {
 struct RawDatabase {
     legacy: Url,
     new: Url,
+    #[serde(default)]
+    transform: RawTransform,
 }
 
 impl RawDatabase {
@@ -232,7 +236,16 @@ impl RawDatabase {
         if (&legacy.host, legacy.port, legacy.dbname()) == (&new.host, new.port, new.dbname()) {
             return Err(format!("databases: {name}: legacy and new are the same database"));
         }
-        Ok(DatabaseConfig { legacy, new })
+        let transform = self.transform.check();
+        let transform = transform.map_err(|error| format!("databases: {name}: transform: {error}"))?;
+        if name == super::EVERY_OTHER_DATABASE && !transform.is_empty() {
+            return Err("databases: \"*\": transform: belongs to a database with a name".into());
+        }
+        Ok(DatabaseConfig {
+            legacy,
+            new,
+            transform: Arc::new(transform),
+        })
     }
 }
 

@@ -11,11 +11,12 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 7;
+const VERSION: i32 = 8;
 
-const SCRIPTS: [&str; 7] = [
+const SCRIPTS: [&str; 8] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
+    include_str!("sql/transform.sql"),
     OBJECTS,
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),

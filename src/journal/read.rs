@@ -159,7 +159,7 @@ pub fn window_sql(since: &Snapshot, until: Option<&Snapshot>) -> String {
 /// what was in progress then, `$3` the most rows to read, `$4` the most bytes of images: of what
 /// lies beyond, only that it is there (the last column), so that neither side has to hold it.
 /// (octet_length does not fetch a value that is stored apart.) `$5`: where to begin to look.
-fn window_statement(read_by: ReadBy) -> String {
+fn window_statement(read_by: ReadBy, transformed: bool) -> String {
     let condition = match read_by {
         ReadBy::Snapshot => "xid >= $1::text::xid8 OR xid = ANY ($2::text[]::xid8[])",
         ReadBy::Position => "pos > $1::text::pg_lsn AND $2::text[] IS NOT NULL",
@@ -171,13 +171,38 @@ fn window_statement(read_by: ReadBy) -> String {
             )
         })
         .collect();
-    format!(
-        "SELECT pos, xid, rel, op, CASE WHEN upto <= $4::bigint THEN old END, CASE WHEN upto <= $4::bigint THEN new END,
-                upto > $4::bigint
+    let window = format!(
+        "SELECT pos, xid, rel, op, CASE WHEN upto <= $4::bigint THEN old END AS old, CASE WHEN upto <= $4::bigint THEN new END AS new,
+                upto > $4::bigint AS beyond
            FROM (SELECT l.*, sum(COALESCE(octet_length(old), 0) + COALESCE(octet_length(new), 0)) OVER (ROWS UNBOUNDED PRECEDING) AS upto
                    FROM (SELECT * FROM ({}) w LIMIT $3::bigint) l) s",
         arms.join(" UNION ALL ")
-    )
+    );
+    if transformed {
+        format!(
+            "SELECT {}, w.beyond FROM {}",
+            TRANSFORMED,
+            transformed_from(&format!("({window}) w"))
+        )
+    } else {
+        window
+    }
+}
+
+/// A journal row `w` as the other side has it, by [`transformed_from`]: of a table whose rows have
+/// another shape there, once for each table that they go to.
+const TRANSFORMED: &str = "w.pos, w.xid, COALESCE(f.rel, w.rel) AS rel, w.op, \
+     CASE WHEN f.rel IS NULL THEN w.old ELSE pgtandem.transformed(f.rel, w.old) END AS old, \
+     CASE WHEN f.rel IS NULL THEN w.new ELSE pgtandem.transformed(f.rel, w.new) END AS new";
+
+fn transformed_from(window: &str) -> String {
+    format!("{window} LEFT JOIN pgtandem.transform f ON f.source = w.rel")
+}
+
+/// Journal rows with a column `place`, a source for FROM called `w`, with images as the other side
+/// has them.
+pub fn transformed_sql(placed: &str) -> String {
+    format!("(SELECT {TRANSFORMED}, w.place FROM {})", transformed_from(placed))
 }
 
 /// The statements of an ordinary round, prepared once per connection to the primary.
@@ -223,9 +248,15 @@ pub struct Shape {
 }
 
 impl RoundReader {
-    pub async fn prepare(client: &Client, read_by: ReadBy) -> Result<Self, tokio_postgres::Error> {
+    /// `transformed`: some tables' rows have another shape on the other side.
+    pub async fn prepare(client: &Client, read_by: ReadBy, transformed: bool) -> Result<Self, tokio_postgres::Error> {
+        let shapes = if transformed {
+            "pgtandem.mirrored"
+        } else {
+            "pgtandem.shape"
+        };
         Ok(Self {
-            window: client.prepare(&window_statement(read_by)).await?,
+            window: client.prepare(&window_statement(read_by, transformed)).await?,
             head: client
                 .prepare(
                     "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn(), pg_current_wal_flush_lsn(),
@@ -233,7 +264,9 @@ impl RoundReader {
                 )
                 .await?,
             shapes: client
-                .prepare("SELECT rel, shape, filenode, attributes FROM pgtandem.shape WHERE rel = ANY ($1)")
+                .prepare(&format!(
+                    "SELECT rel, shape, filenode, attributes FROM {shapes} WHERE rel = ANY ($1)"
+                ))
                 .await?,
             read_by,
             horizons: Horizons::default(),

@@ -6,7 +6,7 @@ use tokio_postgres::{Client, Error, Row, SimpleQueryMessage};
 
 use super::digest::{RowDigest, hash};
 use super::key::{Boundary, KeyRange, WalkKey};
-use super::readers::Pair;
+use super::readers::{Pair, Role};
 use super::report::{DifferenceKind, Differing, DifferingRow};
 use crate::catalog::quote::identifier;
 
@@ -64,12 +64,15 @@ pub(super) async fn compare(pair: &Pair, plan: &Plan, range: &KeyRange) -> Resul
         None => "true".to_owned(),
     };
     // One round trip: nearly all ranges are equal.
-    let once = format!(
-        "SAVEPOINT range; {}; {}; ROLLBACK TO SAVEPOINT range",
-        plan.digest.sum_sql(&condition),
-        plan.digest.unchanged_sql()
-    );
-    let (here, there) = tokio::try_join!(whole(&pair.primary, &once), whole(&pair.secondary, &once))?;
+    let once = |role| {
+        format!(
+            "SAVEPOINT range; {}; {}; ROLLBACK TO SAVEPOINT range",
+            plan.digest.sum_sql(role, &condition),
+            plan.digest.unchanged_sql(role)
+        )
+    };
+    let (on_primary, on_secondary) = (once(Role::Primary), once(Role::Secondary));
+    let (here, there) = tokio::try_join!(whole(&pair.primary, &on_primary), whole(&pair.secondary, &on_secondary))?;
     let (Some(here), Some(there)) = (here, there) else {
         return Ok(None);
     };
@@ -90,10 +93,11 @@ pub(super) async fn compare(pair: &Pair, plan: &Plan, range: &KeyRange) -> Resul
         Some(key) => by_bucket_of_key(pair, plan, key, &condition, rows, &mut outcome).await?,
         None => by_bucket_of_row(pair, plan, rows, &mut outcome).await?,
     }
-    let unchanged = plan.digest.unchanged_sql();
+    let unchanged = |role| plan.digest.unchanged_sql(role);
+    let (on_primary, on_secondary) = (unchanged(Role::Primary), unchanged(Role::Secondary));
     let (here, there) = tokio::try_join!(
-        pair.primary.query_opt(&unchanged, &[]),
-        pair.secondary.query_opt(&unchanged, &[])
+        pair.primary.query_opt(&on_primary, &[]),
+        pair.secondary.query_opt(&on_secondary, &[])
     )?;
     both(pair, "ROLLBACK TO SAVEPOINT range").await?;
     let is_whole = |row: Option<Row>| row.is_some_and(|row| row.get(0));
@@ -120,8 +124,9 @@ async fn whole(client: &Client, sql: &str) -> Result<Option<Sum>, Error> {
 }
 
 async fn sums(pair: &Pair, plan: &Plan, condition: &str) -> Result<(Sum, Sum), Error> {
-    let sql = plan.digest.sum_sql(condition);
-    tokio::try_join!(sum(&pair.primary, &sql), sum(&pair.secondary, &sql))
+    let sql = |role| plan.digest.sum_sql(role, condition);
+    let (on_primary, on_secondary) = (sql(Role::Primary), sql(Role::Secondary));
+    tokio::try_join!(sum(&pair.primary, &on_primary), sum(&pair.secondary, &on_secondary))
 }
 
 async fn sum(client: &Client, sql: &str) -> Result<Sum, Error> {
@@ -151,11 +156,11 @@ async fn narrow(
             continue;
         }
         let larger = if here.0 >= there.0 {
-            &pair.primary
+            Role::Primary
         } else {
-            &pair.secondary
+            Role::Secondary
         };
-        for part in split(larger, plan, key, &range, rows / PARTS).await? {
+        for part in split(pair.client(larger), larger, plan, key, &range, rows / PARTS).await? {
             let (here, there) = sums(pair, plan, &key.within(&part)).await?;
             if here != there {
                 left.push((part, (here, there)));
@@ -168,6 +173,7 @@ async fn narrow(
 /// The parts of a range, `rows` rows each on the side that was asked.
 async fn split(
     client: &Client,
+    role: Role,
     plan: &Plan,
     key: &WalkKey,
     range: &KeyRange,
@@ -178,7 +184,7 @@ async fn split(
           WHERE s.n % {rows} = 0 ORDER BY s.n",
         key.as_text(),
         key.listed(),
-        plan.digest.table(),
+        plan.digest.relation(role),
         key.within(range)
     );
     let boundaries: Vec<Boundary> = client.query(&sql, &[]).await?.iter().map(|row| row.get(0)).collect();
@@ -195,13 +201,15 @@ async fn split(
 
 /// Reads the keys and hashes of both sides' rows, and pairs them.
 async fn list(pair: &Pair, plan: &Plan, key: &WalkKey, condition: &str, outcome: &mut Outcome) -> Result<(), Error> {
-    let sql = format!(
-        "SELECT {}, {} FROM ONLY {} AS t WHERE {condition}",
-        key.as_text(),
-        plan.digest.row_hash(),
-        plan.digest.table()
-    );
-    let (here, there) = tokio::try_join!(pair.primary.query(&sql, &[]), pair.secondary.query(&sql, &[]))?;
+    let sql = |role| {
+        format!(
+            "SELECT {}, {} FROM ONLY {} AS t WHERE {condition}",
+            key.as_text(),
+            plan.digest.row_hash(),
+            plan.digest.relation(role)
+        )
+    };
+    let (here, there) = pair.query(sql).await?;
     let listed = |rows: Vec<Row>| rows.iter().map(|row| (row.get(0), row.get(1))).collect::<Vec<Listed>>();
     for unlike in differences(listed(here), listed(there)) {
         outcome.differing.count(unlike.kind);
@@ -211,8 +219,8 @@ async fn list(pair: &Pair, plan: &Plan, key: &WalkKey, condition: &str, outcome:
         let (primary, secondary) = if plan.plain {
             let condition = key.compare("=", &unlike.key);
             tokio::try_join!(
-                row_text(&pair.primary, plan, &condition),
-                row_text(&pair.secondary, plan, &condition)
+                row_text(pair, Role::Primary, plan, &condition),
+                row_text(pair, Role::Secondary, plan, &condition)
             )?
         } else {
             (unlike.here.map(hex), unlike.there.map(hex))
@@ -264,7 +272,7 @@ fn differences(here: Vec<Listed>, there: Vec<Listed>) -> Vec<Unlike> {
     found
 }
 
-async fn row_text(client: &Client, plan: &Plan, condition: &str) -> Result<Option<String>, Error> {
+async fn row_text(pair: &Pair, role: Role, plan: &Plan, condition: &str) -> Result<Option<String>, Error> {
     let columns: Vec<String> = plan
         .digest
         .column_names()
@@ -274,9 +282,9 @@ async fn row_text(client: &Client, plan: &Plan, condition: &str) -> Result<Optio
     let sql = format!(
         "SELECT ROW({})::text FROM ONLY {} AS t WHERE {condition}",
         columns.join(", "),
-        plan.digest.table()
+        plan.digest.relation(role)
     );
-    Ok(client.query_opt(&sql, &[]).await?.map(|row| row.get(0)))
+    Ok(pair.client(role).query_opt(&sql, &[]).await?.map(|row| row.get(0)))
 }
 
 fn hex(hash: i64) -> String {
@@ -291,12 +299,14 @@ fn bucket_mask(rows: i64) -> i64 {
 
 /// The buckets in which the two sides differ.
 async fn differing_buckets(pair: &Pair, plan: &Plan, bucket: &str, condition: &str) -> Result<Vec<i64>, Error> {
-    let sql = format!(
-        "SELECT {bucket}, count(*), sum({})::text FROM ONLY {} AS t WHERE {condition} GROUP BY 1",
-        plan.digest.row_hash(),
-        plan.digest.table()
-    );
-    let (here, there) = tokio::try_join!(pair.primary.query(&sql, &[]), pair.secondary.query(&sql, &[]))?;
+    let sql = |role| {
+        format!(
+            "SELECT {bucket}, count(*), sum({})::text FROM ONLY {} AS t WHERE {condition} GROUP BY 1",
+            plan.digest.row_hash(),
+            plan.digest.relation(role)
+        )
+    };
+    let (here, there) = pair.query(sql).await?;
     let sums = |rows: Vec<Row>| {
         let sum = |row: &Row| (row.get::<_, i64>(0), (row.get::<_, i64>(1), number(row, 2)));
         rows.iter().map(sum).collect::<HashMap<i64, Sum>>()
@@ -345,12 +355,14 @@ async fn by_bucket_of_row(pair: &Pair, plan: &Plan, rows: i64, outcome: &mut Out
         .await?
         .chunks(BUCKETS_AT_ONCE)
     {
-        let sql = format!(
-            "SELECT {row_hash}, count(*) FROM ONLY {} AS t WHERE {} GROUP BY 1",
-            plan.digest.table(),
-            in_buckets(&bucket, chosen)
-        );
-        let (here, there) = tokio::try_join!(pair.primary.query(&sql, &[]), pair.secondary.query(&sql, &[]))?;
+        let sql = |role| {
+            format!(
+                "SELECT {row_hash}, count(*) FROM ONLY {} AS t WHERE {} GROUP BY 1",
+                plan.digest.relation(role),
+                in_buckets(&bucket, chosen)
+            )
+        };
+        let (here, there) = pair.query(sql).await?;
         let counts = |rows: Vec<Row>| {
             rows.iter()
                 .map(|row| (row.get(0), row.get(1)))
@@ -360,8 +372,8 @@ async fn by_bucket_of_row(pair: &Pair, plan: &Plan, rows: i64, outcome: &mut Out
         let room = plan.keep.saturating_sub(outcome.found.len());
         let shown: Vec<i64> = surplus.iter().map(|(hash, _)| *hash).take(room).collect();
         let (mut ours, theirs) = tokio::try_join!(
-            images(&pair.primary, plan, &shown),
-            images(&pair.secondary, plan, &shown)
+            images(pair, Role::Primary, plan, &shown),
+            images(pair, Role::Secondary, plan, &shown)
         )?;
         ours.extend(theirs);
         for (hash, by) in surplus {
@@ -409,7 +421,7 @@ fn surplus(here: &[(i64, i64)], there: &[(i64, i64)]) -> Vec<(i64, i64)> {
 }
 
 /// The images of rows with these hashes; rows of one hash are the same row.
-async fn images(client: &Client, plan: &Plan, hashes: &[i64]) -> Result<HashMap<i64, String>, Error> {
+async fn images(pair: &Pair, role: Role, plan: &Plan, hashes: &[i64]) -> Result<HashMap<i64, String>, Error> {
     if hashes.is_empty() {
         return Ok(HashMap::new());
     }
@@ -417,9 +429,9 @@ async fn images(client: &Client, plan: &Plan, hashes: &[i64]) -> Result<HashMap<
     let sql = format!(
         "SELECT {row_hash}, min({} COLLATE \"C\") FROM ONLY {} AS t WHERE {row_hash} = ANY ($1::bigint[]) GROUP BY 1",
         plan.image,
-        plan.digest.table()
+        plan.digest.relation(role)
     );
-    let rows = client.query(&sql, &[&hashes]).await?;
+    let rows = pair.client(role).query(&sql, &[&hashes]).await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 

@@ -14,6 +14,8 @@
 
 use tokio_postgres::Client;
 
+use super::place::Place;
+use super::readers::Role;
 use crate::catalog::quote::{identifier, literal, qualified};
 
 /// How a column's text is made unmistakable.
@@ -37,9 +39,17 @@ struct DigestColumn {
 /// The rows of one table as both sides hash them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RowDigest {
-    table: String,
+    primary: ReadFrom,
+    secondary: ReadFrom,
     /// By name.
     columns: Vec<DigestColumn>,
+}
+
+/// What one side's rows are read from, and the table that holds them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ReadFrom {
+    relation: String,
+    table: String,
 }
 
 /// A function call takes at most 100 arguments, and a column needs up to three.
@@ -57,22 +67,36 @@ SELECT a.attname::text, a.attnotnull, b.oid = ANY ('{text,varchar,bpchar}'::regt
  WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attname::text COLLATE \"C\"";
 
 impl RowDigest {
-    /// Reads the table's columns; the same text is then used on both sides. The session must have
-    /// the [pinned settings](crate::catalog::PINNED_SETTINGS).
-    pub async fn load(client: &Client, schema: &str, name: &str) -> Result<Self, tokio_postgres::Error> {
+    /// Reads the table's columns on the primary; the same text is then used on both sides. The session
+    /// must have the [pinned settings](crate::catalog::PINNED_SETTINGS).
+    pub(super) async fn load(
+        client: &Client,
+        place: &Place,
+        schema: &str,
+        name: &str,
+    ) -> Result<Self, tokio_postgres::Error> {
         let table = qualified(schema, name);
-        let rows = client.query(COLUMNS, &[&table]).await?;
+        let rows = client.query(COLUMNS, &[&place.relation]).await?;
         let columns = rows.iter().map(|row| DigestColumn {
             name: row.get(0),
             not_null: row.get(1),
             form: match (row.get(2), row.get(3)) {
+                // The other side's column may be of a type that is like text and not text.
+                (true, _) if place.is_face => Form::Open,
                 (true, _) => Form::Text,
                 (_, true) => Form::Closed,
                 _ => Form::Open,
             },
         });
         Ok(Self {
-            table,
+            primary: ReadFrom {
+                relation: place.relation.clone(),
+                table: place.table.clone(),
+            },
+            secondary: ReadFrom {
+                relation: table.clone(),
+                table,
+            },
             columns: columns.collect(),
         })
     }
@@ -81,9 +105,16 @@ impl RowDigest {
         self.columns.iter().map(|column| column.name.clone()).collect()
     }
 
-    /// `"schema"."name"`
-    pub fn table(&self) -> &str {
-        &self.table
+    const fn of(&self, role: Role) -> &ReadFrom {
+        match role {
+            Role::Primary => &self.primary,
+            Role::Secondary => &self.secondary,
+        }
+    }
+
+    /// What that side's rows are read from, quoted.
+    pub fn relation(&self, role: Role) -> &str {
+        &self.of(role).relation
     }
 
     /// The text of a row `t`.
@@ -110,31 +141,42 @@ impl RowDigest {
 
     /// Rows and the sum of their hashes (as text, it may exceed a bigint), of the rows `t` for
     /// which `condition` holds.
-    pub fn sum_sql(&self, condition: &str) -> String {
+    pub fn sum_sql(&self, role: Role, condition: &str) -> String {
         format!(
             "SELECT count(*), COALESCE(sum({}), 0)::text FROM ONLY {} AS t WHERE {condition}",
             self.row_hash(),
-            self.table
+            self.relation(role)
         )
     }
 
     /// Whether the file that the table has now is the one that the transaction's snapshot knows.
     /// Asked after reading, while the table is still locked against a change.
-    pub fn unchanged_sql(&self) -> String {
+    pub fn unchanged_sql(&self, role: Role) -> String {
         format!(
             "SELECT c.relfilenode = pg_relation_filenode(c.oid) FROM pg_class c WHERE c.oid = to_regclass({})",
-            literal(&self.table)
+            literal(&self.of(role).table)
         )
     }
 
     /// The same over the whole table with the settings it needs, for psql.
     pub fn psql(&self) -> String {
+        if self.primary.relation == self.secondary.relation {
+            return self.psql_on(Role::Secondary);
+        }
+        format!(
+            "/* primary */ {} /* secondary */ {}",
+            self.psql_on(Role::Primary),
+            self.psql_on(Role::Secondary)
+        )
+    }
+
+    fn psql_on(&self, role: Role) -> String {
         format!(
             "BEGIN; SET LOCAL search_path = pg_catalog; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
              SET LOCAL IntervalStyle = 'postgres'; SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; \
              SET LOCAL lc_monetary = 'C'; SELECT count(*) || ' ' || COALESCE(sum({}), 0) FROM ONLY {} AS t; COMMIT",
             self.row_hash(),
-            self.table
+            self.relation(role)
         )
     }
 }
@@ -165,8 +207,13 @@ mod tests {
     use super::*;
 
     fn digest(columns: &[(&str, Form, bool)]) -> RowDigest {
-        RowDigest {
+        let table = || ReadFrom {
+            relation: "\"s\".\"t\"".into(),
             table: "\"s\".\"t\"".into(),
+        };
+        RowDigest {
+            primary: table(),
+            secondary: table(),
             columns: columns
                 .iter()
                 .map(|&(name, form, not_null)| DigestColumn {
@@ -207,7 +254,7 @@ mod tests {
 
     #[test]
     fn sums() {
-        let sql = digest(&[("a", Form::Closed, true)]).sum_sql("true");
+        let sql = digest(&[("a", Form::Closed, true)]).sum_sql(Role::Primary, "true");
         assert_eq!(
             sql,
             "SELECT count(*), COALESCE(sum(hashtextextended(concat_ws(E'\\x1F', t.\"a\") COLLATE \"C\", 0)), 0)::text FROM ONLY \"s\".\"t\" AS t WHERE true"

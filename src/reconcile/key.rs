@@ -106,12 +106,11 @@ impl WalkKey {
 
     /// The boundary that lies `rows` rows after another one, or no row near the end: an index
     /// scan over so many entries. For a walk that does not know its ranges beforehand.
-    pub fn step_sql(&self, schema: &str, name: &str, after: Option<&[String]>, rows: u64) -> String {
+    pub fn step_sql(&self, relation: &str, after: Option<&[String]>, rows: u64) -> String {
         let condition = after.map_or_else(|| "true".to_owned(), |after| self.compare(">", after));
         format!(
-            "SELECT {} FROM ONLY {} AS t WHERE {condition} ORDER BY {} OFFSET {} LIMIT 1",
+            "SELECT {} FROM ONLY {relation} AS t WHERE {condition} ORDER BY {} OFFSET {} LIMIT 1",
             self.as_text(),
-            qualified(schema, name),
             self.listed(),
             rows.saturating_sub(1)
         )
@@ -376,7 +375,7 @@ mod tests {
     fn a_step_along_the_index() {
         let one = key(&[("id", "bigint", Some("int8"))]);
         assert_eq!(
-            one.step_sql("s", "t", Some(&boundary(&["5"])), 100),
+            one.step_sql("\"s\".\"t\"", Some(&boundary(&["5"])), 100),
             "SELECT ARRAY[t.\"id\"::text] FROM ONLY \"s\".\"t\" AS t WHERE (t.\"id\") > ('5'::bigint) ORDER BY t.\"id\" OFFSET 99 LIMIT 1"
         );
     }

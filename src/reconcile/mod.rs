@@ -19,6 +19,7 @@ mod compare;
 pub mod copy;
 pub mod digest;
 pub mod key;
+mod place;
 mod readers;
 mod repair;
 pub mod report;

@@ -14,10 +14,38 @@ use crate::config::Target;
 use crate::journal::read::lsn;
 use crate::upstream::control::{Control, connect};
 
+/// Which of the two a statement is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Primary,
+    Secondary,
+}
+
 /// One worker's two connections.
 pub(super) struct Pair {
     pub primary: Control,
     pub secondary: Control,
+}
+
+impl Pair {
+    pub(super) const fn client(&self, role: Role) -> &Control {
+        match role {
+            Role::Primary => &self.primary,
+            Role::Secondary => &self.secondary,
+        }
+    }
+
+    /// Asks both sides the same, each in its own words.
+    pub(super) async fn query(
+        &self,
+        sql: impl Fn(Role) -> String,
+    ) -> Result<(Vec<tokio_postgres::Row>, Vec<tokio_postgres::Row>), tokio_postgres::Error> {
+        let (on_primary, on_secondary) = (sql(Role::Primary), sql(Role::Secondary));
+        tokio::try_join!(
+            self.primary.query(&on_primary, &[]),
+            self.secondary.query(&on_secondary, &[])
+        )
+    }
 }
 
 /// Ranges are small and read by index; a plan that is compiled or run in parallel costs more.

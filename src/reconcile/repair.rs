@@ -5,9 +5,10 @@
 
 use tokio::sync::mpsc;
 
+use super::VerifyError;
+use super::place::Place;
 use super::report::{DatabaseReport, Event, TableReport, TableResult};
 use super::verify::{Chosen, Options, Sides, verify};
-use super::{VerifyError, key};
 use crate::apply::{Mend, MendRows, Mended};
 use crate::catalog::PINNED_SETTINGS;
 use crate::upstream::control::connect;
@@ -179,8 +180,14 @@ async fn mend(sides: Sides<'_>, order: Mend) -> Result<Mended, VerifyError> {
 async fn key_columns(sides: Sides<'_>, table: &TableReport) -> Result<Vec<(String, String)>, VerifyError> {
     let client = connect(sides.primary, "repair").await?;
     client.batch_execute(PINNED_SETTINGS).await?;
-    let key = key::walk_key(&client, &table.schema, &table.name).await?;
-    let columns = key.map_or_else(Vec::new, |key| key.columns);
+    let mut place = Place::on_primary(&client, &table.schema, &table.name).await?;
+    if place.is_face {
+        // Rows were told apart by the secondary's key.
+        let secondary = connect(sides.secondary, "repair").await?;
+        secondary.batch_execute(PINNED_SETTINGS).await?;
+        place = Place::table(&secondary, &table.schema, &table.name).await?;
+    }
+    let columns = place.key.map_or_else(Vec::new, |key| key.columns);
     Ok(columns
         .into_iter()
         .map(|column| (column.name, column.type_name))

@@ -10,6 +10,7 @@ use super::VerifyError;
 use super::report::SequenceReport;
 use crate::apply::Applier;
 use crate::catalog::quote::qualified;
+use crate::transform::sequences::renamed;
 
 /// Somebody may set a sequence back between the readings: then once more.
 const ATTEMPTS: usize = 3;
@@ -43,10 +44,17 @@ pub(super) async fn compare(
     secondary: &Client,
 ) -> Result<Vec<SequenceReport>, VerifyError> {
     let mut reports = Vec::new();
+    let renamed = renamed(primary, secondary).await?;
     for _ in 0..ATTEMPTS {
         let before = read(primary).await?;
         applier.catch_up().await?;
-        let copied = read(secondary).await?;
+        let mut copied = read(secondary).await?;
+        // By the primary's names.
+        for (here, there) in &renamed {
+            if let Some(value) = copied.get(there).copied() {
+                copied.insert(here.clone(), value);
+            }
+        }
         let after = read(primary).await?;
         reports = judge(&before, &copied, &after);
         if reports.iter().all(|report| report.equal) {

@@ -20,7 +20,8 @@ use tokio_postgres::Client;
 
 use super::compare::{self, Outcome, Plan};
 use super::digest::RowDigest;
-use super::key::{self, KeyRange, walk_key};
+use super::key::{self, KeyRange};
+use super::place::Place;
 use super::readers::{Pair, Readers, reader};
 use super::report::{
     CutReport, DatabaseReport, Differing, DifferingRow, Event, RangeReport, ServerReport, TableDigest, TableReport,
@@ -28,7 +29,7 @@ use super::report::{
 };
 use super::{VerifyError, now, sequences};
 use crate::apply::{Applier, ApplierState, Seeding, Stopped, TableStatus};
-use crate::catalog::quote::{identifier, qualified};
+use crate::catalog::quote::identifier;
 use crate::config::{Target, Verify};
 use crate::control::Epoch;
 use crate::upstream::control::{Control, error_chain};
@@ -635,22 +636,36 @@ async fn prepare(
         return Ok(work);
     }
     let (schema, name) = (work.status.schema.clone(), work.status.name.clone());
-    let digest = RowDigest::load(primary, &schema, &name).await?;
-    let (here, there) = tokio::try_join!(walk_key(primary, &schema, &name), walk_key(secondary, &schema, &name))?;
+    let (here, there) = tokio::try_join!(
+        Place::on_primary(primary, &schema, &name),
+        Place::table(secondary, &schema, &name)
+    )?;
+    let digest = RowDigest::load(primary, &here, &schema, &name).await?;
     let ordered = here
+        .key
         .as_ref()
-        .zip(there.as_ref())
+        .zip(there.key.as_ref())
         .is_some_and(|(here, there)| here.agrees(there));
-    let key = here.filter(|here| there.is_some_and(|there| there.names() == here.names()));
-    work.bytes = size(primary, &schema, &name).await?;
+    // Whatever a face is of, its rows are told apart by the secondary's key.
+    let key = match here.is_face {
+        true => there.key,
+        false => here
+            .key
+            .filter(|here| there.key.is_some_and(|there| there.names() == here.names())),
+    };
+    work.bytes = size(primary, &here.table).await?;
     work.ranges = match &key {
+        // A face cannot be sampled; any boundaries will do.
+        Some(key) if ordered && here.is_face => {
+            key::ranges(key::boundaries(secondary, key, &schema, &name, options.range_rows).await?)
+        }
         Some(key) if ordered => key::ranges(key::boundaries(primary, key, &schema, &name, options.range_rows).await?),
         _ => vec![KeyRange::default()],
     };
     work.parts.resize(work.ranges.len(), None);
     work.psql = digest.psql();
     work.plan = Some(Arc::new(Plan {
-        image: image(primary, secondary, &schema, &name).await?,
+        image: image(primary, secondary, &here.relation, &there.table).await?,
         digest,
         key,
         ordered,
@@ -660,25 +675,20 @@ async fn prepare(
     Ok(work)
 }
 
-async fn size(client: &Client, schema: &str, name: &str) -> Result<u64, tokio_postgres::Error> {
-    let row = client
-        .query_one(
-            "SELECT COALESCE(pg_table_size(to_regclass($1::text)), 0)",
-            &[&qualified(schema, name)],
-        )
-        .await?;
+async fn size(client: &Client, table: &str) -> Result<u64, tokio_postgres::Error> {
+    let sql = "SELECT COALESCE(pg_table_size(to_regclass($1::text)), 0)";
+    let row = client.query_one(sql, &[&table]).await?;
     Ok(row.get::<_, i64>(0) as u64)
 }
 
 /// A row `t` as the applier's images have it: in the primary's column order, without what the
 /// secondary computes when it is read.
-async fn image(primary: &Client, secondary: &Client, schema: &str, name: &str) -> Result<String, VerifyError> {
+async fn image(primary: &Client, secondary: &Client, relation: &str, table: &str) -> Result<String, VerifyError> {
     const COLUMNS: &str = "\
         SELECT a.attname::text, a.attgenerated::text FROM pg_attribute a
          WHERE a.attrelid = to_regclass($1::text) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
-    let table = qualified(schema, name);
-    let wanted: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&table];
-    let (here, there) = tokio::try_join!(primary.query(COLUMNS, &wanted), secondary.query(COLUMNS, &wanted))?;
+    let here = primary.query(COLUMNS, &[&relation]).await?;
+    let there = secondary.query(COLUMNS, &[&table]).await?;
     let is_virtual = |name: &str| {
         let mut columns = there.iter();
         columns.any(|row| row.get::<_, &str>(0) == name && row.get::<_, &str>(1) == "v")

@@ -57,6 +57,7 @@ impl Databases {
             config: DatabaseConfig {
                 legacy: every_other.legacy.with_dbname(name),
                 new: every_other.new.with_dbname(name),
+                transform: every_other.transform.clone(),
             },
         }))
     }
@@ -86,6 +87,7 @@ mod tests {
         DatabaseConfig {
             legacy: target(Side::Legacy),
             new: target(Side::New),
+            transform: Arc::default(),
         }
     }
 

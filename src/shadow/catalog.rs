@@ -133,7 +133,12 @@ async fn read_both(targets: &DatabaseConfig, now: Control) -> (Option<Catalog>, 
         Err(error) => (None, Err(error.to_string())),
     };
     match Catalog::load(now.primary, &primary, secondary.as_deref()).await {
-        Ok(catalog) => (Some(catalog), complete),
+        Ok(mut catalog) => {
+            let transform = &targets.transform;
+            let concerns = |schema: &str, name: &str| transform.concerns(now.primary, schema, name);
+            catalog.functions.transform(concerns);
+            (Some(catalog), complete)
+        }
         Err(error) => (None, Err(error_chain(&error))),
     }
 }

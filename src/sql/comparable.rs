@@ -28,6 +28,8 @@ pub enum NotComparable {
     VolatileFunction,
     UnknownFunction,
     UnknownRelation,
+    /// A table it names has another shape on the secondary (`transform:`).
+    Transformed,
     /// now(), CURRENT_DATE, 'today', …
     Clock,
     /// Who asks, with which settings: current_user, current_setting(), …
@@ -58,13 +60,14 @@ pub enum NotComparable {
 }
 
 impl NotComparable {
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::SeveralStatements,
         Self::NotARead,
         Self::NotUnderstood,
         Self::VolatileFunction,
         Self::UnknownFunction,
         Self::UnknownRelation,
+        Self::Transformed,
         Self::Clock,
         Self::Session,
         Self::ServerSpecific,
@@ -90,6 +93,7 @@ impl NotComparable {
             Self::VolatileFunction => "volatile_function",
             Self::UnknownFunction => "unknown_function",
             Self::UnknownRelation => "unknown_relation",
+            Self::Transformed => "transformed",
             Self::Clock => "clock",
             Self::Session => "session",
             Self::ServerSpecific => "server_specific",
@@ -117,6 +121,7 @@ impl NotComparable {
             Self::VolatileFunction => "a function it calls is volatile",
             Self::UnknownFunction => "a function it calls is not in the primary's catalog",
             Self::UnknownRelation => "a table or view it names is not in the primary's catalog",
+            Self::Transformed => "a table it names has another shape on the secondary",
             Self::Clock => "it depends on the clock",
             Self::Session => "it depends on who asks or on the session's settings",
             Self::ServerSpecific => "it asks about the server itself",
@@ -157,6 +162,8 @@ pub enum RelationKind {
     Stored,
     /// A view and what its query uses; `None` where it could not be understood.
     View(Option<Arc<ReadFacts>>),
+    /// A table that has another shape or name on the secondary.
+    Transformed,
 }
 
 /// Answers from the primary's catalog. A name without a schema stands for every object of that
@@ -235,6 +242,7 @@ fn check(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize) -> Resu
             Some(RelationKind::Stored) => {}
             Some(RelationKind::View(Some(facts))) if depth > 0 => check(facts, catalog, depth - 1)?,
             Some(RelationKind::View(_)) => return Err(NotComparable::UnknownRelation),
+            Some(RelationKind::Transformed) => return Err(NotComparable::Transformed),
             None if relation.perhaps_cte => {}
             None => return Err(NotComparable::UnknownRelation),
         }
@@ -409,6 +417,17 @@ impl FunctionVolatility {
         };
         self.relations.entry(name).or_default().push((schema, kind));
     }
+
+    /// Marks the tables for which `is_transformed(schema, name)` holds.
+    pub fn transform(&mut self, is_transformed: impl Fn(&str, &str) -> bool) {
+        for (name, found) in &mut self.relations {
+            for (schema, kind) in found.iter_mut().filter(|(_, kind)| *kind == RelationKind::Stored) {
+                if is_transformed(schema, name) {
+                    *kind = RelationKind::Transformed;
+                }
+            }
+        }
+    }
 }
 
 impl FunctionCatalog for FunctionVolatility {
@@ -431,7 +450,8 @@ impl FunctionCatalog for FunctionVolatility {
         let first = found.next()?;
         // A view is the greater concern than a table of the same name in another schema.
         Some(found.fold(first, |worst, kind| match (worst, kind) {
-            (RelationKind::Stored, RelationKind::View(_)) | (_, RelationKind::View(None)) => kind,
+            (RelationKind::Stored, RelationKind::View(_) | RelationKind::Transformed)
+            | (_, RelationKind::View(None)) => kind,
             _ => worst,
         }))
     }

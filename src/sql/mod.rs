@@ -15,6 +15,7 @@ mod comparable;
 mod cursor;
 mod ddl;
 mod explain;
+mod expression;
 mod fingerprint;
 mod glance;
 mod limit;
@@ -37,6 +38,7 @@ pub use comparable::{
 };
 pub use ddl::place_for_if_exists;
 pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
+pub use expression::is_one_expression;
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as};
 pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};

@@ -66,7 +66,7 @@ fn read_may_write(facts: &ReadFacts, catalog: &dyn FunctionCatalog, depth: usize
         .relations
         .iter()
         .map(|relation| match catalog.relation(&relation.name) {
-            Some(RelationKind::Stored) => Writes::Nothing,
+            Some(RelationKind::Stored | RelationKind::Transformed) => Writes::Nothing,
             Some(RelationKind::View(Some(facts))) if depth > 0 => read_may_write(facts, catalog, depth - 1),
             Some(RelationKind::View(_)) => Writes::Perhaps,
             None if relation.perhaps_cte || is_system(&relation.name) => Writes::Nothing,

@@ -51,6 +51,16 @@ fn of_database(database: &DatabaseStatus) -> Vec<Gate> {
     gates.push(not_synced(mirroring, &gate));
     gates.push(definitions(mirroring, &gate));
     gates.push(gate(
+        "way back",
+        match mirroring.one_way.as_slice() {
+            [] => "every table has one".to_owned(),
+            [only] => only.clone(),
+            [first, rest @ ..] => format!("{first}; and {} more", rest.len()),
+        },
+        "every table has one",
+        mirroring.one_way.is_empty(),
+    ));
+    gates.push(gate(
         "quarantine",
         match &mirroring.quarantine.error {
             Some(error) => format!(
@@ -121,6 +131,7 @@ mod tests {
                 not_mirrored: Vec::new(),
                 sql_for_dba: Vec::new(),
                 different: Vec::new(),
+                one_way: Vec::new(),
                 sequence_errors: Vec::new(),
                 position: None,
                 transactions_applied: 0,
@@ -180,6 +191,10 @@ mod tests {
         assert_eq!(
             closed(|d| mirroring(d).different.push("index public.i".into())),
             ["shop: definitions"]
+        );
+        assert_eq!(
+            closed(|d| mirroring(d).one_way.push("public.t.fax: it has no inverse".into())),
+            ["shop: way back"]
         );
         assert_eq!(
             closed(|d| mirroring(d).tables.push(table("unseeded", None))),

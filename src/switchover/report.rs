@@ -77,6 +77,7 @@ pub(super) fn mirroring(status: &ApplierStatus) -> Mirroring {
             .collect(),
         sql_for_dba: status.sql_for_dba.clone(),
         different: status.different.clone(),
+        one_way: status.one_way.clone(),
         sequence_errors: status.sequence_errors.clone(),
         divergences: status.diverged,
         stray_writes: status.strays,

@@ -14,6 +14,7 @@ use super::recover::Observed;
 use super::report::{describe_delay, mirroring, watch_servers};
 use crate::admin::api::{DatabaseStatus, ServerStatus, ShadowReads};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState};
+use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole};
@@ -21,6 +22,7 @@ use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOr
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
+use crate::transform::check::examine;
 use crate::upstream::control::{connect, error_chain};
 
 /// One database, as clients name it, on its two sides.
@@ -117,9 +119,35 @@ impl Tandem {
         install
             .await
             .map_err(|error| format!("{}: {error}", target.describe()))?;
+        self.refuse_wrong_mapping().await?;
         self.capture_all(&client, target).await?;
         self.start_applier(control);
         Ok(())
+    }
+
+    /// A mapping of the two schemas that is wrong is told at once. Where a side is away, the applier
+    /// tells it when it comes.
+    async fn refuse_wrong_mapping(&self) -> Result<(), String> {
+        let DatabaseConfig { legacy, new, transform } = self.targets();
+        if transform.is_empty() {
+            return Ok(());
+        }
+        let (Ok(legacy), Ok(new)) = tokio::join!(connect(legacy, "check"), connect(new, "check")) else {
+            return Ok(());
+        };
+        for client in [&legacy, &new] {
+            client
+                .batch_execute(PINNED_SETTINGS)
+                .await
+                .map_err(|error| error_chain(&error))?;
+        }
+        let plan = examine(transform, &legacy, &new)
+            .await
+            .map_err(|error| error_chain(&error))?;
+        match &plan.faults[..] {
+            [] => Ok(()),
+            [first, rest @ ..] => Err(format!("{first} ({} more; `pgtandem check` lists them)", rest.len())),
+        }
     }
 
     /// Returns when every table that can be captured is. Tables whose lock is not to be had
@@ -144,14 +172,18 @@ impl Tandem {
     }
 
     pub fn start_applier(&self, control: Control) {
-        let applier = apply::spawn(ApplierConfig::new(
+        let config = ApplierConfig::new(
             self.targets().target(control.primary).clone(),
             self.targets().target(control.secondary()).clone(),
             control.epoch,
             self.journal,
             self.writes,
             self.stray_writers,
-        ));
+        );
+        let applier = apply::spawn(ApplierConfig {
+            transform: self.targets().transform.clone(),
+            ..config
+        });
         let applier = Arc::new(applier);
         *self.slot() = Some(applier.clone());
         self.compare_existing_rows(applier.clone(), control);

@@ -178,6 +178,7 @@ pub fn settings(database: &str, options: &Options) -> Settings {
     let pair = |database: &str| DatabaseConfig {
         legacy: target(Side::Legacy, SUPERUSER, database),
         new: target(Side::New, SUPERUSER, database),
+        transform: Default::default(),
     };
     let mut star = pair("");
     (star.legacy.dbname, star.new.dbname) = (None, None);

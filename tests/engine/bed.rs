@@ -187,6 +187,7 @@ impl Bed {
                 when_full: WhenFull::Block,
             },
             writes: Writes::default(),
+            transform: Arc::default(),
         }
     }
 

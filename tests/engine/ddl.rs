@@ -18,18 +18,19 @@ pub(crate) async fn ddl(client: &Control, statement: &str) {
 
 async fn ddl_inside(client: &Control, statement: &str) {
     let failed = |error: tokio_postgres::Error| panic!("{statement}: {}", error_chain(&error));
+    try_ddl(client, statement).await.unwrap_or_else(failed);
+}
+
+/// The statement between the proxy's hooks, in the caller's transaction.
+pub(crate) async fn try_ddl(client: &Control, statement: &str) -> Result<(), tokio_postgres::Error> {
     let script = sql::analyze(statement.as_bytes());
     let Some(Class::Ddl(ddl)) = script.single().map(|statement| &statement.class) else {
         panic!("{statement} is no DDL")
     };
     let before = DDL_HOOK_BEFORE.replace("$1", &format!("'{}'", ddl.facts().replace('\'', "''")));
-    client.batch_execute(&before).await.unwrap_or_else(failed);
-    client.batch_execute(statement).await.unwrap_or_else(failed);
-    client
-        .execute(DDL_HOOK, &[&statement])
-        .await
-        .map(drop)
-        .unwrap_or_else(failed);
+    client.batch_execute(&before).await?;
+    client.batch_execute(statement).await?;
+    client.execute(DDL_HOOK, &[&statement]).await.map(drop)
 }
 
 /// The definitions of both sides, as the catalogs give them.

@@ -107,7 +107,7 @@ async fn ranges_of_a_sample_hold_every_row_once_and_are_of_a_size() {
         let everything = key.within(&KeyRange::default());
         assert_eq!(everything, "true");
         let step: Vec<String> = client
-            .query_one(&key.step_sql("public", "big", None, 100), &[])
+            .query_one(&key.step_sql("\"public\".\"big\"", None, 100), &[])
             .await
             .unwrap()
             .get(0);

@@ -15,4 +15,5 @@ mod fence;
 mod keys;
 mod quarantine;
 mod storm;
+mod transform;
 mod verify;

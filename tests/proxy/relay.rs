@@ -378,6 +378,7 @@ async fn a_server_that_is_not_there_or_goes_is_named() {
     let entry = pgtandem::config::DatabaseConfig {
         legacy: pgtandem::config::Target::parse(Side::Legacy, &server.url("postgres", "postgres")).unwrap(),
         new: pgtandem::config::Target::parse(Side::New, &server.url("postgres", "postgres")).unwrap(),
+        transform: Default::default(),
     };
     settings.databases = pgtandem::routing::Databases::new(&[("goes".to_owned(), entry)].into());
     settings.users = pgtandem::session::Users::new(&pgtandem::config::Auth {

@@ -199,6 +199,7 @@ async fn servers_by_tls_and_by_every_way_to_prove_a_password() {
         let config = DatabaseConfig {
             legacy: target(mode),
             new: target(mode),
+            transform: Default::default(),
         };
         settings.databases = Databases::new(&[("to_tls".to_owned(), config)].into());
         proxy.context.reload(settings);

@@ -33,6 +33,8 @@ pub(crate) struct Rig {
     pub(crate) admin_port: u16,
     /// More lines for proxy.yaml.
     pub(crate) extra: String,
+    /// More lines for the database's entry in it.
+    pub(crate) entry: String,
     /// Where the proxy is told that new is, if not where it is: a relay.
     pub(crate) new_port: Option<u16>,
     proxy: Option<Child>,
@@ -53,6 +55,7 @@ impl Rig {
             port: free_port().unwrap(),
             admin_port: free_port().unwrap(),
             extra: String::new(),
+            entry: String::new(),
             new_port: None,
             proxy: None,
         }
@@ -144,7 +147,7 @@ databases:
   {DATABASE}:
     legacy: {legacy}
     new: {new}
-auth:
+{entry}auth:
   users: {{ {APP}: {PASSWORD} }}
 {extra}
 ",
@@ -153,6 +156,7 @@ auth:
             legacy = self.legacy.url(OWN_ROLE, DATABASE),
             new = self.new_url(),
             extra = self.extra,
+            entry = self.entry,
         );
         fs::write(self.config_path(), text).unwrap();
     }

@@ -122,6 +122,11 @@ BEGIN
            AND pgtandem.ours(c.xmin, top_xid)
          ORDER BY s.rel
     LOOP
+        IF EXISTS (SELECT FROM pgtandem.transform_schema x WHERE x.name = t.schema) THEN
+            RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+                MESSAGE = format('pgtandem cannot mirror the new table %s: its schema has another name on the other side', t.target),
+                HINT = 'Create it on both sides by a direct connection, then reload proxy.yaml.';
+        END IF;
         BEGIN
             PERFORM pgtandem.capture(t.rel);
         EXCEPTION WHEN insufficient_privilege THEN
@@ -148,6 +153,7 @@ BEGIN
            AND NOT created @> jsonb_build_array(jsonb_build_object('rel', s.rel::bigint))
          ORDER BY s.rel
     LOOP
+        PERFORM pgtandem.refuse_transformed(ARRAY[t.rel]);
         -- The function's settings follow the new types.
         PERFORM pgtandem.capture(t.rel);
         computed := '[]';
@@ -210,6 +216,8 @@ DECLARE
     other_rels jsonb := '[]';
     captured jsonb := '[]';
 BEGIN
+    PERFORM pgtandem.refuse_transformed(ARRAY(SELECT pg_catalog.to_regclass(named)::pg_catalog.oid
+        FROM pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') AS named WHERE pg_catalog.to_regclass(named) IS NOT NULL));
     IF facts OPERATOR(pg_catalog.->>) 'tag' OPERATOR(pg_catalog.=) 'ALTER TABLE' THEN
         FOR concerned IN SELECT pg_catalog.jsonb_array_elements_text(facts OPERATOR(pg_catalog.->) 'concerns') LOOP
             captured := captured OPERATOR(pg_catalog.||) pgtandem.capturing(pg_catalog.to_regclass(concerned)::pg_catalog.oid);
@@ -372,6 +380,12 @@ BEGIN
         PERFORM pgtandem.reindexed(statement);
         RETURN;
     END IF;
+    -- An index alone concerns no row: where its table has another shape on the other side, it stays here.
+    IF statement ~* '\mindex\M' AND EXISTS (SELECT FROM pgtandem.transform t JOIN pg_class c ON c.oid = t.source
+                                             WHERE statement ~* format('\mON\s+(ONLY\s+)?(\S+\.)?"?%s\M', regexp_replace(c.relname, '(\W)', '\\\1', 'g'))) THEN
+        RAISE WARNING USING MESSAGE = 'pgtandem: this index is on a transformed table and is not made on the other side';
+        RETURN;
+    END IF;
     PERFORM pgtandem.append(0, 'O', pgtandem.ddl_context(caller_search_path, caller_role)::text, statement);
 END
 $$;
@@ -524,6 +538,7 @@ BEGIN
         IF touched = '{}' THEN
             RETURN;
         END IF;
+        PERFORM pgtandem.refuse_transformed(touched);
         objects := pgtandem.definitions_of(touched);
         IF TG_TAG = 'REFRESH MATERIALIZED VIEW' THEN
             SELECT jsonb_agg(jsonb_build_array(pg_get_userbyid(c.relowner), format('REFRESH MATERIALIZED VIEW %s WITH %sDATA', pgtandem.name_of(c.oid),
@@ -534,6 +549,16 @@ BEGIN
     PERFORM pgtandem.ddl_effects(
         format('-- %s, inside something else%s', TG_TAG, CASE TG_TAG WHEN 'ALTER TYPE' THEN ', which may be ADD VALUE' ELSE '' END),
         pgtandem.definitions_context(objects, COALESCE(first, '[]')), false);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION pgtandem.refuse_transformed_event(tag text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM pgtandem.transform) THEN
+        PERFORM pgtandem.refuse_transformed(pgtandem.touched(tag));
+    END IF;
 END
 $$;
 
@@ -568,6 +593,9 @@ BEGIN
     END IF;
     IF temporary THEN
         RETURN;
+    END IF;
+    IF TG_EVENT OPERATOR(pg_catalog.<>) 'sql_drop' THEN
+        PERFORM pgtandem.refuse_transformed_event(TG_TAG);
     END IF;
     PERFORM pg_catalog.set_config('pgtandem.ddl', pg_catalog.jsonb_build_object('tag', TG_TAG, 'temporary', false,
         'from_query', TG_TAG OPERATOR(pg_catalog.=) 'CREATE TABLE AS' OR TG_TAG OPERATOR(pg_catalog.=) 'SELECT INTO')::text, true);

@@ -292,10 +292,8 @@ async fn rels(sides: &Sides, tables: &[TableStatus]) -> Result<Vec<Oid>, String>
         .map_err(|error| error.to_string())?;
     let rows = primary
         .query(
-            "SELECT c.oid FROM unnest($1::text[], $2::text[]) AS w(schema, name)
-               JOIN pg_catalog.pg_namespace n ON n.nspname = w.schema
-               JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = w.name
-              ORDER BY pg_catalog.pg_table_size(c.oid) DESC, c.oid",
+            "SELECT m.rel FROM unnest($1::text[], $2::text[]) AS w(schema, name) JOIN pgtandem.mirrored m USING (schema, name)
+              ORDER BY pg_catalog.pg_table_size(m.source) DESC, m.rel",
             &[&schemas, &tables],
         )
         .await

@@ -11,6 +11,7 @@ use crate::catalog::quote::{identifier, qualified};
 use crate::catalog::table::{self, Generated, Table};
 use crate::catalog::{Oid, PINNED_SETTINGS};
 use crate::reconcile::key::{Boundary, KeyRange, WalkKey, walk_key};
+use crate::reconcile::place::Place;
 
 /// The key along which a table is cut into ranges.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +68,9 @@ pub(super) struct Range {
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub rel: Oid,
+    /// What is read on the primary.
+    pub source: String,
+    pub is_face: bool,
     pub schema: String,
     pub name: String,
     /// The primary's columns as `pgtandem.seeding` has them: the plan is of no use once they change.
@@ -119,6 +123,8 @@ impl Plan {
             let written = table.columns.iter().filter(|column| column.generated == Generated::No);
             written.map(|column| column.name.clone()).collect()
         };
+        let (schema, name): (&str, &str) = (recorded.get(0), recorded.get(1));
+        let place = Place::on_primary(primary, schema, name).await?;
         let columns = names(&here);
         let (mut one, mut other) = (columns.clone(), names(&there));
         one.sort_unstable();
@@ -129,9 +135,8 @@ impl Plan {
         if columns.is_empty() {
             return Ok(Err("it has no column that could be copied".into()));
         }
-        let key = walk_key(primary, &here.schema, &here.name).await?;
         let theirs = walk_key(secondary, &there.schema, &there.name).await?;
-        let key = key.map(|walk| Key {
+        let key = place.key.map(|walk| Key {
             sorts_alike: theirs.is_some_and(|theirs| walk.agrees(&theirs)),
             walk,
         });
@@ -148,6 +153,8 @@ impl Plan {
         let plain = here.columns.iter().all(|column| is_plain(&column.type_name));
         Ok(Ok(Self {
             rel,
+            source: place.relation,
+            is_face: place.is_face,
             schema: recorded.get(0),
             name: recorded.get(1),
             recorded_columns: recorded.get(2),
@@ -165,6 +172,7 @@ impl Plan {
         }))
     }
 
+    /// On the secondary.
     pub(super) fn target(&self) -> String {
         qualified(&self.schema, &self.name)
     }
@@ -184,8 +192,7 @@ impl Plan {
 
     /// The end of the next range of `rows` rows, if there is one: an array of text.
     pub(super) fn step(&self, key: &Key, after: Option<&Boundary>, rows: u64) -> String {
-        key.walk
-            .step_sql(&self.schema, &self.name, after.map(Vec::as_slice), rows)
+        key.walk.step_sql(&self.source, after.map(Vec::as_slice), rows)
     }
 
     /// Reads a range on the primary.
@@ -196,10 +203,10 @@ impl Plan {
     /// Reads rows `from` up to, not including, `to` of a range, in an order that is the same each
     /// time within a snapshot.
     pub(super) fn read_part(&self, range: Option<&Range>, from: u64, to: Option<u64>) -> String {
-        let order = self
-            .key
-            .as_ref()
-            .map_or_else(|| "t.ctid".to_owned(), |key| key.walk.listed());
+        let order = self.key.as_ref().map_or_else(
+            || if self.is_face { "(t.*)::text" } else { "t.ctid" }.to_owned(),
+            |key| key.walk.listed(),
+        );
         let limit = to.map_or_else(String::new, |to| format!(" LIMIT {}", to - from));
         self.copy_out(range, format!(" ORDER BY {order} OFFSET {from}{limit}"), Format::Text)
     }
@@ -213,7 +220,7 @@ impl Plan {
         format!(
             "COPY (SELECT {} FROM ONLY {} AS t WHERE {}{more}) TO STDOUT WITH (FORMAT {}, ENCODING '{}')",
             columns.join(", "),
-            self.target(),
+            self.source,
             self.within(range),
             format.as_str(),
             self.encoding
@@ -308,7 +315,7 @@ SELECT CASE WHEN c.reltuples < 0 OR c.relpages = 0 AND pg_relation_size(c.oid) >
             WHEN c.relpages = 0 THEN 0
             ELSE c.reltuples::float8 / c.relpages * (pg_relation_size(c.oid) / current_setting('block_size')::int) END,
        pg_table_size(c.oid)
-  FROM pg_class c WHERE c.oid = $1";
+  FROM pg_class c WHERE c.oid = pgtandem.source_of($1)";
 
 async fn guessed_rows(primary: &Client, table: &Table) -> Result<u64, tokio_postgres::Error> {
     let explained = primary
@@ -351,6 +358,8 @@ mod tests {
         };
         Plan {
             rel: 7,
+            source: "\"S\".\"t\"\"x\"".into(),
+            is_face: false,
             schema: "S".into(),
             name: "t\"x".into(),
             recorded_columns: String::new(),

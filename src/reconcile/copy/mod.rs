@@ -21,6 +21,7 @@ use crate::catalog::PINNED_SETTINGS;
 use crate::catalog::objects::Objects;
 use crate::catalog::quote::literal;
 use crate::config::Target;
+use crate::transform::Transform;
 use crate::upstream::control::connect;
 
 /// What is to be run on the new side.
@@ -40,11 +41,12 @@ struct Rest {
 }
 
 impl Plan {
-    /// Reads legacy, and looks whether new can take it. Changes nothing.
+    /// Reads legacy, and looks whether new can take it. Changes nothing. Transformed tables are left
+    /// out: new has them in another shape, which the operator makes.
     ///
     /// # Errors
     /// Where there is no pg_dump that is new enough, roles are missing, or new has objects already.
-    pub async fn make(legacy: &Target, new: &Target) -> anyhow::Result<Self> {
+    pub async fn make(legacy: &Target, new: &Target, transform: &Transform) -> anyhow::Result<Self> {
         let (from, to) = (
             connect(legacy, "schema copy").await?,
             connect(new, "schema copy").await?,
@@ -57,7 +59,7 @@ impl Plan {
         let tools = Tools::find(version(&from).await?)?;
         nothing_is_there(&to, new).await?;
         roles_are_there(&from, &to, new).await?;
-        let text = tools.dump(legacy).await?;
+        let text = tools.dump(legacy, transform).await?;
         let mut dump = Dump::parse(&text)?;
         dump.resolve_attachments(&indexes(&from).await?);
         let keys = keys(&from).await?;

@@ -8,7 +8,10 @@ use anyhow::{Context, bail, ensure};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
+use crate::catalog::quote::identifier;
 use crate::config::{SslMode, Target};
+use crate::control::Side;
+use crate::transform::Transform;
 
 /// One folder's pg_dump and psql: of one version, since a dump may hold commands for psql.
 pub(super) struct Tools {
@@ -40,12 +43,17 @@ impl Tools {
     }
 
     /// Definitions without rows, without anything of ours.
-    pub(super) async fn dump(&self, from: &Target) -> anyhow::Result<String> {
+    pub(super) async fn dump(&self, from: &Target, transform: &Transform) -> anyhow::Result<String> {
+        let tables = transform.tables(Side::Legacy);
+        let schemas = transform.schemas(Side::Legacy);
+        let left_out = tables.iter().map(|name| format!("--exclude-table={}", name.quoted()));
+        let left_out = left_out.chain(schemas.map(|name| format!("--exclude-schema={}", identifier(name))));
         let output = self
             .command("pg_dump", from)
             .args(["--schema-only", "--verbose", "--no-password", "--encoding=UTF8"])
             .args(["--exclude-schema=pgtandem", "--no-tablespaces"])
             .args(["--no-publications", "--no-subscriptions"])
+            .args(left_out)
             .stdin(Stdio::null())
             .output()
             .await
