@@ -11,7 +11,8 @@ use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
 use crate::reconcile::backfill::{BackfillStatus, Order};
-use crate::shadow::{Acknowledgement, Kind, LogStatus, ShadowReport};
+use crate::shadow::{Acknowledgement, Kind as Difference, LogStatus, ShadowReport};
+pub use crate::switchover::machine::{Kind, Step};
 
 /// `GET /api/v1/status`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,9 +31,46 @@ pub struct Status {
     pub databases: Vec<DatabaseStatus>,
     /// What must hold before the next switchover.
     pub gates: Vec<Gate>,
+    /// A switchover or rehearsal that is under way.
+    #[serde(default)]
+    pub switchover: Option<UnderWay>,
+    /// Every proxy on the pair, where the phase mirrors.
+    #[serde(default)]
+    pub proxies: Vec<Proxy>,
+    /// The last switchover of this proxy's lifetime.
     pub last_flip: Option<Flip>,
     #[serde(default)]
     pub mismatch_log: Option<LogStatus>,
+}
+
+/// A switchover that is under way.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UnderWay {
+    pub id: String,
+    pub kind: Kind,
+    pub to: Side,
+    pub step: Step,
+    /// The proxy that leads it.
+    pub coordinator: String,
+    /// Proxies whose answer the step waits for.
+    pub waiting_for: Vec<String>,
+}
+
+/// A proxy on the pair.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Proxy {
+    /// `pid 4711 on host`
+    pub name: String,
+    /// Where it listens.
+    pub address: String,
+    pub version: String,
+    pub phase: String,
+    pub epoch: Epoch,
+    /// Since it last said that it is there; a switchover does not wait for one that is silent for
+    /// more than 4 s.
+    pub silent_seconds: f64,
+    /// Of its clock from the primary's.
+    pub clock_offset_ms: f64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -183,33 +221,68 @@ pub struct Gate {
     pub open: bool,
 }
 
-/// A switchover that was tried.
+/// A switchover or rehearsal, from its record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Flip {
+    pub id: String,
+    pub kind: Kind,
     pub to: Side,
+    pub epoch: Epoch,
+    /// The proxy that led it.
+    pub coordinator: String,
     pub at: String,
-    /// `done`, or why it was abandoned; everything then went on as before.
+    pub ended: Option<String>,
+    /// `done`, `rehearsed`, or why it was abandoned (everything then went on as before); absent
+    /// while it is under way.
     pub outcome: String,
     pub forced: Option<String>,
     pub steps: Vec<FlipStep>,
-    /// How long new transactions were held.
+    /// How long transactions were held, on the proxy that held them longest; of a rehearsal, how
+    /// long a switchover would have held them.
     pub held_ms: f64,
     pub sessions_carried: usize,
     pub sessions_ended: usize,
+    /// Sessions that could not be carried over or had a transaction open.
+    pub in_the_way: Vec<InTheWay>,
+    /// Proxies that fell silent and were fenced out.
+    pub fenced_out: Vec<String>,
 }
 
+/// A recorded transition.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FlipStep {
-    pub name: String,
+    pub name: Step,
+    pub at: String,
+    /// The proxy that recorded it.
+    pub who: String,
+    /// Until the next one was recorded; 0 for the last.
     pub ms: f64,
+    /// Whether clients waited in it.
+    pub held: bool,
+    /// What was measured by the step before.
+    pub measured: serde_json::Value,
+}
+
+/// A session in a switchover's way.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct InTheWay {
+    pub proxy: String,
+    pub user: String,
+    pub application: String,
+    pub reason: String,
 }
 
 /// `POST /api/v1/switchover`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SwitchoverRequest {
-    pub to: Side,
+    /// May be left out in a rehearsal: the side that is secondary.
+    #[serde(default)]
+    pub to: Option<Side>,
     #[serde(default)]
     pub dry_run: bool,
+    /// All of it up to the point of no return, then back.
+    #[serde(default)]
+    pub rehearse: bool,
     /// The reason given with `--force`: closed gates are recorded, not obeyed.
     #[serde(default)]
     pub force: Option<String>,
@@ -221,6 +294,12 @@ pub struct SwitchoverAnswer {
     pub gates: Vec<Gate>,
     pub flip: Option<Flip>,
     pub done: bool,
+}
+
+/// `GET /api/v1/switchover`: every switchover and rehearsal, the latest first.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct History {
+    pub flips: Vec<Flip>,
 }
 
 /// `POST /api/v1/reload`
@@ -290,7 +369,7 @@ pub struct AcknowledgeRequest {
     #[serde(default)]
     pub fingerprint: Option<String>,
     #[serde(default)]
-    pub kind: Option<Kind>,
+    pub kind: Option<Difference>,
     /// The number of a mismatch's line.
     #[serde(default)]
     pub line: Option<u64>,

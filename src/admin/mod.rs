@@ -9,6 +9,8 @@
 //! | `GET /api/v1/status` | [`api::Status`] |
 //! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
 //! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
+//! | `GET /api/v1/switchover` | [`api::History`]; 422 where no side can be asked |
+//! | `POST /api/v1/complete` | ends the migration: [`api::ReloadAnswer`], or 422 and why not |
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
@@ -46,8 +48,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::api::{
     AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure,
-    HealAnswer, HealRequest, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest, ShadowsAnswer,
-    Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    HealAnswer, HealRequest, History, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest,
+    ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
@@ -63,6 +65,8 @@ pub trait Operations: Send + Sync + 'static {
         self: Arc<Self>,
         request: SwitchoverRequest,
     ) -> impl Future<Output = Result<SwitchoverAnswer, String>> + Send;
+    fn complete(self: Arc<Self>) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
+    fn history(&self) -> impl Future<Output = Result<History, String>> + Send;
     fn wait_caught_up(&self, timeout: Duration) -> impl Future<Output = Result<WaitAnswer, String>> + Send;
     fn shadows(&self) -> ShadowsAnswer;
     fn plans(&self, fingerprint: &str) -> impl Future<Output = Result<Plans, String>> + Send;
@@ -96,7 +100,8 @@ pub async fn serve<O: Operations>(
         .route("/metrics", get(move || async move { metrics.render() }))
         .route("/api/v1/status", get(status::<O>))
         .route("/api/v1/reload", post(reload::<O>))
-        .route("/api/v1/switchover", post(switchover::<O>))
+        .route("/api/v1/switchover", get(history::<O>).post(switchover::<O>))
+        .route("/api/v1/complete", post(complete::<O>))
         .route("/api/v1/wait", get(wait::<O>))
         .route("/api/v1/shadows", get(shadows::<O>))
         .route("/api/v1/shadows/plans", get(plans::<O>))
@@ -181,6 +186,20 @@ async fn record_statistics<O: Operations>(State(operations): State<Arc<O>>) -> R
 fn answer_recorded(answer: Result<Recorded, String>) -> Response {
     match answer {
         Ok(recorded) => Json(recorded).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn complete<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.complete().await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn history<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.history().await {
+        Ok(history) => Json(history).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use metrics::{describe_gauge, gauge};
+use metrics::{describe_gauge, describe_histogram, gauge};
 
 use super::world::World;
 use crate::admin::api::{DatabaseStatus, Mirroring};
 use crate::control::Phase;
 use crate::session::count_by_state;
+use crate::switchover::Step;
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -29,6 +30,11 @@ pub(super) async fn publish(world: Arc<World>) {
         }
         gauge!("pgtandem_epoch").set(control.epoch.0 as f64);
         gauge!("pgtandem_problem").set(one_if(world.facts().problem.is_some()));
+        let under_way = world.under_way().map(|under_way| under_way.step);
+        for step in Step::ALL {
+            gauge!("pgtandem_switchover_step", "step" => step.as_str()).set(one_if(under_way == Some(step)));
+        }
+        gauge!("pgtandem_proxies").set(world.proxies().len() as f64);
         let sessions = count_by_state(&world.sessions.registry.sessions());
         for state in ["opening", "waiting", "idle", "active", "in_transaction"] {
             let count = sessions.get(state).copied().unwrap_or(0);
@@ -118,6 +124,14 @@ fn describe() {
             "pgtandem_mismatch_log_lost",
             "mismatches that could not be written since the proxy started",
         ),
+        (
+            "pgtandem_switchover_step",
+            "1 for the step of a switchover that is under way",
+        ),
+        (
+            "pgtandem_proxies",
+            "proxies on the pair that were heard of within a minute",
+        ),
         ("pgtandem_sessions", "client sessions"),
         ("pgtandem_server_up", "1 while the server answers"),
         ("pgtandem_mirroring_running", "1 while rounds are applied"),
@@ -165,6 +179,10 @@ fn describe() {
     ] {
         describe_gauge!(name, what);
     }
+    describe_histogram!(
+        "pgtandem_switchover_step_seconds",
+        "how long the steps of switchovers and rehearsals took that this proxy led"
+    );
 }
 
 fn one_if(holds: bool) -> f64 {

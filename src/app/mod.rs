@@ -5,6 +5,7 @@
 //! | accepting and relaying clients | the listener's own threads | when drained |
 //! | one applier for each mirrored database | control runtime | with mirroring |
 //! | shadow workers and the mismatch log's writer | control runtime | with the process |
+//! | beating and taking part in switchovers | control runtime | with the process |
 //! | watching both servers of each database | control runtime | with the process |
 //! | recording phases and statistics in the mismatch log | control runtime | with the process |
 //! | publishing the gauges, looking for new databases under `"*"` | control runtime | with the process |
@@ -12,6 +13,7 @@
 //! | signals (SIGHUP, SIGTERM, SIGINT) | control runtime | with the process |
 
 mod acknowledge;
+mod flips;
 mod gauges;
 mod operations;
 mod phases;
@@ -92,6 +94,9 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
     }
     let gauges = AbortOnDropHandle::new(tokio::spawn(gauges::publish(world.clone())));
     let statistics = AbortOnDropHandle::new(tokio::spawn(world.clone().keep_statistics()));
+    let part = world.participant.clone();
+    let beating = AbortOnDropHandle::new(tokio::spawn(part.clone().beat(world.clone())));
+    let taking_part = AbortOnDropHandle::new(tokio::spawn(part.clone().take_part(world.clone())));
     let listener = Listener::start(world.sessions(), &listen)?;
     world.serving();
     asked_to_stop.await;
@@ -102,6 +107,9 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
         tracing::warn!(cut_off, "transactions were still open and were ended");
     }
     drop(statistics);
+    drop(beating);
+    drop(taking_part);
+    part.leave(&world.tandems()).await;
     world.end().await;
     drop(gauges);
     stop.cancel();

@@ -12,17 +12,18 @@ use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
     AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest,
-    ExplainAnswer, HealAnswer, HealRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded, ReloadAnswer,
-    RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    ExplainAnswer, HealAnswer, HealRequest, History, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded,
+    ReloadAnswer, RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest,
+    WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::chain;
-use crate::control::{Phase, Side};
+use crate::control::{Control, Phase, Side};
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::{Plans, events};
 use crate::sql::{ExplainContext, explain};
-use crate::switchover::Tandem;
+use crate::switchover::{Kind, Tandem};
 
 /// An order is carried out at the end of a round; that may take as long as a backlog does.
 const ORDER_MAX: Duration = Duration::from_secs(60);
@@ -68,6 +69,8 @@ impl Operations for World {
             },
             databases,
             gates,
+            switchover: self.under_way(),
+            proxies: self.proxies(),
             last_flip,
             mismatch_log: Some(self.shadows.log().status()),
         }
@@ -79,41 +82,74 @@ impl Operations for World {
 
     async fn switchover(self: Arc<Self>, request: SwitchoverRequest) -> Result<SwitchoverAnswer, String> {
         let _changing = self.transition.lock().await;
+        let now = self.control_now();
+        let to = match request.to {
+            Some(to) => to,
+            None if request.rehearse => now.secondary(),
+            None => return Err("say which side shall be primary".into()),
+        };
         if !request.dry_run {
             self.catch_up_before_flip().await;
         }
         let gates = self.gates().await;
-        let unchanged = |gates| SwitchoverAnswer {
-            gates,
-            flip: None,
-            done: false,
-        };
         if request.dry_run || (request.force.is_none() && gates.iter().any(|gate| !gate.open)) {
-            return Ok(unchanged(gates));
+            return Ok(SwitchoverAnswer {
+                gates,
+                flip: None,
+                done: false,
+            });
         }
-        let wish = match request.to {
+        if now.primary == to {
+            return Err(format!("{to} is primary already"));
+        }
+        let wish = match to {
             Side::New => Phase::Switchover,
             Side::Legacy => Phase::DualRead,
         };
-        if self.control_now().primary == request.to {
-            return Err(format!("{} is primary already", request.to));
+        if request.rehearse {
+            if !now.phase.mirrors() {
+                return Err(format!(
+                    "phase {} mirrors nothing: there is nothing to rehearse",
+                    now.phase
+                ));
+            }
+            let target = Control {
+                phase: wish,
+                primary: to,
+                epoch: now.epoch.next(),
+            };
+            self.flip(Kind::Rehearsal, now, target, request.force).await?;
+        } else {
+            let outcome = self.make_so(wish, request.force).await;
+            self.facts().problem = match &outcome {
+                Ok(_) => self.wish_differs(self.control_now()),
+                Err(why) => Some(why.clone()),
+            };
+            outcome?;
         }
-        let outcome = self.make_so(wish, request.force).await;
-        self.facts().problem = match &outcome {
-            Ok(_) if self.config.load().phase != wish => Some(format!(
-                "the switchover command led to phase {wish}, proxy.yaml still says {}; change it, or the next reload leads back",
-                self.config.load().phase
-            )),
-            Ok(_) => None,
-            Err(why) => Some(why.clone()),
-        };
-        outcome?;
         let flip = self.facts().last_flip.clone();
         Ok(SwitchoverAnswer {
             gates,
             flip,
             done: true,
         })
+    }
+
+    async fn complete(self: Arc<Self>) -> Result<ReloadAnswer, String> {
+        let _changing = self.transition.lock().await;
+        let changed = self.make_so(Phase::Complete, None).await?;
+        if self.config.load().phase != Phase::Complete {
+            self.facts().problem =
+                Some("the migration is complete; proxy.yaml still says otherwise: write phase: complete".into());
+        }
+        Ok(ReloadAnswer {
+            phase: self.control_now().phase,
+            changed,
+        })
+    }
+
+    async fn history(&self) -> Result<History, String> {
+        self.recorded_flips().await
     }
 
     async fn wait_caught_up(&self, timeout: Duration) -> Result<WaitAnswer, String> {

@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
-
 use super::world::World;
-use crate::admin::api::{Flip as FlipRecord, Gate};
+use crate::admin::api::Gate;
 use crate::control::{Control, Phase};
-use crate::switchover::{Abandoned, Flip, Flipped, Plan, gates, plan};
+use crate::switchover::{Kind, Plan, gates, plan};
 
 impl World {
     /// Leads the migration to `wish`; what was done, in words. The caller holds `transition`.
@@ -38,7 +35,7 @@ impl World {
                     primary: to,
                     epoch: now.epoch.next(),
                 };
-                self.flip(now, target, force).await
+                self.flip(Kind::Flip, now, target, force).await
             }
         }
     }
@@ -59,7 +56,7 @@ impl World {
         }
     }
 
-    fn publish(&self, control: Control) -> String {
+    pub(super) fn publish(&self, control: Control) -> String {
         let was = self.control.send_replace(control);
         format!("phase {} -> {}", was.phase, control.phase)
     }
@@ -98,72 +95,10 @@ impl World {
         }
         Ok(vec![
             published,
-            "mirroring has ended and what pgtandem installed was removed; the legacy server is no longer needed by it"
+            "mirroring has ended and what pgtandem installed was removed; only schema pgtandem with a marker is left on legacy".into(),
+            "the legacy server is no longer needed by pgtandem, and nothing keeps writers off it any more: \
+             revoke CONNECT there or stop it, keep its last backup for as long as you must, then switch it off"
                 .into(),
         ])
-    }
-
-    async fn flip(self: &Arc<Self>, from: Control, to: Control, forced: Option<String>) -> Result<Vec<String>, String> {
-        tracing::info!(to = %to.primary, epoch = %to.epoch, forced, "switchover begins");
-        let tandems = self.tandems();
-        let flip = Flip {
-            registry: &self.sessions.registry,
-            tandems: &tandems,
-            from,
-            to,
-            drain_timeout: self.config.load().switchover.drain_timeout,
-            forced: forced.is_some(),
-        };
-        let outcome = flip.run(async || {
-            self.publish(to);
-        });
-        let outcome = outcome.await;
-        let record = record(to, &outcome, forced);
-        self.shadows.note_switchover(&record);
-        self.facts().last_flip = Some(record);
-        match outcome {
-            Ok(flipped) => {
-                tracing::info!(primary = %to.primary, epoch = %to.epoch, held_ms = flipped.held.as_secs_f64() * 1000.0, "switchover done");
-                Ok(vec![format!(
-                    "{} is primary now (epoch {}); {} sessions carried over, transactions held for {:.0} ms",
-                    to.primary,
-                    to.epoch,
-                    flipped.sessions_carried,
-                    flipped.held.as_secs_f64() * 1000.0
-                )])
-            }
-            Err(abandoned) => {
-                tracing::error!(%abandoned, "switchover abandoned; everything goes on as before");
-                Err(format!(
-                    "switchover abandoned, everything goes on as before: {abandoned}"
-                ))
-            }
-        }
-    }
-}
-
-fn record(to: Control, outcome: &Result<Flipped, Abandoned>, forced: Option<String>) -> FlipRecord {
-    let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
-    match outcome {
-        Ok(flipped) => FlipRecord {
-            to: to.primary,
-            at,
-            outcome: "done".into(),
-            forced,
-            steps: flipped.steps.clone(),
-            held_ms: flipped.held.as_secs_f64() * 1000.0,
-            sessions_carried: flipped.sessions_carried,
-            sessions_ended: 0,
-        },
-        Err(abandoned) => FlipRecord {
-            to: to.primary,
-            at,
-            outcome: format!("abandoned: {abandoned}"),
-            forced,
-            steps: Vec::new(),
-            held_ms: 0.0,
-            sessions_carried: 0,
-            sessions_ended: 0,
-        },
     }
 }

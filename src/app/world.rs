@@ -17,7 +17,8 @@ use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
 use crate::session::hooks::{DdlHooks, Hooks, Mirrored, OwnConnections};
-use crate::switchover::{Beginning, CannotBegin, Tandem, recover};
+use crate::switchover::records::Member;
+use crate::switchover::{Beginning, CannotBegin, Participant, Tandem, recover};
 use crate::{journal, session};
 
 /// Between two tries to find out which side is primary.
@@ -36,7 +37,8 @@ pub(super) struct World {
     /// A session wants a database that is not among them.
     look: Arc<Notify>,
     /// Held by whoever changes the phase: one change at a time.
-    pub(super) transition: tokio::sync::Mutex<()>,
+    pub(super) transition: Arc<tokio::sync::Mutex<()>>,
+    pub(super) participant: Arc<Participant>,
     /// Databases that a client is about to drop, and until when they are left alone.
     leaving: Arc<Leaving>,
     facts: Mutex<Facts>,
@@ -115,6 +117,12 @@ impl World {
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
+        let listen: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
+        let participant = Participant::new(Member {
+            id: format!("{:016x}", rand::random::<u64>()),
+            name: crate::apply::this_proxy(),
+            address: listen.join(", "),
+        });
         let world = Arc::new(Self {
             leaving,
             config: ArcSwap::from_pointee(config),
@@ -125,7 +133,8 @@ impl World {
             tandems: ArcSwap::default(),
             names: tandem_names,
             look,
-            transition: tokio::sync::Mutex::default(),
+            transition: Arc::default(),
+            participant,
             facts: Mutex::new(Facts {
                 problem: Some("starting: it is not yet known which side is primary".into()),
                 ..Facts::default()
@@ -192,6 +201,11 @@ impl World {
             }
         }
         self.attend();
+        if let Some(differs) = self.wish_differs(control) {
+            tracing::warn!(differs);
+            self.facts().problem = Some(differs);
+            return Ok(());
+        }
         match self.make_so(wish, None).await {
             Ok(changed) => {
                 self.facts().problem = None;
@@ -212,6 +226,7 @@ impl World {
     /// Asks every database's two sides for what they record.
     async fn look(&self, wish: Phase) -> Result<Control, CannotBegin> {
         let tandems = self.find_tandems(wish).await?;
+        self.settle_flips(&tandems).await?;
         let mut common: Option<(Control, String)> = None;
         for tandem in &tandems {
             let control = loop {
@@ -220,6 +235,8 @@ impl World {
                     Beginning::At(control) => break control,
                     Beginning::Restore { side, epoch } => {
                         tracing::warn!(database = tandem.name(), %side, %epoch, "a switchover was interrupted before its point of no return; going back");
+                        // Its record may have been out of reach a moment ago.
+                        self.settle_flips(&tandems).await?;
                         tandem.restore(side, epoch).await.map_err(CannotBegin::NotYet)?;
                     }
                 }

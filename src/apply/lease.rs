@@ -97,13 +97,45 @@ impl Lease {
 }
 
 /// The name under which this proxy holds the lease. Several may run on one machine.
-pub(super) fn this_proxy() -> String {
+pub(crate) fn this_proxy() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = match host.trim() {
         "" => "an unnamed host",
         host => host,
     };
     format!("pid {} on {host}", std::process::id())
+}
+
+/// How long a server may take to end sessions that it was told to.
+const ENDING_MAX: Duration = Duration::from_secs(5);
+
+/// Ends whatever any proxy's applier of `epoch` has open on this server, and returns when it is
+/// gone. Once the side is primary in a later epoch, none comes back: see `Session::connect`.
+///
+/// # Errors
+/// The server fails, or something is still there.
+pub(crate) async fn depose(server: &tokio_postgres::Client, epoch: Epoch) -> Result<(), String> {
+    let name = format!("pgtandem {}", purpose(epoch));
+    let deadline = tokio::time::Instant::now() + ENDING_MAX;
+    loop {
+        let row = server
+            .query_one(
+                "SELECT count(pg_catalog.pg_terminate_backend(a.pid)) FROM pg_catalog.pg_stat_activity a
+                  WHERE a.application_name = $1 AND a.usename = current_user AND a.pid <> pg_catalog.pg_backend_pid()
+                    AND a.datname = pg_catalog.current_database()",
+                &[&name],
+            )
+            .await
+            .map_err(|error| crate::upstream::control::error_chain(&error))?;
+        let left: i64 = row.get(0);
+        if left == 0 {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(format!("{left} connections of the old direction's applier do not end"));
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Ends what a former holder left running: its process may be gone or cut off while its server

@@ -58,8 +58,10 @@ use std::time::Duration;
 
 pub use direction::{BeginError, begin_direction};
 pub use heal::{HealOrder, Healed};
+pub(crate) use lease::{depose, this_proxy};
 pub use mend::{Mend, MendRows, Mended};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
+pub use sequences::{SequenceError, copy_sequences};
 pub(crate) use session::purpose as applier_purpose;
 pub use status::{
     ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, Verified, WatermarkStatus,

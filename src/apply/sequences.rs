@@ -142,6 +142,57 @@ impl Session {
     }
 }
 
+/// Makes the secondary's sequences equal to the primary's. For a flip, which cannot rely on the
+/// applier: another proxy's copies only now and then.
+///
+/// # Errors
+/// A server failed, the secondary refuses a value, or a client's open DDL has locked a sequence (for
+/// longer than the connections' lock_timeout). Sequences that the secondary has not are left out.
+pub async fn copy_sequences(primary: &Client, secondary: &Client) -> Result<usize, SequenceError> {
+    let here: std::collections::HashSet<(String, String)> = list(secondary).await?.into_iter().collect();
+    let mut names = list(primary).await?;
+    names.retain(|name| here.contains(name));
+    let (wanted, found) = tokio::try_join!(read(primary, &names), read(secondary, &names))?;
+    if let Some((schema, name)) = names
+        .iter()
+        .find(|name| !wanted.contains_key(*name) || !found.contains_key(*name))
+    {
+        return Err(SequenceError(format!(
+            "{schema}.{name} is locked by somebody's open transaction"
+        )));
+    }
+    let changes: Vec<String> = wanted
+        .iter()
+        .filter(|(name, value)| found.get(name) != Some(value))
+        .map(|(name, value)| {
+            format!(
+                "SELECT setval({}::regclass, {}, {})",
+                literal(&qualified(&name.0, &name.1)),
+                value.last,
+                value.called
+            )
+        })
+        .collect();
+    if !changes.is_empty() {
+        secondary
+            .batch_execute(&changes.join("; "))
+            .await
+            .map_err(doing("bring sequences forward"))?;
+    }
+    Ok(changes.len())
+}
+
+/// Why sequences could not be made equal.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct SequenceError(String);
+
+impl From<ApplyError> for SequenceError {
+    fn from(error: ApplyError) -> Self {
+        Self(error.to_string())
+    }
+}
+
 async fn list(client: &Client) -> Result<Vec<(String, String)>, ApplyError> {
     let rows = client.query(LIST, &[]).await.map_err(doing("list sequences"))?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())

@@ -116,6 +116,7 @@ impl Session {
         if journal::read_state(&primary).await?.is_none() {
             return Err(ApplyError::NotInstalled(config.primary.describe()));
         }
+        not_overtaken(&secondary, &config).await?;
         // It may have been away when mirroring began. What is recorded there stays.
         let role = SideRole::from(config.stray_writers);
         journal::install(&mut secondary, config.secondary.side, role, config.epoch).await?;
@@ -288,6 +289,17 @@ async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError
         .await
         .map_err(doing("prepare the connection to the secondary"))?;
     Ok(secondary)
+}
+
+/// A flip ends the connections of the old direction's appliers once it has turned the side that they
+/// write to; one that connects after that must not go on, least of all with sequences.
+async fn not_overtaken(secondary: &Client, config: &ApplierConfig) -> Result<(), ApplyError> {
+    match journal::read_state(secondary).await? {
+        Some(state) if state.role == SideRole::Primary && state.epoch >= config.epoch => Err(ApplyError::Deposed(
+            format!("{} is the primary, in epoch {}", config.secondary.side, state.epoch),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// As a replica, no foreign key and no trigger of the application fires for what is applied.

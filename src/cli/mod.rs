@@ -4,6 +4,7 @@
 
 mod backfill;
 mod check;
+mod complete;
 mod explain;
 mod mismatches;
 mod plans;
@@ -21,7 +22,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::admin::api::ReloadAnswer;
+use crate::admin::api::{ReloadAnswer, SwitchoverRequest};
 use crate::admin::client::AdminClient;
 use crate::app::ServeOptions;
 use crate::config::{Config, parse_duration};
@@ -102,17 +103,35 @@ enum Command {
         #[command(flatten)]
         output: Output,
         /// The side that shall be primary: new or legacy.
-        #[arg(long, value_name = "SIDE")]
-        to: Side,
+        #[arg(long, value_name = "SIDE", required_unless_present_any = ["history", "rehearse"])]
+        to: Option<Side>,
         /// Show the gates and change nothing.
         #[arg(long)]
         dry_run: bool,
+        /// Do all of it up to the point of no return, go back, and tell how long clients were held
+        /// and which sessions were in the way.
+        #[arg(long, conflicts_with = "dry_run")]
+        rehearse: bool,
+        /// Show every switchover and rehearsal that was tried.
+        #[arg(long, conflicts_with_all = ["to", "dry_run", "rehearse", "force"])]
+        history: bool,
         /// Flip although a gate is closed; needs --reason, which is recorded.
         #[arg(long, requires = "reason")]
         force: bool,
         /// Why closed gates may be passed.
         #[arg(long, value_name = "TEXT", requires = "force")]
         reason: Option<String>,
+    },
+    /// End the migration: mirroring stops and what pgtandem installed is removed from both sides.
+    /// There is no way back after it. Exit 1 without --yes, and where clients are still on legacy.
+    Complete {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        output: Output,
+        /// Legacy will no longer be kept in step, and that is meant.
+        #[arg(long)]
+        yes: bool,
     },
     /// Wait until everything committed before this call has been applied to the secondary.
     Wait {
@@ -250,9 +269,24 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             output,
             to,
             dry_run,
+            rehearse,
+            history,
             force: _,
             reason,
-        } => switchover::run(&client(&common)?, output.json, to, dry_run, reason).await,
+        } => {
+            let client = client(&common)?;
+            if history {
+                return switchover::history(&client, output.json).await;
+            }
+            let request = SwitchoverRequest {
+                to,
+                dry_run,
+                rehearse,
+                force: reason,
+            };
+            switchover::run(&client, output.json, request).await
+        }
+        Command::Complete { common, output, yes } => complete::run(&client(&common)?, output.json, yes).await,
         Command::Wait {
             common,
             output,
@@ -372,6 +406,11 @@ mod tests {
         assert!(parse("pgtandem switchover --to new --force").is_err());
         assert!(parse("pgtandem switchover --to new --force --reason checked").is_ok());
         assert!(parse("pgtandem switchover --to elsewhere").is_err());
+        assert!(parse("pgtandem switchover").is_err());
+        assert!(parse("pgtandem switchover --rehearse").is_ok());
+        assert!(parse("pgtandem switchover --rehearse --dry-run").is_err());
+        assert!(parse("pgtandem switchover --history --json").is_ok());
+        assert!(parse("pgtandem switchover --history --to new").is_err());
         assert!(parse("pgtandem wait").is_err());
         assert!(parse("pgtandem check --database shop --sql").is_ok());
         assert!(parse("pgtandem check --sql --json").is_err());

@@ -155,6 +155,19 @@ fn print(status: &Status, problems: &[String]) {
         status.version,
         status.pid
     ));
+    if let Some(under_way) = &status.switchover {
+        let waiting = match under_way.waiting_for.as_slice() {
+            [] => String::new(),
+            names => format!(", waiting for {}", names.join(", ")),
+        };
+        say(&format!(
+            "{} to {} under way: {}{waiting} (led by {})",
+            under_way.kind.as_str(),
+            under_way.to,
+            under_way.step,
+            under_way.coordinator
+        ));
+    }
     if status.wish != status.phase {
         say(&format!("proxy.yaml asks for phase {}", status.wish));
     }
@@ -163,6 +176,21 @@ fn print(status: &Status, problems: &[String]) {
     }
     for database in &status.databases {
         print_database(database);
+    }
+    if !status.proxies.is_empty() {
+        say("\nproxies");
+        for proxy in &status.proxies {
+            say(&format!(
+                "  {}  {}  {}  phase {}, epoch {}, last seen {:.1} s ago, clock {:+.0} ms",
+                proxy.name,
+                proxy.address,
+                proxy.version,
+                proxy.phase,
+                proxy.epoch,
+                proxy.silent_seconds,
+                proxy.clock_offset_ms
+            ));
+        }
     }
     if !status.gates.is_empty() {
         say("\ngates of the next switchover");

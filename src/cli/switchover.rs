@@ -1,25 +1,19 @@
-//! `pgtandem switchover --to new|legacy`
+//! `pgtandem switchover --to new|legacy [--dry-run|--rehearse]`, `switchover --history`
 
 use super::{print_json, say};
-use crate::admin::api::{Flip, Gate, SwitchoverAnswer, SwitchoverRequest};
+use crate::admin::api::{Flip, Gate, History, InTheWay, Kind, SwitchoverAnswer, SwitchoverRequest};
 use crate::admin::client::{AdminClient, AdminError};
-use crate::control::Side;
 
-pub(super) async fn run(
-    client: &AdminClient,
-    json: bool,
-    to: Side,
-    dry_run: bool,
-    force: Option<String>,
-) -> anyhow::Result<bool> {
-    let request = SwitchoverRequest { to, dry_run, force };
+pub(super) async fn run(client: &AdminClient, json: bool, request: SwitchoverRequest) -> anyhow::Result<bool> {
+    let (dry_run, rehearse) = (request.dry_run, request.rehearse);
     let answer: SwitchoverAnswer = match client.post("/api/v1/switchover", &request).await {
         Ok(answer) => answer,
         Err(AdminError::Refused(why)) => {
             if json {
                 print_json(&serde_json::json!({ "error": why }))?;
             } else {
-                eprintln!("not switched over: {why}");
+                let what = if rehearse { "rehearsed" } else { "switched over" };
+                eprintln!("not {what}: {why}");
             }
             return Ok(false);
         }
@@ -46,6 +40,22 @@ pub(super) async fn run(
     Ok(if dry_run { open } else { answer.done })
 }
 
+pub(super) async fn history(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
+    let history: History = client.get("/api/v1/switchover").await?;
+    if json {
+        print_json(&history)?;
+    } else if history.flips.is_empty() {
+        say("no switchover and no rehearsal is recorded");
+    } else {
+        // The latest is what the reader's eye falls on.
+        for flip in history.flips.iter().rev() {
+            print_flip(flip);
+            say("");
+        }
+    }
+    Ok(true)
+}
+
 pub(super) fn print_gates(gates: &[Gate]) {
     let width = gates.iter().map(|gate| gate.name.len()).max().unwrap_or(0);
     for gate in gates {
@@ -58,14 +68,38 @@ pub(super) fn print_gates(gates: &[Gate]) {
 }
 
 pub(super) fn print_flip(flip: &Flip) {
+    let what = match flip.kind {
+        Kind::Flip => "switchover",
+        Kind::Rehearsal => "rehearsal of a switchover",
+    };
     say(&format!(
-        "switchover to {} at {}: {}; transactions were held for {:.0} ms, {} sessions carried over, {} ended",
-        flip.to, flip.at, flip.outcome, flip.held_ms, flip.sessions_carried, flip.sessions_ended
+        "{what} to {} at {} (epoch {}, led by {}): {}; transactions were held for {:.0} ms, {} sessions carried over, {} ended",
+        flip.to,
+        flip.at,
+        flip.epoch,
+        flip.coordinator,
+        flip.outcome,
+        flip.held_ms,
+        flip.sessions_carried,
+        flip.sessions_ended
     ));
     for step in &flip.steps {
-        say(&format!("  {:>8.1} ms  {}", step.ms, step.name));
+        let held = if step.held { "held" } else { "    " };
+        say(&format!("  {:>8.1} ms  {held}  {:9}  {}", step.ms, step.name, step.at));
     }
     if let Some(reason) = &flip.forced {
         say(&format!("  forced: {reason}"));
+    }
+    for proxy in &flip.fenced_out {
+        say(&format!("  fenced out, since it did not answer: {proxy}"));
+    }
+    for InTheWay {
+        proxy,
+        user,
+        application,
+        reason,
+    } in &flip.in_the_way
+    {
+        say(&format!("  in the way: {user} ({application}) on {proxy}: {reason}"));
     }
 }

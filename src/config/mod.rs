@@ -208,6 +208,17 @@ pub enum WhenFull {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Switchover {
     pub drain_timeout: Duration,
+    pub stragglers: Stragglers,
+}
+
+/// What becomes of sessions that are in a flip's way: with a transaction open beyond
+/// `drain_timeout`, or with what cannot be carried over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stragglers {
+    /// They are waited for; the flip is given up.
+    Wait,
+    /// They are ended, with 57P01.
+    End,
 }
 
 /// How existing rows are copied; all of it can be changed while they are.

@@ -17,7 +17,7 @@ use super::reads::RawReads;
 use super::transform::RawTransform;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    MaxRate, Secret, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
+    MaxRate, Secret, Stragglers, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -179,6 +179,10 @@ impl RawConfig {
             mismatch_log: self.mismatch_log.check(path)?,
             switchover: Switchover {
                 drain_timeout: self.switchover.drain_timeout.0,
+                stragglers: match self.switchover.stragglers {
+                    RawStragglers::Wait => Stragglers::Wait,
+                    RawStragglers::End => Stragglers::End,
+                },
             },
             verify: Verify {
                 continuous: self.verify.continuous,
@@ -451,12 +455,21 @@ enum RawWhenFull {
 #[serde(deny_unknown_fields, default)]
 struct RawSwitchover {
     drain_timeout: Seconds,
+    stragglers: RawStragglers,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum RawStragglers {
+    Wait,
+    End,
 }
 
 impl Default for RawSwitchover {
     fn default() -> Self {
         Self {
             drain_timeout: Seconds(Duration::from_secs(5)),
+            stragglers: RawStragglers::Wait,
         }
     }
 }
@@ -655,6 +668,7 @@ databases:
         assert_eq!(config.mismatch_log.key_file, Path::new("/etc/mismatches.key"));
         assert_eq!(config.mismatch_log.fsync, Fsync::Every(Duration::from_secs(1)));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
+        assert_eq!(config.switchover.stragglers, Stragglers::Wait);
         assert_eq!(config.auth.method, AuthMethod::Scram);
         assert_eq!(config.writes, Writes::default());
         assert_eq!(config.verify, Verify::default());
@@ -679,6 +693,10 @@ databases:
             (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
+            (
+                format!("{MINIMAL}switchover: {{ stragglers: kill }}\n"),
+                "unknown variant",
+            ),
             (
                 MINIMAL.replace("postgresql://pgtandem@new", "mysql://pgtandem@new"),
                 ":6:10: new: ",

@@ -33,6 +33,9 @@ pub enum FenceError {
     /// The writers that were still in flight: process id, role, application, state.
     #[error("writers were still in flight after {waited:?}: {writers}")]
     Timeout { waited: Duration, writers: String },
+    /// What was to be recorded with the turn was refused.
+    #[error("somebody else has gone on with it")]
+    Overruled,
     #[error(transparent)]
     Journal(#[from] JournalError),
 }
@@ -90,11 +93,29 @@ impl Fence<'_> {
     /// Turns this side's epoch and role and releases the fence. The sequence changes at once;
     /// it is read by writers only after the lock goes, with the commit that makes it durable.
     pub async fn turn(self, side: SideState) -> Result<(), FenceError> {
+        self.turn_recording(side, None).await
+    }
+
+    /// The same with a query that is run in the same transaction and must answer true, or nothing
+    /// is committed. (The sequence may be turned all the same: it is not transactional.)
+    pub async fn turn_recording(self, side: SideState, record: Option<&str>) -> Result<(), FenceError> {
         let mut state = read_slot_state(&self.transaction)
             .await?
             .ok_or(JournalError::NotInstalled)?;
         state.side = side;
         state.full = false;
+        if let Some(record) = record {
+            // First what may refuse.
+            let row = self
+                .transaction
+                .query_one(record, &[])
+                .await
+                .map_err(doing("record the turn"))?;
+            if !row.get::<_, bool>(0) {
+                self.release().await?;
+                return Err(FenceError::Overruled);
+            }
+        }
         write_slot_state(&self.transaction, state).await?;
         self.transaction.commit().await.map_err(doing("turn the side's role"))?;
         Ok(())

@@ -11,9 +11,9 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 7;
+const VERSION: i32 = 8;
 
-const SCRIPTS: [&str; 7] = [
+const SCRIPTS: [&str; 8] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     include_str!("sql/transform.sql"),
@@ -21,6 +21,7 @@ const SCRIPTS: [&str; 7] = [
     include_str!("sql/ddl.sql"),
     include_str!("sql/quarantine.sql"),
     include_str!("sql/backfill.sql"),
+    include_str!("sql/switchover.sql"),
 ];
 
 /// Where the query of catalog::objects becomes a function.

@@ -19,6 +19,7 @@ pub use completed::{is_completed, mark_completed};
 pub use fence::{Fence, FenceError, fence};
 pub use install::{Installed, install, uninstall};
 pub use state::{SideRole, SideState, SlotState, read_state, set_role};
+pub(crate) use state::{change, read_slot_state, write_slot_state};
 
 use crate::config::StrayWriters;
 
@@ -45,6 +46,8 @@ pub(crate) const LOCK_FENCE: i32 = 1;
 pub(crate) const LOCK_STATE: i32 = 2;
 /// by the one applier, on the secondary, for its session.
 pub(crate) const LOCK_APPLIER: i32 = 3;
+/// by the one proxy that leads a flip, on the side that is primary when it begins, for its session.
+pub(crate) const LOCK_FLIP: i32 = 4;
 
 /// Why an operation on the journal failed.
 #[derive(Debug, thiserror::Error)]

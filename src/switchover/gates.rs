@@ -39,7 +39,8 @@ fn of_database(database: &DatabaseStatus) -> Vec<Gate> {
             None => mirroring.state.clone(),
         },
         "running",
-        mirroring.state == "running",
+        // Another proxy may be the one that applies.
+        mirroring.state == "running" || (mirroring.state == "waiting" && mirroring.applier.is_some()),
     ));
     gates.push(gate(
         "lag",

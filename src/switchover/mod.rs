@@ -1,17 +1,30 @@
 //! Changing the phase, and the flip of the primary.
 //!
-//! [`plan()`], [`recover()`] and [`gates()`] decide, purely; [`Flip`] carries a flip out over the
-//! databases' [`Tandem`]s. The app calls it and publishes the outcome; sessions and appliers see
-//! it there.
+//! [`plan()`], [`recover()`], [`gates()`] and [`machine`] decide, purely. What they decide is
+//! carried out by a [`lead`]er, the proxy that was told to flip, and by every proxy's
+//! [`Participant`], over the databases' [`Tandem`]s; what they tell each other is [`records`] in
+//! both databases. Sessions and appliers see the outcome where the app publishes it.
 
+mod coordinator;
+mod crossing;
+#[cfg(test)]
+mod explore;
 mod gates;
+pub mod machine;
+mod participant;
 mod plan;
-mod procedure;
+mod probe;
+pub mod records;
 mod recover;
+mod report;
+mod resolve;
 mod tandem;
 
+pub use coordinator::{Abandoned, Order, lead};
 pub use gates::gates;
+pub use machine::{Kind, Step};
+pub use participant::{Host, Participant, Sight};
 pub use plan::{Plan, Refusal, plan};
-pub use procedure::{Abandoned, Flip, Flipped};
 pub use recover::{Beginning, CannotBegin, Observed, Recorded, recover};
-pub use tandem::{Drained, Fenced, Tandem};
+pub use resolve::{seat, take_over};
+pub use tandem::Tandem;

@@ -4,15 +4,16 @@
 //! and that is flushed before the new side is turned to primary (epoch + 1). So
 //! * a side that says *primary* is the primary, whatever the other one, even out of reach, may
 //!   say: it would have been turned first;
-//! * two sides that both say *secondary* are a flip interrupted before its point of no return:
-//!   the one with the higher epoch was primary and becomes it again;
+//! * two sides that both say *secondary* are a flip interrupted half-way: the one with the higher
+//!   epoch was primary, and becomes it again unless its record says that the flip was decided
+//!   (then the flip is ended first, see [`super::machine`], and this is not asked);
 //! * two sides that both say *primary* were never written by this procedure (a restored backup,
 //!   a hand at work): nothing is guessed, nobody is served.
 
 use crate::control::{Control, Epoch, Phase, Side};
 
 /// The role a side has recorded for itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Recorded {
     Primary(Epoch),
     Secondary(Epoch),
@@ -63,8 +64,8 @@ pub fn recover(legacy: &Observed, new: &Observed, wish: Phase) -> Result<Beginni
              Decide which one holds the truth and drop schema pgtandem on the other"
                 .into(),
         )),
-        (Role(Primary(epoch)), _) => agreed(Side::Legacy, *epoch, wish),
-        (_, Role(Primary(epoch))) => agreed(Side::New, *epoch, wish),
+        (Role(Primary(epoch)), _) => agreed(Side::Legacy, *epoch),
+        (_, Role(Primary(epoch))) => agreed(Side::New, *epoch),
         (Role(Secondary(legacy)), Role(Secondary(new))) if legacy != new => {
             // Epochs count flips that happened: this one did not, so the other side's still holds,
             // and with it the watermark there.
@@ -104,19 +105,9 @@ fn at(phase: Phase, epoch: Epoch) -> Beginning {
     })
 }
 
-/// The databases record a primary: the wish must name a phase in which that side is primary.
-fn agreed(primary: Side, epoch: Epoch, wish: Phase) -> Result<Beginning, CannotBegin> {
-    if wish.primary() != primary {
-        return contradiction(
-            wish,
-            match primary {
-                Side::Legacy => {
-                    "the databases record legacy as primary; start with dual_write or dual_read, then switch over"
-                }
-                Side::New => "the databases record new as primary; start with switchover, then flip back",
-            },
-        );
-    }
+/// The databases record a primary, and clients belong there whatever the wish: the flip that made
+/// it so may be newer than this proxy's proxy.yaml, and starting a proxy must never flip.
+fn agreed(primary: Side, epoch: Epoch) -> Result<Beginning, CannotBegin> {
     Ok(at(
         match primary {
             Side::Legacy => Phase::DualWrite,
@@ -173,10 +164,10 @@ mod tests {
         check(p.clone(), s.clone(), DualRead, Ok(at(DualWrite, Epoch(4))));
         check(p.clone(), down(), DualRead, Ok(at(DualWrite, Epoch(4))));
         check(p.clone(), s.clone(), Initial, Ok(at(DualWrite, Epoch(4))));
-        check(p.clone(), s.clone(), Switchover, Err("record legacy as primary"));
+        check(p.clone(), s.clone(), Switchover, Ok(at(DualWrite, Epoch(4))));
         check(s.clone(), p.clone(), Switchover, Ok(at(Switchover, Epoch(4))));
         check(down(), p.clone(), Switchover, Ok(at(Switchover, Epoch(4))));
-        check(s.clone(), p.clone(), DualRead, Err("record new as primary"));
+        check(s.clone(), p.clone(), DualRead, Ok(at(Switchover, Epoch(4))));
         check(p.clone(), p.clone(), DualRead, Err("both sides"));
         check(s.clone(), down(), DualRead, Err("new can be reached"));
         check(s.clone(), Nothing, DualRead, Err("none that it is the primary"));

@@ -4,36 +4,26 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::sync::{mpsc, watch};
 use tokio_postgres::Client;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::recover::{Observed, Recorded};
-use crate::admin::api::{self, DatabaseStatus, Lag, Mirroring, ServerStatus, ShadowReads, TableStatus};
-use crate::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus};
+use super::crossing::make_primary_again;
+use super::records::recorded;
+use super::recover::Observed;
+use super::report::{describe_delay, mirroring, watch_servers};
+use crate::admin::api::{DatabaseStatus, ServerStatus, ShadowReads};
+use crate::apply::{self, Applier, ApplierConfig, ApplierState};
 use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
-use crate::journal::{self, SideRole, SideState};
+use crate::journal::{self, SideRole};
 use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOrder};
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
 use crate::transform::check::examine;
 use crate::upstream::control::{connect, error_chain};
-
-/// How often each server is asked whether it is there.
-const WATCH_EVERY: Duration = Duration::from_secs(2);
-/// A server that takes longer to answer that is as good as away.
-const WATCH_ANSWER_MAX: Duration = Duration::from_secs(10);
-/// A last round may take this long even where draining has used up the deadline.
-const LAST_ROUND_MIN: Duration = Duration::from_secs(2);
-/// How long a fence on the side that nobody writes on may take.
-const FENCE_QUIET_SIDE: Duration = Duration::from_secs(2);
-/// Between two looks at a side whose turning was cut off.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// One database, as clients name it, on its two sides.
 pub struct Tandem {
@@ -46,26 +36,6 @@ pub struct Tandem {
     backfill: Arc<Desk>,
     servers: watch::Receiver<[ServerStatus; 2]>,
     _watching: AbortOnDropHandle<()>,
-}
-
-/// Writers are fenced off the old primary while this lives; dropping it lets them go on.
-pub struct Fenced {
-    turn: oneshot::Sender<SideState>,
-    outcome: JoinHandle<Result<(), String>>,
-}
-
-/// Proof that the last round under the fence has been applied. Only [`Tandem::last_round`]
-/// makes one, and only with it can the roles be turned.
-pub struct Drained {
-    fenced: Fenced,
-}
-
-/// Whether a turn that fails may be undone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turning {
-    MayGoBack,
-    /// Another database has been turned already.
-    MustFollow,
 }
 
 impl Tandem {
@@ -97,6 +67,10 @@ impl Tandem {
         &self.pair.name
     }
 
+    pub fn stray_writers(&self) -> StrayWriters {
+        self.stray_writers
+    }
+
     pub fn targets(&self) -> &DatabaseConfig {
         &self.pair.config
     }
@@ -121,10 +95,7 @@ impl Tandem {
             Err(error) => return Observed::Unreachable(error.to_string()),
         };
         match journal::read_state(&client).await {
-            Ok(Some(state)) => Observed::Role(match state.role {
-                SideRole::Primary | SideRole::Off => Recorded::Primary(state.epoch),
-                SideRole::Secondary { .. } | SideRole::Fenced => Recorded::Secondary(state.epoch),
-            }),
+            Ok(Some(state)) => Observed::Role(recorded(state.role, state.epoch)),
             Ok(None) => match journal::is_completed(&client).await {
                 Ok(true) => Observed::Completed,
                 Ok(false) => Observed::Nothing,
@@ -134,10 +105,9 @@ impl Tandem {
         }
     }
 
-    /// Makes a side primary again after a flip that was interrupted before its point of no
-    /// return.
+    /// Makes a side primary again that was turned by a flip of which there is no record.
     pub async fn restore(&self, side: Side, epoch: Epoch) -> Result<(), String> {
-        self.set_state(side, primary_at(epoch)).await
+        make_primary_again(self, side, epoch).await
     }
 
     /// Installs capture on the primary and starts the applier, which installs it on the
@@ -201,7 +171,7 @@ impl Tandem {
         }
     }
 
-    fn start_applier(&self, control: Control) {
+    pub fn start_applier(&self, control: Control) {
         let config = ApplierConfig::new(
             self.targets().target(control.primary).clone(),
             self.targets().target(control.secondary()).clone(),
@@ -364,59 +334,6 @@ impl Tandem {
         }
     }
 
-    /// Waits until no writer is in flight on `side` and lets none begin.
-    pub async fn fence(&self, side: Side, deadline: Instant) -> Result<Fenced, String> {
-        let target = self.targets().target(side).clone();
-        let (raised, is_raised) = oneshot::channel();
-        let (turn, turned) = oneshot::channel();
-        // A task of its own owns the connection whose transaction is the fence.
-        let outcome = tokio::spawn(async move {
-            let mut client = connect(&target, "switchover")
-                .await
-                .map_err(|error| error.to_string())?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let fence = journal::fence(&mut client, left)
-                .await
-                .map_err(|error| error.to_string())?;
-            raised.send(()).ok();
-            match turned.await {
-                Ok(state) => fence.turn(state).await.map_err(|error| error.to_string()),
-                // Dropped: the flip was abandoned.
-                Err(_) => fence.release().await.map_err(|error| error.to_string()),
-            }
-        });
-        if is_raised.await.is_ok() {
-            return Ok(Fenced { turn, outcome });
-        }
-        match outcome.await {
-            Ok(Ok(())) => Err("the fence was not raised".into()),
-            Ok(Err(cause)) => Err(cause),
-            Err(panicked) => Err(panicked.to_string()),
-        }
-    }
-
-    /// Applies what the fenced side has committed, sequences included.
-    ///
-    /// # Errors
-    /// It took too long; or, unless `forced`, the secondary is not equal after it: something was
-    /// put into quarantine since the gates were measured.
-    pub async fn last_round(&self, fenced: Fenced, deadline: Instant, forced: bool) -> Result<Drained, String> {
-        let left = deadline.saturating_duration_since(Instant::now()).max(LAST_ROUND_MIN);
-        self.catch_up(left).await?;
-        let applier = self.applier().ok_or("nothing is mirrored")?;
-        let (held, diverged) = {
-            let status = applier.status();
-            let status = status.borrow();
-            (status.quarantine.transactions, status.diverged)
-        };
-        if !forced && (held > 0 || diverged > 0) {
-            return Err(format!(
-                "after it {held} transactions are in quarantine and {diverged} rows have diverged"
-            ));
-        }
-        Ok(Drained { fenced })
-    }
-
     /// What is in quarantine on the secondary, oldest first.
     pub async fn quarantine(&self, primary: Side) -> Result<Vec<apply::Entry>, String> {
         let target = self.targets().target(primary.other());
@@ -449,104 +366,6 @@ impl Tandem {
         }
     }
 
-    /// Turns the roles: first the old side, then the new one, which is the point of no return.
-    /// Between the two nobody can write, so an error there is not final: what the sides say is
-    /// looked at until one of them is primary.
-    ///
-    /// # Errors
-    /// The roles are as they were; only where they may go back.
-    pub async fn turn(&self, drained: Drained, from: Control, to: Control, mode: Turning) -> Result<(), String> {
-        self.stop_applier().await;
-        let turned = self.turn_both(drained.fenced, from, to, mode).await;
-        self.start_applier(if turned.is_ok() { to } else { from });
-        turned
-    }
-
-    async fn turn_both(&self, fenced: Fenced, from: Control, to: Control, mode: Turning) -> Result<(), String> {
-        while let Err(cause) = self.arm_reverse(to).await {
-            match mode {
-                Turning::MayGoBack => return Err(cause),
-                Turning::MustFollow => self.trouble(&cause).await,
-            }
-        }
-        let Fenced { turn, outcome } = fenced;
-        turn.send(self.secondary_at(to.epoch)).ok();
-        if let Ok(Err(cause)) = outcome.await {
-            // Cut off: whether it was turned is not known, so it is turned again, either way.
-            self.trouble(&cause).await;
-            while let Err(cause) = self.set_state(from.primary, self.secondary_at(to.epoch)).await {
-                self.trouble(&cause).await;
-            }
-        }
-        while let Err(cause) = self.set_state(to.primary, primary_at(to.epoch)).await {
-            self.trouble(&cause).await;
-            if mode == Turning::MayGoBack && self.go_back(from, to).await.is_ok() {
-                return Err(cause);
-            }
-        }
-        Ok(())
-    }
-
-    /// Only once the new side can be told for certain not to be primary may the old one be it.
-    async fn go_back(&self, from: Control, to: Control) -> Result<(), String> {
-        self.set_state(to.primary, self.secondary_at(from.epoch)).await?;
-        while let Err(cause) = self.set_state(from.primary, primary_at(from.epoch)).await {
-            self.trouble(&cause).await;
-        }
-        Ok(())
-    }
-
-    async fn trouble(&self, cause: &str) {
-        tracing::error!(
-            database = self.name(),
-            cause,
-            "turning the roles was cut off; clients wait"
-        );
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
-
-    fn secondary_at(&self, epoch: Epoch) -> SideState {
-        SideState {
-            epoch,
-            role: SideRole::from(self.stray_writers),
-        }
-    }
-
-    /// Makes sure that every table of the new primary is captured, and stores on the old side from
-    /// where its changes are to be applied; nobody writes on either side now.
-    async fn arm_reverse(&self, to: Control) -> Result<(), String> {
-        let primary = connect(self.targets().target(to.primary), "switchover")
-            .await
-            .map_err(|error| error.to_string())?;
-        let report = journal::capture_tables(&primary)
-            .await
-            .map_err(|error| error.to_string())?;
-        let failed = report.failed.iter().map(|(table, _)| table);
-        let missing: Vec<&String> = report.busy.iter().chain(failed).collect();
-        if !missing.is_empty() {
-            return Err(format!(
-                "on {} these tables could not be captured: {missing:?}",
-                to.primary
-            ));
-        }
-        let mut secondary = connect(self.targets().target(to.secondary()), "switchover")
-            .await
-            .map_err(|error| error.to_string())?;
-        apply::begin_direction(&primary, &mut secondary, to.primary, to.epoch)
-            .await
-            .map_err(|error| error.to_string())
-    }
-
-    async fn set_state(&self, side: Side, state: SideState) -> Result<(), String> {
-        let mut client = connect(self.targets().target(side), "switchover")
-            .await
-            .map_err(|error| error.to_string())?;
-        let fence = journal::fence(&mut client, FENCE_QUIET_SIDE)
-            .await
-            .map_err(|error| error.to_string())?;
-        fence.turn(state).await.map_err(|error| error.to_string())
-    }
-
     /// Everything but the shadow reads, which others count.
     pub fn status(&self) -> DatabaseStatus {
         let [legacy, new] = self.servers.borrow().clone();
@@ -559,123 +378,5 @@ impl Tandem {
             acknowledge: None,
             backfill: self.backfill.status(),
         }
-    }
-}
-
-const fn primary_at(epoch: Epoch) -> SideState {
-    SideState {
-        epoch,
-        role: SideRole::Primary,
-    }
-}
-
-/// Why a catch-up takes long, from what the applier says of itself.
-fn describe_delay(status: &ApplierStatus) -> String {
-    match &status.state {
-        ApplierState::Connecting { error: Some(error) } => format!("no connection: {error}"),
-        ApplierState::Connecting { error: None } => "connecting".into(),
-        ApplierState::Waiting => "another proxy holds the applier's lease".into(),
-        ApplierState::Running => format!("{} transactions behind", status.lag.transactions),
-        ApplierState::Failing { error } => format!("rounds fail: {error}"),
-        ApplierState::Halted { error } => error.clone(),
-        ApplierState::Stopped => "the applier is stopped".into(),
-    }
-}
-
-/// The applier's status as the admin API tells it.
-fn mirroring(status: &ApplierStatus) -> Mirroring {
-    let (state, error) = match &status.state {
-        ApplierState::Connecting { error } => ("connecting", error.clone()),
-        ApplierState::Waiting => ("waiting", None),
-        ApplierState::Running => ("running", None),
-        ApplierState::Failing { error } => ("failing", Some(error.clone())),
-        ApplierState::Halted { error } => ("halted", Some(error.clone())),
-        ApplierState::Stopped => ("stopped", None),
-    };
-    let lag = status.lag_now();
-    Mirroring {
-        state: state.into(),
-        error,
-        applier: status.applier.clone(),
-        round: status.round,
-        watermark: status.watermark.as_ref().map(|watermark| watermark.snapshot.clone()),
-        position: status.watermark.as_ref().map(|watermark| watermark.position.clone()),
-        changes_applied: status.changes_applied,
-        transactions_applied: status.transactions_applied,
-        lag: Lag {
-            transactions: lag.transactions,
-            bytes: lag.bytes,
-            seconds: lag.seconds,
-        },
-        journal: api::Journal {
-            bytes: status.journal.bytes,
-            full: status.journal.full,
-            stopped: status.journal.stopped,
-        },
-        tables: status
-            .tables_now()
-            .into_iter()
-            .map(|table| TableStatus {
-                name: format!("{}.{}", table.schema, table.name),
-                seeding: table.seeding.as_str().into(),
-                paused: table.paused,
-                note: table.note,
-                diverged: table.diverged,
-                verified: table.verified,
-            })
-            .collect(),
-        not_mirrored: status
-            .not_mirrored
-            .iter()
-            .map(|object| format!("{}: {}", object.what, object.reason))
-            .collect(),
-        sql_for_dba: status.sql_for_dba.clone(),
-        different: status.different.clone(),
-        one_way: status.one_way.clone(),
-        sequence_errors: status.sequence_errors.clone(),
-        divergences: status.diverged,
-        stray_writes: status.strays,
-        quarantine: api::Quarantine {
-            transactions: status.quarantine.transactions,
-            refused: status.quarantine.refused,
-            changes: status.quarantine.changes,
-            oldest: status.quarantine.oldest.clone(),
-            oldest_seconds: status.quarantine.oldest_seconds,
-            error: status.quarantine.error.clone(),
-        },
-    }
-}
-
-/// Asks both servers from time to time whether they are there, for the status alone: nothing
-/// is decided by it.
-async fn watch_servers(targets: DatabaseConfig, report: watch::Sender<[ServerStatus; 2]>) {
-    loop {
-        let (legacy, new) = tokio::join!(
-            look_at(targets.target(Side::Legacy)),
-            look_at(targets.target(Side::New))
-        );
-        if report.send([legacy, new]).is_err() {
-            return;
-        }
-        tokio::time::sleep(WATCH_EVERY).await;
-    }
-}
-
-async fn look_at(target: &Target) -> ServerStatus {
-    let found = async {
-        let client = connect(target, "watch").await.map_err(|error| error.to_string())?;
-        let row = client.query_one("SHOW server_version", &[]).await;
-        row.map(|row| row.get::<_, String>(0))
-            .map_err(|error| error_chain(&error))
-    };
-    let (version, error) = match tokio::time::timeout(WATCH_ANSWER_MAX, found).await {
-        Ok(Ok(version)) => (Some(version), None),
-        Ok(Err(error)) => (None, Some(error)),
-        Err(_elapsed) => (None, Some(format!("no answer within {WATCH_ANSWER_MAX:?}"))),
-    };
-    ServerStatus {
-        address: format!("{}:{}/{}", target.host, target.port, target.dbname()),
-        version,
-        error,
     }
 }

@@ -1,15 +1,18 @@
 //! The proxy's own connections (catalog, applier, fence), through tokio-postgres and as the
 //! proxy's own role. Clients' sessions never go this way.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_postgres::Client;
+use tokio::sync::Notify;
 use tokio_postgres::config::SslMode as PgSslMode;
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
+use tokio_postgres::{AsyncMessage, Client};
 use tokio_rustls::TlsConnector;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -56,6 +59,11 @@ pub struct ConnectError {
 /// Connects as the proxy's own role. `purpose` becomes part of `application_name`, so that a
 /// DBA sees in `pg_stat_activity` what each connection is for.
 pub async fn connect(target: &Target, purpose: &str) -> Result<Control, ConnectError> {
+    connect_hearing(target, purpose, Arc::default()).await
+}
+
+/// The same, and every notification (of what the connection is told to LISTEN to) is passed on.
+pub async fn connect_hearing(target: &Target, purpose: &str, heard: Arc<Notify>) -> Result<Control, ConnectError> {
     let failed = |cause: String, sqlstate: Option<String>| ConnectError {
         target: target.describe(),
         cause,
@@ -85,19 +93,26 @@ pub async fn connect(target: &Target, purpose: &str) -> Result<Control, ConnectE
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(MakeTls(connector)))
         .await
         .map_err(|_elapsed| failed(format!("no answer within {CONNECT_TIMEOUT:?}"), None))?;
-    let (client, connection) = connected.map_err(|error| {
+    let (client, mut connection) = connected.map_err(|error| {
         let sqlstate = error.code().map(|code| code.code().to_owned());
         failed(error_chain(&error), sqlstate)
     })?;
     let described = target.describe();
     let driver = tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(
-                target = described,
-                error = error_chain(&error),
-                "control connection ended"
-            );
+        loop {
+            match poll_fn(|cx| connection.poll_message(cx)).await {
+                Some(Ok(AsyncMessage::Notification(_))) => heard.notify_one(),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    let error = error_chain(&error);
+                    tracing::debug!(target = described, error, "control connection ended");
+                    break;
+                }
+                None => break,
+            }
         }
+        // Whoever waits for a notification finds out that none will come.
+        heard.notify_one();
     });
     Ok(Control {
         client,

@@ -82,6 +82,10 @@ impl Another {
         self.process = Some(process);
     }
 
+    pub(crate) const fn admin_port(&self) -> u16 {
+        self.admin_port
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.process.as_ref().unwrap().id()
     }

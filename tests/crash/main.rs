@@ -13,6 +13,7 @@ mod rig;
 mod another;
 mod backlog;
 mod fault;
+mod flips;
 mod journal;
 mod primary;
 mod processes;

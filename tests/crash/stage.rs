@@ -39,7 +39,13 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) async fn set(phase: Phase) -> Self {
+        Self::set_with(phase, "").await
+    }
+
+    /// With more lines for proxy.yaml.
+    pub(crate) async fn set_with(phase: Phase, extra: &str) -> Self {
         let mut rig = Rig::new();
+        rig.extra = extra.to_owned();
         let relay = Relay::towards(rig.new.port).await;
         rig.new_port = Some(relay.port);
         rig.serve(phase).await;

@@ -1,0 +1,645 @@
+//! What every proxy does for flips, also its own: it beats, looks at what the two databases
+//! record, and does what [`machine::participate`] says. No proxy speaks to another but through
+//! the databases, over connections that each of them holds to both: notifications wake it, and a
+//! look once a second finds what got lost.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::{Notify, OwnedMutexGuard};
+use tokio::time::{Instant, timeout};
+
+use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
+use super::records::{self, FlipRow, Look, Member, ProxyRow};
+use super::recover::Recorded;
+use super::resolve::{seat, take_over};
+use super::tandem::Tandem;
+use crate::config::{Stragglers, Switchover};
+use crate::control::{Control, Phase, Side};
+use crate::journal;
+use crate::session::{Hold, Registry, State, Straggler, Uncarried};
+use crate::upstream::control::{Control as Connection, connect, connect_hearing, error_chain};
+
+/// Between two beats: a quarter of a second's delay counts for nothing against
+/// [`records::SILENCE_MAX`].
+const BEAT: Duration = Duration::from_millis(500);
+/// Between two looks while nothing is heard, and while clients wait.
+const TICK: Duration = Duration::from_secs(1);
+const TICK_HELD: Duration = Duration::from_millis(50);
+/// A server that takes longer for a look is as good as away.
+const LOOK_MAX: Duration = Duration::from_secs(5);
+/// For what was ended to be gone.
+const ENDING_MAX: Duration = Duration::from_secs(2);
+/// Sessions that are named in a record; the rest are counted.
+const NAMED_MAX: usize = 50;
+
+/// The proxy that takes part.
+pub trait Host: Send + Sync + 'static {
+    fn control(&self) -> Control;
+    fn registry(&self) -> &Registry;
+    fn tandems(&self) -> Arc<Vec<Arc<Tandem>>>;
+    fn policy(&self) -> Switchover;
+    /// `phase:` of proxy.yaml.
+    fn wish(&self) -> Phase;
+    /// Keeps other changes of the phase away, if none is under way.
+    fn try_exclude(&self) -> Option<OwnedMutexGuard<()>>;
+    /// Another proxy has completed the migration.
+    fn completed(&self) -> impl Future<Output = ()> + Send;
+    /// Clients belong there from now on; appliers of the new direction are started.
+    fn adopt(&self, control: Control) -> impl Future<Output = ()> + Send;
+}
+
+/// What was last seen, for the status.
+#[derive(Debug, Clone, Default)]
+pub struct Sight {
+    pub proxies: Vec<ProxyRow>,
+    pub flip: Option<FlipRow>,
+}
+
+/// This proxy's part in flips.
+pub struct Participant {
+    pub me: Member,
+    sight: Mutex<Sight>,
+}
+
+impl Participant {
+    pub fn new(me: Member) -> Arc<Self> {
+        Arc::new(Self {
+            me,
+            sight: Mutex::default(),
+        })
+    }
+
+    pub fn sight(&self) -> Sight {
+        self.sight.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn saw(&self, sight: Sight) {
+        *self.sight.lock().unwrap_or_else(PoisonError::into_inner) = sight;
+    }
+
+    /// Registers and beats, on both sides, as long as it is polled.
+    pub async fn beat(self: Arc<Self>, host: Arc<impl Host>) {
+        tokio::join!(self.beat_on(Side::Legacy, &*host), self.beat_on(Side::New, &*host));
+    }
+
+    async fn beat_on(&self, side: Side, host: &impl Host) {
+        let mut connection: Option<(String, Connection)> = None;
+        loop {
+            let control = host.control();
+            let tandems = host.tandems();
+            if let (true, Some(seat)) = (control.phase.mirrors(), seat(&tandems)) {
+                let beaten = timeout(LOOK_MAX, async {
+                    let (_, client) = match connection.take().filter(|(name, _)| name == seat.name()) {
+                        Some(open) => connection.insert(open),
+                        None => {
+                            let opened = connect(seat.targets().target(side), "registration").await;
+                            connection.insert((seat.name().to_owned(), opened.map_err(|error| error.to_string())?))
+                        }
+                    };
+                    records::beat(client, &self.me, control)
+                        .await
+                        .map_err(|error| error_chain(&error))
+                });
+                if let Err(cause) = beaten.await.unwrap_or_else(|_| Err("no answer".into())) {
+                    tracing::debug!(%side, cause, "not registered for a moment");
+                    connection = None;
+                }
+            } else {
+                connection = None;
+            }
+            tokio::time::sleep(BEAT).await;
+        }
+    }
+
+    /// A proxy that stops says so, and is not waited for.
+    pub async fn leave(&self, tandems: &[Arc<Tandem>]) {
+        let Some(seat) = seat(tandems) else { return };
+        for side in [Side::Legacy, Side::New] {
+            let left = timeout(Duration::from_secs(1), async {
+                if let Ok(client) = connect(seat.targets().target(side), "registration").await {
+                    records::leave(&client, &self.me).await.ok();
+                }
+            });
+            left.await.ok();
+        }
+    }
+
+    /// Takes part in every flip, as long as it is polled.
+    pub async fn take_part(self: Arc<Self>, host: Arc<impl Host>) {
+        let mut part = Part {
+            participant: &self,
+            host: &*host,
+            heard: Arc::new(Notify::new()),
+            links: Default::default(),
+            standing: Standing::Serving,
+            hold: None,
+            exclusive: None,
+            on: host.control().primary,
+        };
+        loop {
+            let tick = if part.hold.is_some() { TICK_HELD } else { TICK };
+            timeout(tick, part.heard.notified()).await.ok();
+            part.turn().await;
+        }
+    }
+}
+
+struct Part<'a, H> {
+    participant: &'a Participant,
+    host: &'a H,
+    heard: Arc<Notify>,
+    /// To the deciding database, on either side; with its name, which may change.
+    links: [Option<(String, Connection)>; 2],
+    standing: Standing<FlipId>,
+    hold: Option<(Hold, Instant)>,
+    exclusive: Option<OwnedMutexGuard<()>>,
+    /// Where the sessions are.
+    on: Side,
+}
+
+/// What was found, and what it was found by.
+struct Found {
+    /// Where clients are, schema pgtandem is not.
+    uninstalled: bool,
+    seen: Seen<u8>,
+    flip: Option<FlipRow>,
+}
+
+/// How waiting for open transactions ended.
+enum Drain {
+    Done,
+    Stragglers(Vec<Straggler>),
+    /// The flip was, meanwhile.
+    GivenUp,
+}
+
+/// A side that could not be asked says nothing; one that was may have nothing to say.
+type Asked = Option<Look>;
+
+impl<H: Host> Part<'_, H> {
+    async fn turn(&mut self) {
+        let control = self.host.control();
+        if !control.phase.mirrors() {
+            self.links = Default::default();
+            return;
+        }
+        if self.hold.is_none() {
+            self.on = control.primary;
+        }
+        let Some(found) = self.look(control).await else { return };
+        if found.uninstalled && self.hold.is_none() && self.is_completed(control).await {
+            self.host.completed().await;
+            return;
+        }
+        let standing = self.numbered(found.flip.as_ref());
+        let act = machine::participate(control.epoch, standing, &found.seen);
+        match (act, found.flip) {
+            (Act::Wait, _) | (Act::Prepare | Act::Hold | Act::TakeOver, None) => {}
+            (Act::Prepare, Some(flip)) => self.prepare(&flip).await,
+            (Act::Hold, Some(flip)) => self.hold(&flip).await,
+            (Act::Release, _) => self.release().await,
+            (Act::Adopt(side, epoch), flip) => {
+                let led = flip.filter(|flip| flip.to.epoch == epoch && flip.to.primary == side);
+                let phase = led.as_ref().map_or_else(|| self.phase_for(side), |flip| flip.to.phase);
+                self.adopt(Control {
+                    phase,
+                    primary: side,
+                    epoch,
+                })
+                .await;
+            }
+            (Act::TakeOver, Some(flip)) => self.take_over(&flip).await,
+        }
+    }
+
+    /// Legacy carries the marker of a migration that is over.
+    async fn is_completed(&mut self, control: Control) -> bool {
+        if control.primary != Side::New {
+            return false;
+        }
+        match self.link(Side::Legacy).await {
+            Ok(legacy) => journal::is_completed(legacy).await.unwrap_or(false),
+            Err(_) => false,
+        }
+    }
+
+    /// The machine compares flips, which here have names.
+    fn numbered(&self, flip: Option<&FlipRow>) -> Standing<u8> {
+        let number = |id: &FlipId| u8::from(flip.is_none_or(|flip| flip.id != *id));
+        match &self.standing {
+            Standing::Serving => Standing::Serving,
+            Standing::Prepared(id) => Standing::Prepared(number(id)),
+            Standing::Held(id) => Standing::Held(number(id)),
+        }
+    }
+
+    fn phase_for(&self, side: Side) -> Phase {
+        let wish = self.host.wish();
+        match side {
+            _ if wish.primary() == side && wish.mirrors() => wish,
+            Side::New => Phase::Switchover,
+            Side::Legacy => Phase::DualWrite,
+        }
+    }
+
+    /// Asks the side that this proxy takes for the primary, and the other one where that does not
+    /// settle it. `None`: nothing could be found out.
+    async fn look(&mut self, control: Control) -> Option<Found> {
+        let here = self.ask(control.primary, true).await;
+        let settled = here.as_ref().is_some_and(|look| {
+            look.role == Some(Recorded::Primary(control.epoch))
+                && look
+                    .flip
+                    .as_ref()
+                    .is_none_or(|flip| flip.step.is_open() || flip.step == Step::Aborted)
+        });
+        let there = if settled {
+            None
+        } else {
+            self.ask(control.primary.other(), false).await
+        };
+        let primary_by = |look: &Asked, side: Side| match look.as_ref().and_then(|look| look.role) {
+            Some(Recorded::Primary(epoch)) => Some((side, epoch)),
+            _ => None,
+        };
+        let newest = primary_by(&here, control.primary)
+            .into_iter()
+            .chain(primary_by(&there, control.primary.other()))
+            .max_by_key(|(_, epoch)| *epoch);
+        let uninstalled = here.as_ref().is_some_and(|look| look.role.is_none());
+        let flip = match (here, there) {
+            (Some(here), there) => match here.flip {
+                // What it says of itself may be old where others have gone on twice.
+                Some(flip) => Some(flip),
+                None => there.and_then(|there| there.flip),
+            },
+            // Its copy tells less, and only what has happened.
+            (None, Some(there)) if newest.is_some() => there.flip,
+            (None, _) => return None,
+        };
+        Some(Found {
+            uninstalled,
+            seen: Seen {
+                flip: flip.as_ref().map(|flip| FlipSeen {
+                    id: 0,
+                    step: flip.step,
+                    epoch: flip.to.epoch,
+                    orphaned: flip.orphaned,
+                }),
+                primary: newest,
+            },
+            flip,
+        })
+    }
+
+    async fn ask(&mut self, side: Side, tell: bool) -> Asked {
+        let asked = timeout(LOOK_MAX, async {
+            let client = self.link(side).await?;
+            let look = records::look(client).await.map_err(|error| error_chain(&error))?;
+            let proxies = match tell && look.role.is_some() {
+                true => Some(records::proxies(client).await.map_err(|error| error_chain(&error))?),
+                false => None,
+            };
+            Ok::<_, String>((look, proxies))
+        })
+        .await
+        .unwrap_or_else(|_| Err("no answer".into()));
+        match asked {
+            Ok((look, proxies)) => {
+                if let Some(proxies) = proxies {
+                    let flip = look.flip.clone();
+                    self.participant.saw(Sight { proxies, flip });
+                }
+                Some(look)
+            }
+            Err(cause) => {
+                tracing::debug!(%side, cause, "cannot be asked");
+                self.links[side as usize] = None;
+                None
+            }
+        }
+    }
+
+    async fn link(&mut self, side: Side) -> Result<&Connection, String> {
+        let tandems = self.host.tandems();
+        let seat = seat(&tandems).ok_or("there is no database")?;
+        let slot = &mut self.links[side as usize];
+        if slot
+            .as_ref()
+            .is_none_or(|(name, client)| name != seat.name() || client.is_closed())
+        {
+            let client = connect_hearing(seat.targets().target(side), "switchover", self.heard.clone())
+                .await
+                .map_err(|error| error.to_string())?;
+            client
+                .batch_execute(&format!("SET synchronous_commit = off; LISTEN {}", records::CHANNEL))
+                .await
+                .map_err(|error| error_chain(&error))?;
+            *slot = Some((seat.name().to_owned(), client));
+        }
+        slot.as_ref()
+            .map(|(_, client)| client)
+            .ok_or_else(|| "no connection".into())
+    }
+
+    /// Says something on the side that decides; its coordinator reads it there.
+    async fn answer(&mut self, flip: &FlipRow, word: &str, detail: Value) {
+        let me = self.participant.me.clone();
+        for side in [flip.from, flip.to.primary] {
+            let said = match self.link(side).await {
+                Ok(client) => records::answer(client, &me, &flip.id, word, &detail)
+                    .await
+                    .map_err(|error| error_chain(&error)),
+                Err(cause) => Err(cause),
+            };
+            if let Err(cause) = said {
+                tracing::warn!(%side, word, cause, "not answered");
+            }
+        }
+    }
+
+    fn is_ours(&self, flip: &FlipRow) -> bool {
+        flip.coordinator == self.participant.me.name
+    }
+
+    /// Other changes of the phase wait until this is over; those that are under way go first. The
+    /// coordinator has seen to that for its own proxy.
+    fn exclude(&mut self, flip: &FlipRow) -> bool {
+        if !self.is_ours(flip) && self.exclusive.is_none() {
+            self.exclusive = self.host.try_exclude();
+            if self.exclusive.is_none() {
+                tracing::info!("a change of the phase is under way and goes first");
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn prepare(&mut self, flip: &FlipRow) {
+        if !self.exclude(flip) {
+            return;
+        }
+        self.standing = Standing::Prepared(flip.id.clone());
+        let began = Instant::now();
+        let prepared = self.host.registry().prepare(flip.to.primary).await;
+        let waits = self.host.policy().stragglers == Stragglers::Wait && flip.kind == Kind::Flip;
+        let mut detail = json!({
+            "opened": prepared.opened,
+            "ms": ms(began),
+            "in_the_way": in_the_way(&prepared.uncarriable),
+            "failed": in_the_way(&prepared.failed),
+        });
+        let refusal = match (&prepared.failed[..], &prepared.uncarriable[..]) {
+            ([], uncarriable) if uncarriable.is_empty() || !waits => None,
+            ([], uncarriable) => Some(format!(
+                "{} sessions cannot be carried over, the first: {}",
+                uncarriable.len(),
+                first(uncarriable)
+            )),
+            (failed, _) => Some(format!(
+                "{} sessions have no connection to the other side, the first: {}",
+                failed.len(),
+                first(failed)
+            )),
+        };
+        match refusal {
+            Some(why) => {
+                detail["why"] = json!(why);
+                self.answer(flip, "refused", detail).await;
+            }
+            None => self.answer(flip, "prepared", detail).await,
+        }
+    }
+
+    /// Holds, waits for open transactions, carries over; or says what was in the way.
+    async fn hold(&mut self, flip: &FlipRow) {
+        if !self.exclude(flip) {
+            return;
+        }
+        let began = Instant::now();
+        let hold = self.host.registry().hold();
+        self.standing = Standing::Held(flip.id.clone());
+        self.hold = Some((hold, began));
+        let (mut ended, mut stayed) = (Vec::new(), Vec::new());
+        let drain = self.drain(flip).await;
+        let given_up = matches!(drain, Drain::GivenUp);
+        if let Drain::Stragglers(stragglers) = drain {
+            let named = json!(stragglers.iter().take(NAMED_MAX).map(straggling).collect::<Vec<_>>());
+            let why = format!(
+                "{} sessions still had a transaction open after {:?}, the first: {}",
+                stragglers.len(),
+                self.host.policy().drain_timeout,
+                stragglers.first().map_or_else(String::new, |session| format!(
+                    "{} ({}), process {}",
+                    session.user, session.application, session.pid
+                ))
+            );
+            if !self.may_end(flip) {
+                let detail = json!({ "why": why, "in_the_way": named, "drain_ms": ms(began) });
+                self.answer(flip, "refused", detail).await;
+                return;
+            }
+            ended = stragglers.iter().map(straggling).collect();
+            self.end_stragglers(&stragglers, flip).await;
+        }
+        if given_up {
+            return;
+        }
+        let drained = ms(began);
+        let Some((hold, _)) = &self.hold else { return };
+        let stay = self.host.registry().carry_over(hold, flip.to.primary).await;
+        self.on = flip.to.primary;
+        if !stay.is_empty() {
+            if flip.kind == Kind::Flip && !self.may_end(flip) {
+                let why = format!(
+                    "{} sessions cannot be carried over, the first: {}",
+                    stay.len(),
+                    first(&stay)
+                );
+                let detail = json!({ "why": why, "in_the_way": in_the_way(&stay) });
+                self.answer(flip, "refused", detail).await;
+                return;
+            }
+            stayed = in_the_way(&stay);
+            if self.may_end(flip) {
+                self.end_uncarried(&stay, flip.to.primary);
+                ended.append(&mut stayed);
+            }
+        }
+        let detail = json!({
+            "drain_ms": drained,
+            "carry_ms": ms(began) - drained,
+            "sessions": self.host.registry().len(),
+            "in_the_way": stayed,
+            "ended": ended,
+        });
+        self.answer(flip, "held", detail).await;
+    }
+
+    fn may_end(&self, flip: &FlipRow) -> bool {
+        self.host.policy().stragglers == Stragglers::End && flip.kind == Kind::Flip
+    }
+
+    /// Waits for open transactions, unless the flip is given up meanwhile.
+    async fn drain(&mut self, flip: &FlipRow) -> Drain {
+        let deadline = Instant::now() + self.host.policy().drain_timeout;
+        loop {
+            let Some((hold, _)) = &self.hold else {
+                return Drain::GivenUp;
+            };
+            let until = deadline.min(Instant::now() + TICK_HELD * 4);
+            match self.host.registry().drained(hold, until).await {
+                Ok(()) => return Drain::Done,
+                Err(stragglers) if Instant::now() >= deadline => return Drain::Stragglers(stragglers),
+                Err(_) => {
+                    let seen = self.ask(flip.from, false).await.and_then(|look| look.flip);
+                    if seen.is_some_and(|seen| seen.id != flip.id || seen.step == Step::Aborted) {
+                        return Drain::GivenUp;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn end_stragglers(&self, stragglers: &[Straggler], flip: &FlipRow) {
+        let registry = self.host.registry();
+        for session in stragglers {
+            tracing::warn!(
+                user = session.user,
+                application = session.application,
+                pid = session.pid,
+                "ended for a switchover"
+            );
+        }
+        let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
+        let reason = format!(
+            "terminating connection: its transaction was open for longer than switchover.drain_timeout ({:?}) while the primary is switched over to {}",
+            self.host.policy().drain_timeout,
+            flip.to.primary
+        );
+        registry.end(&ids, &reason);
+        if let Some((hold, _)) = &self.hold {
+            registry.drained(hold, Instant::now() + ENDING_MAX).await.ok();
+        }
+    }
+
+    fn end_uncarried(&self, stay: &[Uncarried], to: Side) {
+        for session in stay {
+            tracing::warn!(
+                user = session.user,
+                reason = session.reason,
+                "a session cannot be carried over and is ended"
+            );
+            let reason = format!(
+                "terminating connection: the primary is switched over to {to}, and this session cannot be carried over: {}",
+                session.reason
+            );
+            self.host.registry().end(&[session.id], &reason);
+        }
+    }
+
+    /// Everything as before: nothing was decided.
+    async fn release(&mut self) {
+        let primary = self.host.control().primary;
+        let mut held_ms = 0.0;
+        if let Some((hold, since)) = self.hold.take() {
+            if self.on != primary {
+                let lost = self.host.registry().carry_over(&hold, primary).await;
+                self.end_uncarried(&lost, primary);
+            }
+            drop(hold);
+            held_ms = ms(since);
+        }
+        self.over(held_ms).await;
+    }
+
+    /// Clients belong on another side, or have for a while.
+    async fn adopt(&mut self, control: Control) {
+        let since = match &self.hold {
+            Some((_, since)) => *since,
+            None => {
+                let hold = self.host.registry().hold();
+                let since = Instant::now();
+                let deadline = since + self.host.policy().drain_timeout;
+                if let Err(stragglers) = self.host.registry().drained(&hold, deadline).await {
+                    let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
+                    let reason = format!("terminating connection: the primary is {} now", control.primary);
+                    self.host.registry().end(&ids, &reason);
+                    self.host
+                        .registry()
+                        .drained(&hold, Instant::now() + ENDING_MAX)
+                        .await
+                        .ok();
+                }
+                self.hold = Some((hold, since));
+                since
+            }
+        };
+        if self.on != control.primary
+            && let Some((hold, _)) = &self.hold
+        {
+            let stay = self.host.registry().carry_over(hold, control.primary).await;
+            self.end_uncarried(&stay, control.primary);
+        }
+        self.on = control.primary;
+        self.host.adopt(control).await;
+        tracing::info!(primary = %control.primary, epoch = %control.epoch, held_ms = ms(since), "clients belong there now");
+        self.hold = None;
+        self.over(ms(since)).await;
+    }
+
+    /// Connections that are not needed any more are closed, and the coordinator hears how long
+    /// clients were held.
+    async fn over(&mut self, held_ms: f64) {
+        self.host.registry().settle();
+        self.exclusive = None;
+        let standing = std::mem::replace(&mut self.standing, Standing::Serving);
+        if let Standing::Prepared(id) | Standing::Held(id) = standing {
+            let me = self.participant.me.clone();
+            let detail = json!({ "held_ms": held_ms, "sessions": self.host.registry().len() });
+            for side in [Side::Legacy, Side::New] {
+                if let Ok(client) = self.link(side).await {
+                    records::answer(client, &me, &id, "released", &detail).await.ok();
+                }
+            }
+        }
+    }
+
+    async fn take_over(&self, flip: &FlipRow) {
+        let why = format!("its coordinator, {}, was lost", flip.coordinator);
+        match take_over(&self.host.tandems(), flip, &self.participant.me.name, &why).await {
+            Ok(step) => tracing::warn!(flip = flip.id, %step, why, "took over a switchover"),
+            Err(cause) => tracing::debug!(flip = flip.id, cause, "a switchover cannot be taken over yet"),
+        }
+        self.heard.notify_one();
+    }
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+fn in_the_way(sessions: &[Uncarried]) -> Vec<Value> {
+    sessions
+        .iter()
+        .take(NAMED_MAX)
+        .map(|session| json!({ "user": session.user, "application": session.application, "reason": session.reason }))
+        .collect()
+}
+
+fn straggling(session: &Straggler) -> Value {
+    let reason = match session.state {
+        State::Opening => "it is connecting",
+        State::InTransaction => "it is idle in a transaction",
+        _ => "a statement is running",
+    };
+    json!({ "user": session.user, "application": session.application, "pid": session.pid, "reason": reason })
+}
+
+fn first(sessions: &[Uncarried]) -> String {
+    sessions.first().map_or_else(String::new, |session| {
+        format!("{} ({}): {}", session.user, session.application, session.reason)
+    })
+}
