@@ -436,3 +436,25 @@ async fn what_follows_the_rows_survives_a_deadlock() {
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = 'shop'";
     assert_eq!(rig.value(Side::New, deadlocks).await, "1");
 }
+
+/// The rows of no table are there while the applier has not reached the new side yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_follows_the_rows_waits_where_mirroring_has_just_begun() {
+    let mut rig = Rig::new();
+    rig.write_config(Phase::Initial);
+    let schema = "CREATE TABLE a (id int PRIMARY KEY, v int); CREATE INDEX ON a (v); INSERT INTO a VALUES (1, 1)";
+    let legacy = rig.direct(Side::Legacy, APP).await;
+    legacy.batch_execute(schema).await.unwrap();
+    rig.check(&["schema", "copy", "--before-rows"], 0, "1 statements follow the rows");
+    rig.new.stop("fast").unwrap();
+    rig.write_config(Phase::DualWrite);
+    rig.spawn_proxy();
+    rig.until(|status| status.phase == Phase::DualWrite).await;
+    rig.kill_proxy();
+    rig.new.start_again().unwrap();
+    rig.check(
+        &["schema", "copy", "--after-rows"],
+        1,
+        "0 statements that follow the rows were run, 1 wait",
+    );
+}

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use tokio_postgres::Client;
+use serde_json::{Value, json};
+use tokio_postgres::{Client, Row};
 
 use super::session::read_watermark;
 use super::{ApplyError, doing};
@@ -49,7 +50,9 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
             "UPDATE pgtandem.captured c
                 SET schema = s.schema, name = s.name, shape = s.shape, filenode = s.filenode,
                     attributes = s.attributes, attribute_count = s.attribute_count, names = s.names
-               FROM pgtandem.shape s WHERE s.rel = c.rel",
+               FROM pgtandem.shape s
+              WHERE s.rel = c.rel AND (s.schema, s.name, s.shape, s.filenode, s.attributes, s.attribute_count, s.names)
+                    IS DISTINCT FROM (c.schema, c.name, c.shape, c.filenode, c.attributes, c.attribute_count, c.names)",
         )
         .await
         .map_err(doing("refresh the captured tables"))?;
@@ -82,31 +85,18 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .batch_execute("SET LOCAL synchronous_commit = on; DELETE FROM pgtandem.seeding")
         .await
         .map_err(doing("begin the new direction"))?;
-    for row in &tables {
-        let (rel, old): (Oid, Oid) = (row.get(0), row.get(1));
-        let local = table_of(old);
-        let mut texts: [Option<&str>; 8] = [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get(index));
-        let (has_way_back, exact): (bool, bool) = (row.get(11), row.get(12));
-        if faces.contains_key(&old) && !has_way_back {
-            (texts[2], texts[3]) = (Some("unseeded"), Some(NO_WAY_BACK));
-        } else if !exact && texts[2] == Some("synced") {
-            // Compared when the new direction begins; what the inverse gives need not be what was
-            // there before (a dropped column).
-            (texts[2], texts[4]) = (Some("unseeded"), Some(COMPUTED_BACK));
-        }
-        let filenode: Oid = row.get(9);
-        transaction
-            .execute(
-                "INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, note, columns, shape, attributes, filenode)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-                &[
-                    &rel, &local, &texts[0], &texts[1], &texts[2], &texts[3], &texts[4], &texts[5], &texts[6], &texts[7],
-                    &filenode,
-                ],
-            )
-            .await
-            .map_err(doing("record the new direction's tables"))?;
-    }
+    let recorded: Vec<Value> = tables.iter().map(|row| turned_round(row, &faces)).collect();
+    // All at once: clients are held meanwhile.
+    transaction
+        .execute(
+            "INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes)
+             SELECT rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes
+               FROM pg_catalog.json_to_recordset($1::text::json) AS t(rel oid, local oid, schema text, name text, state text, paused text,
+                    note text, columns text, shape text, filenode oid, attributes text)",
+            &[&Value::from(recorded).to_string()],
+        )
+        .await
+        .map_err(doing("record the new direction's tables"))?;
     // A forced flip leaves what is in quarantine, or was discarded, on the old primary only.
     transaction
         .execute(
@@ -135,6 +125,28 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         .await
         .map_err(doing("store the first watermark"))?;
     transaction.commit().await.map_err(doing("begin the new direction"))
+}
+
+/// A row of `pgtandem.seeding` for the new direction, from what the old one knew of the table.
+fn turned_round(row: &Row, faces: &HashMap<Oid, Oid>) -> Value {
+    let (rel, old): (Oid, Oid) = (row.get(0), row.get(1));
+    let local = faces.get(&old).copied().unwrap_or(old);
+    let [schema, name, state, paused, note, columns, shape, attributes] =
+        [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get::<_, Option<&str>>(index));
+    let (has_way_back, exact): (bool, bool) = (row.get(11), row.get(12));
+    let (state, paused, note) = if faces.contains_key(&old) && !has_way_back {
+        (Some("unseeded"), Some(NO_WAY_BACK), note)
+    } else if !exact && state == Some("synced") {
+        // Compared when the new direction begins; what the inverse gives need not be what was
+        // there before (a dropped column).
+        (Some("unseeded"), paused, Some(COMPUTED_BACK))
+    } else {
+        (state, paused, note)
+    };
+    json!({
+        "rel": rel, "local": local, "schema": schema, "name": name, "state": state, "paused": paused, "note": note,
+        "columns": columns, "shape": shape, "filenode": row.get::<_, Oid>(9), "attributes": attributes,
+    })
 }
 
 /// Why a table is not mirrored after a forced flip.

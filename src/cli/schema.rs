@@ -99,7 +99,7 @@ pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
                     ));
                 }
                 if !before_rows {
-                    all &= build_rest(&name, &new).await?;
+                    all &= build_rest(&name, &legacy, &new).await?;
                 }
             }
             Ok(all)
@@ -128,9 +128,15 @@ pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
 }
 
 /// True where nothing is left.
-async fn build_rest(database: &str, new: &Target) -> anyhow::Result<bool> {
-    let mut client = connect(new, "schema copy").await?;
-    let built = copy::rest::build(&mut client, None)
+async fn build_rest(database: &str, legacy: &Target, new: &Target) -> anyhow::Result<bool> {
+    let (legacy, mut client) = tokio::try_join!(connect(legacy, "schema copy"), connect(new, "schema copy"))?;
+    let mirrored = "SELECT pg_catalog.to_regclass('pgtandem.side') IS NOT NULL";
+    let mirrored = legacy
+        .query_one(mirrored, &[])
+        .await
+        .context("look whether legacy is mirrored")?
+        .get(0);
+    let built = copy::rest::build(&mut client, None, mirrored)
         .await
         .context("build what follows the rows")?;
     say(&format!(

@@ -142,7 +142,7 @@ impl Crossing {
         forced: bool,
     ) -> Result<(Drained, Value), String> {
         let began = Instant::now();
-        self.tandem.catch_up(patience.max(LAST_ROUND_MIN)).await?;
+        self.tandem.round_after_now(patience.max(LAST_ROUND_MIN)).await?;
         let applied = began.elapsed();
         let applier = self.tandem.applier().ok_or("nothing is mirrored")?;
         let (held, diverged) = {

@@ -325,10 +325,23 @@ impl Tandem {
         journal::uninstall(&mut client).await.map_err(|error| error.to_string())
     }
 
-    /// Returns when a round that began after this call has been applied.
+    /// Returns when a round that began after this call has been applied, and the sequences copied.
     pub async fn catch_up(&self, timeout: Duration) -> Result<(), String> {
+        self.within(timeout, Applier::catch_up).await
+    }
+
+    /// The same without the sequences.
+    pub async fn round_after_now(&self, timeout: Duration) -> Result<(), String> {
+        self.within(timeout, Applier::round_after_now).await
+    }
+
+    async fn within(
+        &self,
+        timeout: Duration,
+        round: impl AsyncFnOnce(&Applier) -> Result<apply::Cut, apply::Stopped>,
+    ) -> Result<(), String> {
         let applier = self.applier().ok_or("nothing is mirrored")?;
-        match tokio::time::timeout(timeout, applier.catch_up()).await {
+        match tokio::time::timeout(timeout, round(&applier)).await {
             Ok(Ok(_cut)) => Ok(()),
             Ok(Err(stopped)) => Err(stopped.to_string()),
             Err(_elapsed) => Err(describe_delay(&applier.status().borrow())),

@@ -379,7 +379,7 @@ impl Job {
             let name = format!("{}.{}", table.plan.schema, table.plan.name);
             note_unbuilt(
                 &mut self.unbuilt,
-                rest::build(&mut self.ledger, Some(&name)).await?.failed,
+                rest::build(&mut self.ledger, Some(&name), true).await?.failed,
             );
             let (state, why) = ledger::finish(&mut self.ledger, table.plan.rel, table.counts.failed).await?;
             table.stage = match state {
@@ -407,7 +407,7 @@ impl Job {
     /// What `schema copy` left for after the rows, of tables that had none to copy.
     async fn build_the_rest(&mut self) -> Result<(), Stop> {
         self.unbuilt.clear();
-        let built = rest::build(&mut self.ledger, None).await?;
+        let built = rest::build(&mut self.ledger, None, true).await?;
         note_unbuilt(&mut self.unbuilt, built.failed);
         Ok(())
     }

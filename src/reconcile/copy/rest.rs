@@ -38,15 +38,19 @@ pub struct Built {
 }
 
 /// Runs what can be run, in order. `finished` (`schema.name`) counts as a table whose rows are in,
-/// besides those that are synced. Where nothing is mirrored (the proxy has installed nothing yet),
-/// nothing is waited for: whoever asks has brought the rows, or wants no backfill.
+/// besides those that are synced. Where nothing is `mirrored`, nothing is waited for: whoever asks
+/// has brought the rows, or wants no backfill.
 ///
 /// # Errors
 /// Of the connection, and those that pass by themselves (a lock that somebody holds) but have not
 /// in [`ATTEMPTS`].
-pub async fn build(client: &mut Client, finished: Option<&str>) -> Result<Built, tokio_postgres::Error> {
+pub async fn build(
+    client: &mut Client,
+    finished: Option<&str>,
+    mirrored: bool,
+) -> Result<Built, tokio_postgres::Error> {
     let mut built = Built::default();
-    let Some(missing_rows) = tables_without_rows(client, finished).await? else {
+    let Some(missing_rows) = tables_without_rows(client, finished, mirrored).await? else {
         return Ok(built);
     };
     let rows = client
@@ -78,6 +82,7 @@ pub async fn build(client: &mut Client, finished: Option<&str>) -> Result<Built,
 async fn tables_without_rows(
     client: &Client,
     finished: Option<&str>,
+    mirrored: bool,
 ) -> Result<Option<BTreeSet<String>>, tokio_postgres::Error> {
     let there = client
         .query_one(
@@ -88,14 +93,21 @@ async fn tables_without_rows(
     if !there.get::<_, bool>(0) {
         return Ok(None);
     }
-    if !there.get::<_, bool>(1) {
+    if !mirrored {
         return Ok(Some(BTreeSet::new()));
     }
+    // The applier installs this side when it first reaches it; until then no table has its rows.
+    let unless_synced = if there.get::<_, bool>(1) {
+        "AND NOT EXISTS (SELECT FROM pgtandem.seeding s WHERE s.schema = n.nspname AND s.name = c.relname AND s.state = 'synced')"
+    } else {
+        ""
+    };
     let rows = client
         .query(
-            "SELECT n.nspname || '.' || c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-              WHERE c.relkind = 'r' AND n.nspname NOT LIKE 'pg\\_%'
-                AND NOT EXISTS (SELECT FROM pgtandem.seeding s WHERE s.schema = n.nspname AND s.name = c.relname AND s.state = 'synced')",
+            &format!(
+                "SELECT n.nspname || '.' || c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                  WHERE c.relkind = 'r' AND n.nspname NOT LIKE 'pg\\_%' {unless_synced}"
+            ),
             &[],
         )
         .await?;
