@@ -202,3 +202,62 @@ async fn what_the_role_may_not_is_said_as_sql_for_a_dba() {
     rig.wait_caught_up().await;
     rig.assert_equal().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gates_close_on_what_was_measured_and_are_passed_by_a_reason_only() {
+    let mut rig = Rig::new();
+    let thresholds = "{ verified_within: 1h, prepared: 1ms, shadow_match_rate: 99 }";
+    rig.extra = format!("reads: {{ shadow_percent: 100 }}\nswitchover: {{ gates: {thresholds} }}");
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    let dry_run = ["switchover", "--to", "new", "--dry-run"];
+    rig.check(
+        &dry_run,
+        1,
+        "public.t never was (required: every table found equal within 60 min)",
+    );
+    rig.check(
+        &dry_run,
+        1,
+        "there were no compared reads alike (required: at least 99 %)",
+    );
+    rig.check(&["verify"], 0, "");
+    let open = |status: &Status, name: &str| {
+        let gate = status.gates.iter().find(|gate| gate.name == format!("shop: {name}"));
+        gate.is_some_and(|gate| gate.open)
+    };
+    rig.until(|status| open(status, "verification")).await;
+    // Until the table is known to the shadow, reads of it are not compared.
+    let mut tries = 0;
+    while !open(&rig.status().await.unwrap(), "shadow match rate") {
+        tries += 1;
+        assert!(tries < 1200, "{:#?}", rig.status().await);
+        client.query("SELECT * FROM t", &[]).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    rig.check(&dry_run, 0, "the flip could begin");
+
+    // It holds no lock of ours, so that only the gate is in the way.
+    client
+        .batch_execute("BEGIN; SELECT pg_current_xact_id(); PREPARE TRANSACTION 'forgotten'")
+        .await
+        .unwrap();
+    rig.check(&dry_run, 1, "forgotten for");
+    rig.check(
+        &["switchover", "--to", "new"],
+        1,
+        "nothing was changed: a gate is closed",
+    );
+    let force = ["switchover", "--to", "new", "--force", "--reason", "asked its owner"];
+    rig.check(&force, 0, "forced: asked its owner");
+    rig.check(&["switchover", "--history"], 0, "forced: asked its owner");
+    assert_eq!(rig.status().await.unwrap().primary, Side::New);
+    let legacy = rig.direct(Side::Legacy, APP).await;
+    legacy.batch_execute("ROLLBACK PREPARED 'forgotten'").await.unwrap();
+    rig.assert_equal().await;
+}

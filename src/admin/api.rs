@@ -110,6 +110,28 @@ pub struct ServerStatus {
     pub version: Option<String>,
     /// Why it cannot be reached, where it cannot.
     pub error: Option<String>,
+    /// The transaction of this database that has been prepared (PREPARE TRANSACTION) for longest.
+    #[serde(default)]
+    pub prepared: Option<OldestPrepared>,
+    /// The last write that came here past pgtandem while this side was the secondary.
+    #[serde(default)]
+    pub stray: Option<LastStray>,
+    /// Tables that are not captured here, and that the proxy's role may not capture.
+    #[serde(default)]
+    pub uncapturable: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OldestPrepared {
+    pub gid: String,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LastStray {
+    pub seconds: f64,
+    /// Role, application and table.
+    pub who: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -50,7 +50,7 @@ impl Operations for World {
             (facts.problem.clone(), facts.last_flip.clone())
         };
         let gates = if control.phase.mirrors() {
-            crate::switchover::gates(&databases)
+            self.gates_of(&databases)
         } else {
             Vec::new()
         };

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use time::OffsetDateTime;
+
 use super::world::World;
-use crate::admin::api::Gate;
+use crate::admin::api::{DatabaseStatus, Gate};
 use crate::control::{Control, Phase};
-use crate::switchover::{Kind, Plan, gates, plan};
+use crate::switchover::{Kind, Measured, Plan, gates, plan};
 
 impl World {
     /// Leads the migration to `wish`; what was done, in words. The caller holds `transition`.
@@ -40,9 +42,23 @@ impl World {
         }
     }
 
-    /// The measured conditions of a switchover.
+    /// The conditions of a switchover, measured now.
     pub(super) async fn gates(&self) -> Vec<Gate> {
-        gates(&self.databases().await)
+        let tandems = self.tandems();
+        let looking = tandems.iter().map(|tandem| tandem.look_at_servers());
+        futures_util::future::join_all(looking).await;
+        self.gates_of(&self.databases().await)
+    }
+
+    /// The conditions of a switchover, by what the status has.
+    pub(super) fn gates_of(&self, databases: &[DatabaseStatus]) -> Vec<Gate> {
+        gates(&Measured {
+            databases,
+            proxies: &self.proxies(),
+            primary: self.control_now().primary,
+            thresholds: &self.config.load().switchover.gates,
+            now: OffsetDateTime::now_utc(),
+        })
     }
 
     /// An applier that has just started, or is a little behind, is no reason to refuse: it is

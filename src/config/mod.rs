@@ -3,6 +3,7 @@
 //!
 //! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
 
+mod gates;
 mod mismatch_log;
 mod raw;
 mod reads;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use gates::Gates;
 pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
 pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
@@ -205,10 +207,11 @@ pub enum WhenFull {
     StopMirroring,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Switchover {
     pub drain_timeout: Duration,
     pub stragglers: Stragglers,
+    pub gates: Gates,
 }
 
 /// What becomes of sessions that are in a flip's way: with a transaction open beyond

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, de};
 
+use super::gates::RawGates;
 use super::mismatch_log::RawMismatchLog;
 use super::reads::RawReads;
 use super::transform::RawTransform;
@@ -183,6 +184,7 @@ impl RawConfig {
                     RawStragglers::Wait => Stragglers::Wait,
                     RawStragglers::End => Stragglers::End,
                 },
+                gates: self.switchover.gates.into(),
             },
             verify: Verify {
                 continuous: self.verify.continuous,
@@ -456,6 +458,7 @@ enum RawWhenFull {
 struct RawSwitchover {
     drain_timeout: Seconds,
     stragglers: RawStragglers,
+    gates: RawGates,
 }
 
 #[derive(Deserialize)]
@@ -470,6 +473,7 @@ impl Default for RawSwitchover {
         Self {
             drain_timeout: Seconds(Duration::from_secs(5)),
             stragglers: RawStragglers::Wait,
+            gates: RawGates::default(),
         }
     }
 }
@@ -643,6 +647,7 @@ impl<'de> Deserialize<'de> for Percent {
 mod tests {
     use super::*;
     use crate::chain::Fsync;
+    use crate::config::Gates;
 
     const MINIMAL: &str = "
 phase: dual_write
@@ -669,9 +674,24 @@ databases:
         assert_eq!(config.mismatch_log.fsync, Fsync::Every(Duration::from_secs(1)));
         assert_eq!(config.switchover.drain_timeout, Duration::from_secs(5));
         assert_eq!(config.switchover.stragglers, Stragglers::Wait);
+        assert_eq!(config.switchover.gates, Gates::default());
         assert_eq!(config.auth.method, AuthMethod::Scram);
         assert_eq!(config.writes, Writes::default());
         assert_eq!(config.verify, Verify::default());
+    }
+
+    #[test]
+    fn thresholds_of_the_gates() {
+        let gates = "{ lag: 500ms, verified_within: 24h, shadow_match_rate: 99.9, no_strays_for: 1h }";
+        let config = check(&format!("{MINIMAL}switchover: {{ gates: {gates} }}\n")).unwrap();
+        let expected = Gates {
+            lag: Duration::from_millis(500),
+            verified_within: Some(Duration::from_secs(86_400)),
+            shadow_match_rate: Some(99.9),
+            no_strays_for: Some(Duration::from_secs(3600)),
+            ..Gates::default()
+        };
+        assert_eq!(config.switchover.gates, expected);
     }
 
     #[test]
@@ -693,6 +713,15 @@ databases:
             (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
+            (format!("{MINIMAL}switchover: {{ gates: {{ lag: 2 }} }}\n"), "500ms"),
+            (
+                format!("{MINIMAL}switchover: {{ gates: {{ shadow_coverage: 101 }} }}\n"),
+                "0 to 100",
+            ),
+            (
+                format!("{MINIMAL}switchover: {{ gates: {{ canary: 1 }} }}\n"),
+                "unknown field",
+            ),
             (
                 format!("{MINIMAL}switchover: {{ stragglers: kill }}\n"),
                 "unknown variant",

@@ -18,10 +18,11 @@ pub mod records;
 mod recover;
 mod report;
 mod resolve;
+mod servers;
 mod tandem;
 
 pub use coordinator::{Abandoned, Order, lead};
-pub use gates::gates;
+pub use gates::{Measured, gates};
 pub use machine::{Kind, Step};
 pub use participant::{Host, Participant, Sight};
 pub use plan::{Plan, Refusal, plan};

@@ -1,19 +1,7 @@
-//! What the status tells of a database: its two servers, its mirroring.
+//! What the status tells of a database's mirroring.
 
-use std::time::Duration;
-
-use tokio::sync::watch;
-
-use crate::admin::api::{self, Lag, Mirroring, ServerStatus, TableStatus};
+use crate::admin::api::{self, Lag, Mirroring, TableStatus};
 use crate::apply::{ApplierState, ApplierStatus};
-use crate::config::{DatabaseConfig, Target};
-use crate::control::Side;
-use crate::upstream::control::{connect, error_chain};
-
-/// How often each server is asked whether it is there.
-const WATCH_EVERY: Duration = Duration::from_secs(2);
-/// A server that takes longer to answer that is as good as away.
-const WATCH_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// Why a catch-up takes long, from what the applier says of itself.
 pub(super) fn describe_delay(status: &ApplierStatus) -> String {
@@ -89,39 +77,5 @@ pub(super) fn mirroring(status: &ApplierStatus) -> Mirroring {
             oldest_seconds: status.quarantine.oldest_seconds,
             error: status.quarantine.error.clone(),
         },
-    }
-}
-
-/// Asks both servers from time to time whether they are there, for the status alone: nothing
-/// is decided by it.
-pub(super) async fn watch_servers(targets: DatabaseConfig, report: watch::Sender<[ServerStatus; 2]>) {
-    loop {
-        let (legacy, new) = tokio::join!(
-            look_at(targets.target(Side::Legacy)),
-            look_at(targets.target(Side::New))
-        );
-        if report.send([legacy, new]).is_err() {
-            return;
-        }
-        tokio::time::sleep(WATCH_EVERY).await;
-    }
-}
-
-async fn look_at(target: &Target) -> ServerStatus {
-    let found = async {
-        let client = connect(target, "watch").await.map_err(|error| error.to_string())?;
-        let row = client.query_one("SHOW server_version", &[]).await;
-        row.map(|row| row.get::<_, String>(0))
-            .map_err(|error| error_chain(&error))
-    };
-    let (version, error) = match tokio::time::timeout(WATCH_ANSWER_MAX, found).await {
-        Ok(Ok(version)) => (Some(version), None),
-        Ok(Err(error)) => (None, Some(error)),
-        Err(_elapsed) => (None, Some(format!("no answer within {WATCH_ANSWER_MAX:?}"))),
-    };
-    ServerStatus {
-        address: format!("{}:{}/{}", target.host, target.port, target.dbname()),
-        version,
-        error,
     }
 }

@@ -11,7 +11,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::crossing::make_primary_again;
 use super::records::recorded;
 use super::recover::Observed;
-use super::report::{describe_delay, mirroring, watch_servers};
+use super::report::{describe_delay, mirroring};
+use super::servers;
 use crate::admin::api::{DatabaseStatus, ServerStatus, ShadowReads};
 use crate::apply::{self, Applier, ApplierConfig, ApplierState};
 use crate::catalog::PINNED_SETTINGS;
@@ -34,7 +35,7 @@ pub struct Tandem {
     verify: Verify,
     applier: Mutex<Option<Arc<Applier>>>,
     backfill: Arc<Desk>,
-    servers: watch::Receiver<[ServerStatus; 2]>,
+    servers: watch::Sender<[ServerStatus; 2]>,
     _watching: AbortOnDropHandle<()>,
 }
 
@@ -48,8 +49,8 @@ impl Tandem {
         verify: Verify,
         backfill: Backfill,
     ) -> Arc<Self> {
-        let (report, servers) = watch::channel(Default::default());
-        let watching = tokio::spawn(watch_servers(pair.config.clone(), report));
+        let servers = watch::Sender::default();
+        let watching = tokio::spawn(servers::watch(pair.config.clone(), servers.clone()));
         Arc::new(Self {
             pair,
             journal,
@@ -377,6 +378,12 @@ impl Tandem {
         if let Some(applier) = self.applier() {
             applier.go_on();
         }
+    }
+
+    /// Asks both servers anew what a switchover depends on; [`Self::status`] tells it.
+    pub async fn look_at_servers(&self) {
+        let looked = servers::look(&self.pair.config).await;
+        self.servers.send_replace(looked);
     }
 
     /// Everything but the shadow reads, which others count.

@@ -8,7 +8,7 @@ use crate::rig::{APP, Rig};
 
 async fn pair_with(strays: &str) -> (Rig, Another) {
     let mut rig = Rig::new();
-    rig.extra = format!("stray_writers: {strays}");
+    rig.extra = format!("stray_writers: {strays}\nswitchover: {{ gates: {{ no_strays_for: 1h }} }}");
     rig.serve(Phase::DualWrite).await;
     let other = Another::beside(&rig, Phase::DualWrite).await;
     let schema = "CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1), (2, 2)";
@@ -43,6 +43,7 @@ async fn refused_with_a_word_where_to_go() {
     let status = rig.status().await.unwrap();
     assert_eq!(mirroring(&status).stray_writes, 0);
     assert_eq!(rig.command(&["status"]).status.code(), Some(0));
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 0, "none recorded");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,6 +69,8 @@ async fn reported_by_every_proxy() {
         rig.value(Side::New, recorded).await,
         "app public.t INSERT 2, app public.t UPDATE 1"
     );
+    let gate = rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "none within 60 min");
+    assert!(gate.contains("app () on public.t"), "{gate}");
     // The applier's own writes are none, and rounds go on.
     rig.client()
         .await
