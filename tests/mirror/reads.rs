@@ -19,7 +19,9 @@ async fn rig() -> Rig {
 }
 
 /// What is known of the reads once none is waiting.
-async fn settled(rig: &Rig) -> ShadowReport {
+async fn settled(rig: &Rig, client: &Client) -> ShadowReport {
+    // A read is counted right after its answer, and before the session's next one.
+    client.simple_query("").await.unwrap();
     loop {
         let answer: ShadowsAnswer = rig.admin().get("/api/v1/shadows").await.unwrap();
         let report = answer.databases[DATABASE].clone();
@@ -34,7 +36,7 @@ async fn settled(rig: &Rig) -> ShadowReport {
 async fn known(rig: &Rig, client: &Client) {
     loop {
         client.simple_query("select count(*) from item").await.unwrap();
-        if settled(rig).await.totals.counts.matched > 0 {
+        if settled(rig, client).await.totals.counts.matched > 0 {
             return;
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -115,7 +117,7 @@ async fn reads_of_every_form_are_compared() {
     ] {
         copied(&client, sql).await;
     }
-    let report = settled(&rig).await;
+    let report = settled(&rig, &client).await;
     assert_eq!(report.totals.counts.mismatched, 0, "{report:#?}");
     for (text, executions) in [
         ("select name from item where id = ?", 3),
@@ -169,7 +171,11 @@ async fn reads_of_every_form_are_compared() {
         ] {
             client.simple_query(sql).await.unwrap();
         }
-        assert_eq!(settled(&rig).await.totals.counts.mismatched, mismatched, "{fetch}");
+        assert_eq!(
+            settled(&rig, &client).await.totals.counts.mismatched,
+            mismatched,
+            "{fetch}"
+        );
     }
 }
 
@@ -256,17 +262,17 @@ async fn every_reason_against_a_comparison_is_counted() {
         (&["select 1 from no_such_table"], "unknown_relation"),
         (&["copy item to '/no/such/directory/file'"], "copy_to_server"),
     ] {
-        let before = settled(&rig).await.totals.counts;
+        let before = settled(&rig, &client).await.totals.counts;
         for sql in statements {
             // Some are errors, which are answers like others.
             client.simple_query(sql).await.ok();
         }
-        let after = settled(&rig).await.totals.counts;
+        let after = settled(&rig, &client).await.totals.counts;
         let count = |counts: &pgtandem::shadow::ReadCounts| counts.not_comparable.get(reason).copied().unwrap_or(0);
         assert!(count(&after) > count(&before), "{statements:?} {reason}: {after:?}");
     }
     // All of it is in the coverage, with its reason.
-    let report = settled(&rig).await;
+    let report = settled(&rig, &client).await;
     let coverage = &report.coverage;
     assert!(
         coverage.fingerprints > coverage.fingerprints_compared && coverage.executions > coverage.executions_compared
@@ -407,7 +413,7 @@ async fn a_storm_and_a_late_applier_make_no_mismatch() {
         .unwrap();
     rig.wait_caught_up().await;
     known(&rig, &client).await;
-    let mut before = settled(&rig).await.totals.counts;
+    let mut before = settled(&rig, &client).await.totals.counts;
     for (at, lag) in [0, 50, 500].into_iter().enumerate() {
         let late = with_lag(&rig, lag).await;
         let mut workers = tokio::task::JoinSet::new();
@@ -415,7 +421,7 @@ async fn a_storm_and_a_late_applier_make_no_mismatch() {
             workers.spawn(rage(rig.client().await, SEED + 10 * at as u64 + worker, 60));
         }
         workers.join_all().await;
-        let after = settled(&rig).await.totals.counts;
+        let after = settled(&rig, &client).await.totals.counts;
         late.abort();
         assert_eq!(after.mismatched, 0, "lag {lag} ms: {after:?}");
         assert!(after.compared > before.compared + 50, "lag {lag} ms: {after:?}");
@@ -428,11 +434,10 @@ async fn a_storm_and_a_late_applier_make_no_mismatch() {
         .batch_execute("update account set balance = balance + 1 where id = 7")
         .await
         .unwrap();
-    rig.client()
-        .await
+    client
         .query("select sum(balance), count(*) from account", &[])
         .await
         .unwrap();
-    assert_eq!(settled(&rig).await.totals.counts.mismatched, 1);
+    assert_eq!(settled(&rig, &client).await.totals.counts.mismatched, 1);
     assert!(rig.direct(Side::New, APP).await.simple_query("select 1").await.is_ok());
 }
