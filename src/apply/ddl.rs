@@ -9,7 +9,7 @@ use super::ApplyError;
 use super::doing;
 use super::plan::{DdlRecord, TableRecord};
 use super::session::Session;
-use super::tables::{Tables, record_pause};
+use super::tables::record_pause;
 use crate::catalog::objects::Objects;
 use crate::catalog::quote::{identifier, literal, qualified};
 use crate::catalog::{Oid, PINNED_SETTINGS};
@@ -61,21 +61,6 @@ impl Session {
             .map_err(doing("forget dropped tables"))?;
         self.sequences.forget();
         self.tables_stale = true;
-        Ok(())
-    }
-
-    /// What DDL of this round has left, where rows follow it. Not after every statement: a script
-    /// that makes a thousand tables would read them all a thousand times.
-    pub(super) async fn refresh_tables(&mut self) -> Result<(), ApplyError> {
-        if self.tables_stale {
-            self.reload_tables().await?;
-        }
-        Ok(())
-    }
-
-    pub(super) async fn reload_tables(&mut self) -> Result<(), ApplyError> {
-        self.tables = Tables::load(&self.secondary).await?;
-        self.tables_stale = false;
         Ok(())
     }
 

@@ -166,8 +166,23 @@ impl Session {
         session.heed_halt().await?;
         session.load_held(None).await?;
         session.summarize_quarantine().await?;
-        session.tables = Tables::load(&session.secondary).await?;
+        session.reload_tables().await?;
         Ok(session)
+    }
+
+    pub(super) async fn reload_tables(&mut self) -> Result<(), ApplyError> {
+        self.tables = Tables::load(&self.secondary).await?;
+        self.tables_stale = false;
+        Ok(())
+    }
+
+    /// What DDL of this round has left, where rows follow it. Not after every statement: a script
+    /// that makes a thousand tables would read them all a thousand times.
+    pub(super) async fn refresh_tables(&mut self) -> Result<(), ApplyError> {
+        if self.tables_stale {
+            self.reload_tables().await?;
+        }
+        Ok(())
     }
 
     async fn load_watermark(&mut self) -> Result<(), ApplyError> {

@@ -520,7 +520,7 @@ impl Task {
                 first = false;
             }
             if self.shared.tables_changed.swap(false, Ordering::SeqCst) {
-                session.tables = super::tables::Tables::load(&session.secondary).await?;
+                session.reload_tables().await?;
                 session.load_held(None).await?;
             }
             let (outcome, exported) = session.round(request.is_some() || mending.is_some()).await?;
@@ -608,7 +608,7 @@ impl Task {
                 ))
                 .await
                 .map_err(doing("mark all tables for seeding"))?;
-            session.tables = super::tables::Tables::load(&session.secondary).await?;
+            session.reload_tables().await?;
         }
         let strays = count_strays(&session.secondary).await?;
         session.summarize_quarantine().await?;

@@ -1,35 +1,15 @@
 //! `pgtandem complete --yes`
 
-use super::{print_json, say};
-use crate::admin::api::{ReloadAnswer, Status};
-use crate::admin::client::{AdminClient, AdminError};
+use super::change_phase;
+use crate::admin::api::Status;
+use crate::admin::client::AdminClient;
 use crate::control::Phase;
 
 pub(super) async fn run(client: &AdminClient, json: bool, yes: bool) -> anyhow::Result<bool> {
     if !yes {
         return refuse(client).await;
     }
-    let answer: ReloadAnswer = match client.post("/api/v1/complete", &()).await {
-        Ok(answer) => answer,
-        Err(AdminError::Refused(why)) => {
-            if json {
-                print_json(&serde_json::json!({ "error": why }))?;
-            } else {
-                eprintln!("not completed: {why}");
-            }
-            return Ok(false);
-        }
-        Err(other) => return Err(other.into()),
-    };
-    if json {
-        print_json(&answer)?;
-    } else {
-        say(&format!("phase {}", answer.phase));
-        for change in &answer.changed {
-            say(&format!("  {change}"));
-        }
-    }
-    Ok(true)
+    change_phase(client, "/api/v1/complete", json, ["phase", "not completed"]).await
 }
 
 /// Says what it would do.

@@ -339,14 +339,24 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
 }
 
 async fn reload(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
+    change_phase(client, "/api/v1/reload", json, ["reloaded; phase", "not reloaded"]).await
+}
+
+/// Has the proxy change something, and tells what it did (`done`) or why it did not (`refused`).
+async fn change_phase(
+    client: &AdminClient,
+    path: &str,
+    json: bool,
+    [done, refused]: [&str; 2],
+) -> anyhow::Result<bool> {
     use crate::admin::client::AdminError;
-    let answer: ReloadAnswer = match client.post("/api/v1/reload", &()).await {
+    let answer: ReloadAnswer = match client.post(path, &()).await {
         Ok(answer) => answer,
         Err(AdminError::Refused(why)) => {
             if json {
                 print_json(&serde_json::json!({ "error": why }))?;
             } else {
-                eprintln!("not reloaded: {why}");
+                eprintln!("{refused}: {why}");
             }
             return Ok(false);
         }
@@ -355,7 +365,7 @@ async fn reload(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
     if json {
         print_json(&answer)?;
     } else {
-        say(&format!("reloaded; phase {}", answer.phase));
+        say(&format!("{done} {}", answer.phase));
         for change in &answer.changed {
             say(&format!("  {change}"));
         }

@@ -302,6 +302,15 @@ async fn flipped(bed: &Bed, transform: &Arc<Transform>, applier: &Applier, to: S
     Arc::new(applier)
 }
 
+/// As if what legacy holds had been there before capture began.
+async fn forget_capture(bed: &Bed) {
+    bed.admin(Side::Legacy)
+        .await
+        .batch_execute("TRUNCATE pgtandem.change_0; UPDATE pgtandem.captured SET was_empty = false")
+        .await
+        .unwrap();
+}
+
 #[tokio::test]
 async fn there_and_back() {
     let (bed, transform) = bed("transform_back", LEGACY, NEW, mapping()).await;
@@ -311,11 +320,7 @@ async fn there_and_back() {
         .batch_execute("INSERT INTO kunden (name, preis, fax) SELECT 'old ' || g, g / 4.0, 'f' FROM generate_series(1, 3000) g; INSERT INTO sales.orders SELECT g FROM generate_series(1000, 3000) g")
         .await
         .unwrap();
-    bed.admin(Side::Legacy)
-        .await
-        .batch_execute("TRUNCATE pgtandem.change_0; UPDATE pgtandem.captured SET was_empty = false")
-        .await
-        .unwrap();
+    forget_capture(&bed).await;
     let applier = Arc::new(apply::spawn(config(&bed, &transform)));
     caught_up(&applier).await;
 
@@ -450,11 +455,7 @@ async fn a_table_is_split() {
         .batch_execute("INSERT INTO orders SELECT g, g, 'n' || g FROM generate_series(1, 500) g")
         .await
         .unwrap();
-    bed.admin(Side::Legacy)
-        .await
-        .batch_execute("TRUNCATE pgtandem.change_0; UPDATE pgtandem.captured SET was_empty = false")
-        .await
-        .unwrap();
+    forget_capture(&bed).await;
     let applier = Arc::new(apply::spawn(config(&bed, &transform)));
     caught_up(&applier).await;
     let writes = async {
