@@ -6,6 +6,7 @@
 mod reads;
 mod rig;
 
+use pgtandem::admin::api::Status;
 use pgtandem::control::{Phase, Side};
 use rig::storm::{SCHEMA, Storm};
 use rig::{APP, Rig};
@@ -156,7 +157,7 @@ async fn a_restarted_proxy_believes_the_databases_and_not_its_file() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn complete_removes_what_was_installed_and_is_final() {
-    let rig = Rig::serving(Phase::DualWrite).await;
+    let mut rig = Rig::serving(Phase::DualWrite).await;
     let client = rig.client().await;
     client
         .batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
@@ -170,7 +171,30 @@ async fn complete_removes_what_was_installed_and_is_final() {
             .contains("switchover")
     );
     rig.set_phase(Phase::Switchover).await.unwrap();
-    rig.set_phase(Phase::Complete).await.unwrap();
+    // Not by a reload that does not say so, nor by a signal, nor by starting a proxy.
+    rig.write_config(Phase::Complete);
+    rig.check(&["reload"], 1, "pgtandem reload --yes");
+    let hangup = format!("kill -HUP {}", rig.proxy_pid());
+    let refused = rig.log().matches("pgtandem reload --yes").count();
+    std::process::Command::new("sh").args(["-c", &hangup]).status().unwrap();
+    while rig.log().matches("pgtandem reload --yes").count() == refused {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    rig.kill_proxy();
+    rig.spawn_proxy();
+    let asks = |status: &Status| {
+        let problem = status.problem.as_deref();
+        problem.is_some_and(|problem| problem.contains("pgtandem reload --yes"))
+    };
+    rig.until(|status| status.phase == Phase::Switchover && asks(status))
+        .await;
+    let client = rig.client().await;
+    client.batch_execute("INSERT INTO t VALUES (10)").await.unwrap();
+    rig.wait_caught_up().await;
+    assert_eq!(rig.value(Side::Legacy, "SELECT count(*) FROM t").await, "2");
+    client.batch_execute("DELETE FROM t WHERE id = 10").await.unwrap();
+    rig.wait_caught_up().await;
+    rig.check(&["reload", "--yes"], 0, "complete");
     client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
     assert_eq!(rig.value(Side::New, "SELECT count(*) FROM t").await, "2");
     assert_eq!(rig.value(Side::Legacy, "SELECT count(*) FROM t").await, "1");

@@ -71,6 +71,23 @@ pub struct Proxy {
     pub silent_seconds: f64,
     /// Of its clock from the primary's.
     pub clock_offset_ms: f64,
+    /// Clients' sessions through it.
+    #[serde(default)]
+    pub sessions: usize,
+    /// Those that a switchover could not carry over, as it looked a few seconds ago; the first fifty.
+    #[serde(default)]
+    pub in_the_way: Vec<SessionInTheWay>,
+}
+
+/// A session that a switchover could not carry over as it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionInTheWay {
+    pub user: String,
+    pub application: String,
+    /// The client's.
+    pub address: String,
+    pub database: String,
+    pub reason: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -119,6 +136,46 @@ pub struct ServerStatus {
     /// Tables that are not captured here, and that the proxy's role may not capture.
     #[serde(default)]
     pub uncapturable: Vec<String>,
+    /// The database's size, indexes and journal included.
+    #[serde(default)]
+    pub database_bytes: Option<u64>,
+    #[serde(default)]
+    pub connections: Option<Connections>,
+    /// Clients' connections to this database, of the proxies and past them; the gate says which are.
+    #[serde(skip)]
+    pub clients: Vec<Client>,
+}
+
+/// How many connections a server takes, and has.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Connections {
+    /// `max_connections` without those that are reserved.
+    pub limit: i64,
+    pub used: i64,
+    /// Where ALTER DATABASE … CONNECTION LIMIT sets one.
+    pub database: Option<ConnectionLimit>,
+    /// Where ALTER ROLE … CONNECTION LIMIT sets one.
+    pub roles: BTreeMap<String, ConnectionLimit>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct ConnectionLimit {
+    pub limit: i64,
+    pub used: i64,
+}
+
+/// A client's connection as its server shows it.
+#[derive(Debug, Clone)]
+pub struct Client {
+    pub pid: i32,
+    pub user: String,
+    pub application: String,
+    /// Where the proxy's role may see it.
+    pub address: Option<String>,
+    /// Since it connected, where the proxy's role may see it.
+    pub seconds: Option<f64>,
+    /// It has written in its open transaction.
+    pub writing: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -7,7 +7,7 @@
 //! | `GET /readyz` | 200 when clients can be served, else 503 and why |
 //! | `GET /metrics` | Prometheus text |
 //! | `GET /api/v1/status` | [`api::Status`] |
-//! | `POST /api/v1/reload` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not |
+//! | `POST /api/v1/reload?yes=true` | reads proxy.yaml again: [`api::ReloadAnswer`], or 422 and why not; `yes` where it ends the migration |
 //! | `POST /api/v1/switchover` | [`api::SwitchoverAnswer`]; 409 where it was not done |
 //! | `GET /api/v1/switchover` | [`api::History`]; 422 where no side can be asked |
 //! | `POST /api/v1/complete` | ends the migration: [`api::ReloadAnswer`], or 422 and why not |
@@ -60,7 +60,7 @@ pub trait Operations: Send + Sync + 'static {
     /// Why clients cannot be served, where they cannot.
     fn ready(&self) -> Result<(), String>;
     fn status(&self) -> impl Future<Output = Status> + Send;
-    fn reload(self: Arc<Self>) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
+    fn reload(self: Arc<Self>, yes: bool) -> impl Future<Output = Result<ReloadAnswer, String>> + Send;
     fn switchover(
         self: Arc<Self>,
         request: SwitchoverRequest,
@@ -153,8 +153,15 @@ async fn status<O: Operations>(State(operations): State<Arc<O>>) -> Json<Status>
     Json(operations.status().await)
 }
 
-async fn reload<O: Operations>(State(operations): State<Arc<O>>) -> Response {
-    match operations.reload().await {
+#[derive(Deserialize)]
+struct ReloadQuery {
+    /// Also where it ends the way back.
+    #[serde(default)]
+    yes: bool,
+}
+
+async fn reload<O: Operations>(State(operations): State<Arc<O>>, Query(query): Query<ReloadQuery>) -> Response {
+    match operations.reload(query.yes).await {
         Ok(answer) => Json(answer).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }

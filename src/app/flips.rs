@@ -15,7 +15,7 @@ use crate::control::{Control, Phase, Side};
 use crate::session::Registry;
 use crate::switchover::machine::{Kind, Step};
 use crate::switchover::records::{self, FlipRow, SILENCE_MAX, Told};
-use crate::switchover::{CannotBegin, Host, Order, Tandem, lead, seat, take_over};
+use crate::switchover::{CannotBegin, Host, Order, Survey, Tandem, lead, seat, take_over};
 use crate::upstream::control::{connect, error_chain};
 
 /// Flips that are told of.
@@ -185,8 +185,22 @@ impl World {
                 epoch: proxy.epoch,
                 silent_seconds: proxy.silent.as_secs_f64(),
                 clock_offset_ms: proxy.clock_offset_ms,
+                sessions: proxy.sessions.sessions(),
+                in_the_way: proxy.sessions.in_the_way,
             })
             .collect()
+    }
+
+    /// What every proxy tells of its sessions, and whether it still answers; this one's as of now.
+    pub(super) fn sessions_of_proxies(&self) -> Vec<(String, bool, Survey)> {
+        let me = &self.participant.me;
+        let sight = self.participant.sight();
+        let others = sight.proxies.into_iter().filter(|proxy| proxy.id != me.id);
+        let mut told: Vec<_> = others
+            .map(|proxy| (proxy.name, proxy.silent <= SILENCE_MAX, proxy.sessions))
+            .collect();
+        told.push((me.name.clone(), true, self.participant.surveyed()));
+        told
     }
 
     /// The flip that is under way, as last seen.

@@ -144,7 +144,7 @@ async fn until_stopped(options: ServeOptions, world: &Arc<World>) {
             _ = hangup.recv() => {
                 let world = world.clone();
                 tokio::spawn(async move {
-                    match world.reload_config().await {
+                    match world.reload_config(false).await {
                         Ok(answer) => tracing::info!(phase = %answer.phase, changed = ?answer.changed, "reloaded"),
                         Err(why) => tracing::error!(why, "not reloaded; nothing was changed"),
                     }

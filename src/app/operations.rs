@@ -23,7 +23,7 @@ use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::{Plans, events};
 use crate::sql::{ExplainContext, explain};
-use crate::switchover::{Kind, Tandem};
+use crate::switchover::{Kind, Tandem, in_the_way};
 
 /// An order is carried out at the end of a round; that may take as long as a backlog does.
 const ORDER_MAX: Duration = Duration::from_secs(60);
@@ -76,8 +76,8 @@ impl Operations for World {
         }
     }
 
-    async fn reload(self: Arc<Self>) -> Result<ReloadAnswer, String> {
-        self.reload_config().await
+    async fn reload(self: Arc<Self>, yes: bool) -> Result<ReloadAnswer, String> {
+        self.reload_config(yes).await
     }
 
     async fn switchover(self: Arc<Self>, request: SwitchoverRequest) -> Result<SwitchoverAnswer, String> {
@@ -92,7 +92,8 @@ impl Operations for World {
             self.catch_up_before_flip().await;
         }
         let gates = self.gates().await;
-        if request.dry_run || (request.force.is_none() && gates.iter().any(|gate| !gate.open)) {
+        let kind = if request.rehearse { Kind::Rehearsal } else { Kind::Flip };
+        if request.dry_run || (request.force.is_none() && in_the_way(&gates, kind).is_some()) {
             return Ok(SwitchoverAnswer {
                 gates,
                 flip: None,

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use super::world::World;
 use crate::admin::api::{DatabaseStatus, Gate};
 use crate::control::{Control, Phase};
-use crate::switchover::{Kind, Measured, Plan, gates, plan};
+use crate::switchover::{Kind, Measured, OfProxy, Plan, gates, in_the_way, plan};
 
 impl World {
     /// Leads the migration to `wish`; what was done, in words. The caller holds `transition`.
@@ -25,8 +25,8 @@ impl World {
             Plan::Complete => self.complete(Control { phase: wish, ..now }).await,
             Plan::Flip { to } => {
                 self.catch_up_before_flip().await;
-                let closed: Vec<Gate> = self.gates().await.into_iter().filter(|gate| !gate.open).collect();
-                if let (Some(gate), None) = (closed.first(), &force) {
+                let gates = self.gates().await;
+                if let (Some(gate), None) = (in_the_way(&gates, Kind::Flip), &force) {
                     return Err(format!(
                         "a gate is closed: {}: {} (required: {}); `pgtandem switchover --to {to} --dry-run` shows all",
                         gate.name, gate.measured, gate.required
@@ -42,8 +42,20 @@ impl World {
         }
     }
 
+    /// Why `wish` is not made so until the operator says yes to it by name: it ends the way back.
+    pub(super) fn unconfirmed(&self, wish: Phase) -> Option<String> {
+        let ends = plan(self.control_now(), wish) == Ok(Plan::Complete);
+        ends.then(|| {
+            "phase: complete ends the way back: mirroring to legacy stops, and what pgtandem installed is removed from \
+             both sides. `pgtandem reload --yes` or `pgtandem complete --yes` does it"
+                .to_owned()
+        })
+    }
+
     /// The conditions of a switchover, measured now.
     pub(super) async fn gates(&self) -> Vec<Gate> {
+        // First, so that every session that the servers show is known by then.
+        self.participant.survey(&self.sessions.registry).await;
         let tandems = self.tandems();
         let looking = tandems.iter().map(|tandem| tandem.look_at_servers());
         futures_util::future::join_all(looking).await;
@@ -52,11 +64,23 @@ impl World {
 
     /// The conditions of a switchover, by what the status has.
     pub(super) fn gates_of(&self, databases: &[DatabaseStatus]) -> Vec<Gate> {
+        let config = self.config.load();
+        let told = self.sessions_of_proxies();
+        let sessions: Vec<OfProxy<'_>> = told
+            .iter()
+            .map(|(name, answers, survey)| OfProxy {
+                name,
+                answers: *answers,
+                survey,
+            })
+            .collect();
         gates(&Measured {
             databases,
             proxies: &self.proxies(),
+            sessions: &sessions,
             primary: self.control_now().primary,
-            thresholds: &self.config.load().switchover.gates,
+            policy: &config.switchover,
+            journal_max: config.journal.max_bytes,
             now: OffsetDateTime::now_utc(),
         })
     }

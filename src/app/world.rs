@@ -206,6 +206,14 @@ impl World {
             self.facts().problem = Some(differs);
             return Ok(());
         }
+        if let Some(why) = self.unconfirmed(wish) {
+            tracing::warn!(
+                why,
+                "proxy.yaml says phase: complete, which is not done by starting a proxy"
+            );
+            self.facts().problem = Some(why);
+            return Ok(());
+        }
         match self.make_so(wish, None).await {
             Ok(changed) => {
                 self.facts().problem = None;
@@ -374,11 +382,15 @@ impl World {
     ///
     /// # Errors
     /// The file is wrong (then nothing was changed), or the phase cannot be made so (then the
-    /// rest of the file is in force, and the status says why).
-    pub(super) async fn reload_config(self: &Arc<Self>) -> Result<ReloadAnswer, String> {
+    /// rest of the file is in force, and the status says why). Without `yes`, also a phase that
+    /// ends the way back.
+    pub(super) async fn reload_config(self: &Arc<Self>, yes: bool) -> Result<ReloadAnswer, String> {
         let _changing = self.transition.lock().await;
         let old = self.config.load_full();
         let new = Config::load(&old.path).map_err(|error| error.to_string())?;
+        if let (Some(why), false) = (self.unconfirmed(new.phase), yes) {
+            return Err(why);
+        }
         let mut changed = self.check_reloadable(&old, &new)?;
         let settings = session::Settings::from_config(&new).map_err(|error| format!("tls: {error}"))?;
         let wish = new.phase;

@@ -20,7 +20,26 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
             "the proxy's role may do what it must; the others are on both sides",
         ));
     }
+    found.extend(ddl_fence(facts));
     found
+}
+
+/// Whether DDL past the proxy is refused on the side that is not the primary.
+fn ddl_fence(facts: &Facts) -> Option<Finding> {
+    let without = [Side::Legacy, Side::New]
+        .into_iter()
+        .filter(|side| !facts.side(*side).role.superuser);
+    let without: Vec<String> = without.map(|side| side.to_string()).collect();
+    (!without.is_empty()).then(|| {
+        Finding::fine(
+            "role.ddl_fence",
+            format!(
+                "on {} DDL past the proxy is not refused while that side is the secondary: event triggers take a \
+                 superuser. The definitions are compared instead, `status` shows what differs",
+                without.join(" and ")
+            ),
+        )
+    })
 }
 
 fn own(facts: &Facts, side: Side) -> Vec<Finding> {

@@ -95,6 +95,9 @@ enum Command {
         common: Common,
         #[command(flatten)]
         output: Output,
+        /// Also where `phase: complete` ends the way back.
+        #[arg(long)]
+        yes: bool,
     },
     /// Flip the primary, or show whether it could be. Exit 1 when a gate is closed.
     Switchover {
@@ -263,7 +266,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             sql,
         } => check::run(&load(&common)?, output.json, sql, database.as_deref()).await,
         Command::Status { common, output } => status::run(&client(&common)?, output.json).await,
-        Command::Reload { common, output } => reload(&client(&common)?, output.json).await,
+        Command::Reload { common, output, yes } => reload(&client(&common)?, output.json, yes).await,
         Command::Switchover {
             common,
             output,
@@ -338,8 +341,9 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
     }
 }
 
-async fn reload(client: &AdminClient, json: bool) -> anyhow::Result<bool> {
-    change_phase(client, "/api/v1/reload", json, ["reloaded; phase", "not reloaded"]).await
+async fn reload(client: &AdminClient, json: bool, yes: bool) -> anyhow::Result<bool> {
+    let path = format!("/api/v1/reload?yes={yes}");
+    change_phase(client, &path, json, ["reloaded; phase", "not reloaded"]).await
 }
 
 /// Has the proxy change something, and tells what it did (`done`) or why it did not (`refused`).

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::raw::{Percent, Seconds};
+use super::raw::{Bytes, Percent, Seconds};
 
 /// Thresholds of the gates. What is `None` is measured and shown, and closes nothing.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,6 +23,18 @@ pub struct Gates {
     pub no_strays_for: Option<Duration>,
     /// Of any proxy's clock from the primary's.
     pub clock_offset: Option<Duration>,
+    /// Connections that the new primary has left when all sessions are there.
+    pub spare_connections: u32,
+    /// Clients' connections past the proxies, to either side.
+    pub direct_sessions: Option<u32>,
+    pub disk: Capacity,
+}
+
+/// Bytes that the database may take on each side.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Capacity {
+    pub legacy: Option<u64>,
+    pub new: Option<u64>,
 }
 
 impl Default for Gates {
@@ -35,6 +47,9 @@ impl Default for Gates {
             shadow_match_rate: None,
             no_strays_for: None,
             clock_offset: None,
+            spare_connections: 0,
+            direct_sessions: None,
+            disk: Capacity::default(),
         }
     }
 }
@@ -49,6 +64,16 @@ pub(super) struct RawGates {
     shadow_match_rate: Option<Percent>,
     no_strays_for: Option<Seconds>,
     clock_offset: Option<Seconds>,
+    spare_connections: Option<u32>,
+    direct_sessions: Option<u32>,
+    disk: RawCapacity,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawCapacity {
+    legacy: Option<Bytes>,
+    new: Option<Bytes>,
 }
 
 impl From<RawGates> for Gates {
@@ -62,6 +87,12 @@ impl From<RawGates> for Gates {
             shadow_match_rate: raw.shadow_match_rate.map(|share| share.0),
             no_strays_for: raw.no_strays_for.map(|age| age.0),
             clock_offset: raw.clock_offset.map(|offset| offset.0),
+            spare_connections: raw.spare_connections.unwrap_or(usual.spare_connections),
+            direct_sessions: raw.direct_sessions,
+            disk: Capacity {
+                legacy: raw.disk.legacy.map(|bytes| bytes.0),
+                new: raw.disk.new.map(|bytes| bytes.0),
+            },
         }
     }
 }

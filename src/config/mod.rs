@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use gates::Gates;
+pub use gates::{Capacity, Gates};
 pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
 pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};

@@ -647,7 +647,7 @@ impl<'de> Deserialize<'de> for Percent {
 mod tests {
     use super::*;
     use crate::chain::Fsync;
-    use crate::config::Gates;
+    use crate::config::{Capacity, Gates};
 
     const MINIMAL: &str = "
 phase: dual_write
@@ -682,13 +682,20 @@ databases:
 
     #[test]
     fn thresholds_of_the_gates() {
-        let gates = "{ lag: 500ms, verified_within: 24h, shadow_match_rate: 99.9, no_strays_for: 1h }";
+        let gates = "{ lag: 500ms, verified_within: 24h, shadow_match_rate: 99.9, no_strays_for: 1h, \
+                     spare_connections: 5, direct_sessions: 0, disk: { new: 200GiB } }";
         let config = check(&format!("{MINIMAL}switchover: {{ gates: {gates} }}\n")).unwrap();
         let expected = Gates {
             lag: Duration::from_millis(500),
             verified_within: Some(Duration::from_secs(86_400)),
             shadow_match_rate: Some(99.9),
             no_strays_for: Some(Duration::from_secs(3600)),
+            spare_connections: 5,
+            direct_sessions: Some(0),
+            disk: Capacity {
+                new: Some(200 << 30),
+                ..Capacity::default()
+            },
             ..Gates::default()
         };
         assert_eq!(config.switchover.gates, expected);
@@ -714,6 +721,10 @@ databases:
             (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
             (format!("{MINIMAL}switchover: {{ gates: {{ lag: 2 }} }}\n"), "500ms"),
+            (
+                format!("{MINIMAL}switchover: {{ gates: {{ disk: {{ old: 1GiB }} }} }}\n"),
+                "expected one of legacy, new",
+            ),
             (
                 format!("{MINIMAL}switchover: {{ gates: {{ shadow_coverage: 101 }} }}\n"),
                 "0 to 100",

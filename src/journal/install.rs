@@ -11,7 +11,7 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 8;
+const VERSION: i32 = 9;
 
 const SCRIPTS: [&str; 8] = [
     include_str!("sql/schema.sql"),
@@ -120,7 +120,7 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
 async fn watch_ddl(client: &tokio_postgres::Transaction<'_>) -> Result<(), JournalError> {
     let may = client
         .query_one(
-            "SELECT rolsuper AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'pgtandem_ddl_within')
+            "SELECT rolsuper AND NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'pgtandem_fence')
                FROM pg_roles WHERE rolname = current_user",
             &[],
         )
@@ -131,6 +131,10 @@ async fn watch_ddl(client: &tokio_postgres::Transaction<'_>) -> Result<(), Journ
         client
             .batch_execute(
                 "DROP EVENT TRIGGER IF EXISTS pgtandem_ddl; DROP EVENT TRIGGER IF EXISTS pgtandem_drop;
+                 DROP EVENT TRIGGER IF EXISTS pgtandem_ddl_within; DROP EVENT TRIGGER IF EXISTS pgtandem_drop_within;
+                 CREATE EVENT TRIGGER pgtandem_fence ON ddl_command_start EXECUTE FUNCTION pgtandem.ddl_fence();
+                 CREATE EVENT TRIGGER pgtandem_fence_end ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_fence();
+                 CREATE EVENT TRIGGER pgtandem_fence_drop ON sql_drop EXECUTE FUNCTION pgtandem.ddl_fence();
                  CREATE EVENT TRIGGER pgtandem_ddl ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_seen();
                  CREATE EVENT TRIGGER pgtandem_drop ON sql_drop EXECUTE FUNCTION pgtandem.ddl_seen();
                  CREATE EVENT TRIGGER pgtandem_ddl_within ON ddl_command_end EXECUTE FUNCTION pgtandem.ddl_within();

@@ -180,9 +180,28 @@ impl Session {
 
     async fn inspect(&mut self) -> Result<State, Trouble> {
         let custom = format!("{{{}}}", self.statements.custom().join(","));
+        State::read(self.ask(INSPECT, &[Some(custom.as_bytes())]).await?)
+    }
+
+    /// What keeps the session where it is, as it stands now.
+    pub(super) async fn uncarriable(&mut self) -> Result<Option<String>, End> {
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.ask(UNCARRIABLE, &[])).await {
+            Ok(Ok(rows)) => {
+                let reasons = rows.iter().filter_map(|row| row.get(1));
+                let reasons: Vec<_> = reasons.map(|reason| String::from_utf8_lossy(reason)).collect();
+                Ok((!reasons.is_empty()).then(|| reasons.join("; ")))
+            }
+            Ok(Err(Trouble::Refused(reason))) => Ok(Some(reason)),
+            Ok(Err(Trouble::Gone(cause))) => Err(End::ServerGone(cause)),
+            Err(_) => Err(End::ServerGone("no answer to a question about the session".into())),
+        }
+    }
+
+    /// Asks the server that the session is on, over its own connection.
+    async fn ask(&mut self, question: &str, parameters: &[Option<&[u8]>]) -> Result<Vec<Vec<Vec<u8>>>, Trouble> {
         let mut out = Vec::new();
-        frontend::put_parse(&mut out, CARRY_NAME, INSPECT.as_bytes(), &[]);
-        frontend::put_bind(&mut out, CARRY_NAME, CARRY_NAME, &[Some(custom.as_bytes())]);
+        frontend::put_parse(&mut out, CARRY_NAME, question.as_bytes(), &[]);
+        frontend::put_bind(&mut out, CARRY_NAME, CARRY_NAME, parameters);
         frontend::put_execute(&mut out, CARRY_NAME);
         frontend::put_close_portal(&mut out, CARRY_NAME);
         frontend::put_close_statement(&mut out, CARRY_NAME);
@@ -194,15 +213,30 @@ impl Session {
         };
         wire.send(&out).await?;
         let answer = wire.answer(self.down.outbox.bytes()).await?;
-        if let Some(error) = answer.error {
-            return Err(Trouble::Refused(format!("read the session's state: {error}")));
+        match answer.error {
+            Some(error) => Err(Trouble::Refused(format!("read the session's state: {error}"))),
+            None => Ok(answer.rows),
         }
-        State::read(answer.rows)
     }
 }
 
+/// What a session has that no other connection can be given.
+macro_rules! uncarriable {
+    () => {
+        "select 'uncarriable', 'it has temporary tables', null, null, null, null \
+ where exists (select from pg_catalog.pg_class where relnamespace = pg_catalog.pg_my_temp_schema()) \
+union all select 'uncarriable', 'it holds session advisory locks', null, null, null, null \
+ where exists (select from pg_catalog.pg_locks where locktype = 'advisory' and pid = pg_catalog.pg_backend_pid()) \
+union all select 'uncarriable', 'it has a cursor WITH HOLD: ' || name, null, null, null, null \
+ from pg_catalog.pg_cursors where is_holdable"
+    };
+}
+
+const UNCARRIABLE: &str = uncarriable!();
+
 /// One row for each thing that a session can have. `$1`: names of custom settings.
-const INSPECT: &str = "\
+const INSPECT: &str = concat!(
+    "\
 select 'setting', name, setting, null, null, null from pg_catalog.pg_settings \
  where source = 'session' and name not in \
  ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role') \
@@ -214,12 +248,9 @@ union all select 'prepared', name, statement, from_sql::pg_catalog.text, \
  pg_catalog.array_to_string(parameter_types::pg_catalog.text[], pg_catalog.chr(31)) \
  from pg_catalog.pg_prepared_statements where name not like 'pgtandem\\_%' \
 union all select 'listen', channel, null, null, null, null from pg_catalog.pg_listening_channels() channel \
-union all select 'uncarriable', 'it has temporary tables', null, null, null, null \
- where exists (select from pg_catalog.pg_class where relnamespace = pg_catalog.pg_my_temp_schema()) \
-union all select 'uncarriable', 'it holds session advisory locks', null, null, null, null \
- where exists (select from pg_catalog.pg_locks where locktype = 'advisory' and pid = pg_catalog.pg_backend_pid()) \
-union all select 'uncarriable', 'it has a cursor WITH HOLD: ' || name, null, null, null, null \
- from pg_catalog.pg_cursors where is_holdable";
+union all ",
+    uncarriable!()
+);
 
 impl State {
     fn read(rows: Vec<Vec<Vec<u8>>>) -> Result<Self, Trouble> {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::carry::Standby;
-use super::registry::{PreparedOne, State, order};
+use super::registry::{Looked, PreparedOne, State, order};
 use super::relay::{End, Session};
 use crate::control::Side;
 use crate::upstream::{Backend, LoginError, within};
@@ -48,6 +48,13 @@ impl Session {
         if orders & order::STANDBY != 0 {
             shared.clear(order::STANDBY);
             self.standby_opened().await?;
+        }
+        if orders & order::LOOK != 0 {
+            shared.clear(order::LOOK);
+            let asked = shared.asked().look.take();
+            self.look().await?;
+            // Whoever asked has gone on by now, or hears it.
+            asked.map(|answer| answer.send(()).ok());
         }
         if orders & order::CARRY != 0 {
             shared.clear(order::CARRY);
@@ -118,6 +125,26 @@ impl Session {
         self.registered.shared.publish(State::Idle);
         self.registered.registry.came_to_rest();
         self.answer(None, copied?.err());
+        Ok(())
+    }
+
+    /// Asks the server what would keep the session where it is. Not while it is busy, and not under a
+    /// hold, which would have to wait for the answer.
+    async fn look(&mut self) -> Result<(), End> {
+        let shared = self.registered.shared.clone();
+        let known = shared.looked().at == Some(self.transactions);
+        if known || self.active || self.registered.registry.held() {
+            return Ok(());
+        }
+        shared.publish(State::Active);
+        let found = self.uncarriable().await;
+        shared.publish(State::Idle);
+        self.registered.registry.came_to_rest();
+        let uncarriable = found?;
+        *shared.looked() = Looked {
+            at: Some(self.transactions),
+            uncarriable,
+        };
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::time::Duration;
 
 use dashmap::DashMap;
 use serde::Serialize;
@@ -84,6 +85,8 @@ pub(super) mod order {
     pub(crate) const SETTLE: u32 = 16;
     /// The connection to the other side is there, or has failed.
     pub(crate) const STANDBY: u32 = 32;
+    /// Find out whether it could be carried over.
+    pub(crate) const LOOK: u32 = 64;
 }
 
 /// Where a session's statements run now.
@@ -106,7 +109,16 @@ pub(super) struct PreparedOne {
 pub(super) struct Asked {
     pub prepare: Option<(Side, oneshot::Sender<PreparedOne>)>,
     pub carry: Option<(Side, oneshot::Sender<Result<(), String>>)>,
+    pub look: Option<oneshot::Sender<()>>,
     pub end_because: Option<String>,
+}
+
+/// What was last found that keeps a session where it is.
+#[derive(Default)]
+pub(super) struct Looked {
+    /// How many transactions it had begun then: what has done nothing since is not asked again.
+    pub at: Option<u64>,
+    pub uncarriable: Option<String>,
 }
 
 /// What a session shares with the registry.
@@ -122,6 +134,7 @@ pub(super) struct Shared {
     asked: Mutex<Asked>,
     waker: Mutex<Option<Waker>>,
     backend: Mutex<Option<BackendKey>>,
+    looked: Mutex<Looked>,
 }
 
 /// A panic elsewhere leaves nothing half-written behind these locks.
@@ -172,6 +185,10 @@ impl Shared {
     pub(super) fn backend(&self) -> Option<BackendKey> {
         lock(&self.backend).clone()
     }
+
+    pub(super) fn looked(&self) -> MutexGuard<'_, Looked> {
+        lock(&self.looked)
+    }
 }
 
 /// A session as it is shown.
@@ -187,6 +204,8 @@ pub struct SessionInfo {
     pub pid: i32,
     pub side: Option<Side>,
     pub age_seconds: u64,
+    /// Why it could not be carried over, as [`Registry::look`] last found.
+    pub uncarriable: Option<String>,
 }
 
 /// A session that did not come to rest within a hold's deadline.
@@ -284,6 +303,7 @@ impl Registry {
                 pid: backend.as_ref().map_or(0, |backend| backend.pid),
                 side: backend.map(|backend| backend.target.side),
                 age_seconds: session.started.elapsed().as_secs(),
+                uncarriable: session.looked().uncarriable.clone(),
             });
         });
         infos
@@ -338,6 +358,23 @@ impl Registry {
             }
         });
         busy
+    }
+
+    /// Has every session find out what would keep it where it is, unless it has done nothing since
+    /// it last did, or is busy now; [`Self::sessions`] tells.
+    pub async fn look(&self, patience: Duration) {
+        let mut answers = Vec::new();
+        self.each(|session| {
+            if session.state() == State::Idle {
+                let (answer, answered) = oneshot::channel();
+                session.asked().look = Some(answer);
+                session.order(order::LOOK);
+                answers.push(answered);
+            }
+        });
+        // A client that does not read its answers keeps only its own session from this.
+        let all = futures_util::future::join_all(answers);
+        tokio::time::timeout(patience, all).await.ok();
     }
 
     /// Opens a connection to `to` for every session, as its user, and where the session is idle
@@ -484,6 +521,7 @@ impl Registry {
             asked: Mutex::new(Asked::default()),
             waker: Mutex::new(None),
             backend: Mutex::new(None),
+            looked: Mutex::default(),
         });
         self.0.sessions.insert(shared.id, shared.clone());
         Registered {

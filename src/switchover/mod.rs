@@ -19,13 +19,15 @@ mod recover;
 mod report;
 mod resolve;
 mod servers;
+mod sessions;
 mod tandem;
 
 pub use coordinator::{Abandoned, Order, lead};
-pub use gates::{Measured, gates};
+pub use gates::{Measured, OfProxy, gates, in_the_way};
 pub use machine::{Kind, Step};
 pub use participant::{Host, Participant, Sight};
 pub use plan::{Plan, Refusal, plan};
 pub use recover::{Beginning, CannotBegin, Observed, Recorded, recover};
 pub use resolve::{seat, take_over};
+pub use sessions::Survey;
 pub use tandem::Tandem;

@@ -14,6 +14,7 @@ use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
 use super::records::{self, FlipRow, Look, Member, ProxyRow};
 use super::recover::Recorded;
 use super::resolve::{seat, take_over};
+use super::sessions::{Survey, Surveys};
 use super::tandem::Tandem;
 use crate::config::{Stragglers, Switchover};
 use crate::control::{Control, Phase, Side};
@@ -24,6 +25,8 @@ use crate::upstream::control::{Control as Connection, connect, connect_hearing, 
 /// Between two beats: a quarter of a second's delay counts for nothing against
 /// [`records::SILENCE_MAX`].
 const BEAT: Duration = Duration::from_millis(500);
+/// Between two questions to the sessions whether they could be carried over.
+const SURVEY: Duration = Duration::from_secs(2);
 /// Between two looks while nothing is heard, and while clients wait.
 const TICK: Duration = Duration::from_secs(1);
 const TICK_HELD: Duration = Duration::from_millis(50);
@@ -61,6 +64,8 @@ pub struct Sight {
 pub struct Participant {
     pub me: Member,
     sight: Mutex<Sight>,
+    survey: Mutex<Survey>,
+    surveys: tokio::sync::Mutex<Surveys>,
 }
 
 impl Participant {
@@ -68,7 +73,30 @@ impl Participant {
         Arc::new(Self {
             me,
             sight: Mutex::default(),
+            survey: Mutex::default(),
+            surveys: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// This proxy's own sessions, as last surveyed.
+    pub fn surveyed(&self) -> Survey {
+        self.survey.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks this proxy's sessions anew.
+    pub async fn survey(&self, registry: &Registry) {
+        let survey = self.surveys.lock().await.survey(registry).await;
+        *self.survey.lock().unwrap_or_else(PoisonError::into_inner) = survey;
+    }
+
+    async fn survey_over_and_over(&self, host: &impl Host) {
+        loop {
+            // Nobody flips where nothing is mirrored.
+            if host.control().phase.mirrors() {
+                self.survey(host.registry()).await;
+            }
+            tokio::time::sleep(SURVEY).await;
+        }
     }
 
     pub fn sight(&self) -> Sight {
@@ -81,7 +109,11 @@ impl Participant {
 
     /// Registers and beats, on both sides, as long as it is polled.
     pub async fn beat(self: Arc<Self>, host: Arc<impl Host>) {
-        tokio::join!(self.beat_on(Side::Legacy, &*host), self.beat_on(Side::New, &*host));
+        tokio::join!(
+            self.beat_on(Side::Legacy, &*host),
+            self.beat_on(Side::New, &*host),
+            self.survey_over_and_over(&*host)
+        );
     }
 
     async fn beat_on(&self, side: Side, host: &impl Host) {
@@ -98,7 +130,7 @@ impl Participant {
                             connection.insert((seat.name().to_owned(), opened.map_err(|error| error.to_string())?))
                         }
                     };
-                    records::beat(client, &self.me, control)
+                    records::beat(client, &self.me, control, &self.surveyed())
                         .await
                         .map_err(|error| error_chain(&error))
                 });

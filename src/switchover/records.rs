@@ -8,6 +8,7 @@ use tokio_postgres::{Client, GenericClient, Row};
 
 use super::machine::{FlipId, Kind, Step};
 use super::recover::Recorded;
+use super::sessions::Survey;
 use crate::catalog::quote::literal;
 use crate::control::{Control, Epoch, Phase, Side};
 use crate::journal::{LOCK_CLASS, LOCK_FLIP, SideRole, SlotState};
@@ -46,6 +47,7 @@ pub struct ProxyRow {
     pub clock_offset_ms: f64,
     /// Since its last beat.
     pub silent: Duration,
+    pub sessions: Survey,
     pub flip: Option<FlipId>,
     pub answer: Option<String>,
     pub detail: Option<Value>,
@@ -78,15 +80,20 @@ pub fn recorded(role: SideRole, epoch: Epoch) -> Recorded {
 }
 
 /// Registers the proxy, or keeps it fresh. What left long ago goes.
-pub async fn beat(client: &Client, me: &Member, control: Control) -> Result<(), tokio_postgres::Error> {
+pub async fn beat(
+    client: &Client,
+    me: &Member,
+    control: Control,
+    sessions: &Survey,
+) -> Result<(), tokio_postgres::Error> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     client
         .batch_execute(&format!(
-            "INSERT INTO pgtandem.proxy AS p (id, name, address, version, phase, epoch, clock_offset_ms)
+            "INSERT INTO pgtandem.proxy AS p (id, name, address, version, phase, epoch, clock_offset_ms, sessions)
              VALUES ({id}, {name}, {address}, {version}, {phase}, {epoch},
-                     {now} - 1000 * EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8)
+                     {now} - 1000 * EXTRACT(epoch FROM pg_catalog.clock_timestamp())::float8, {sessions}::jsonb)
              ON CONFLICT (id) DO UPDATE SET phase = EXCLUDED.phase, epoch = EXCLUDED.epoch,
-                 clock_offset_ms = EXCLUDED.clock_offset_ms, beat = pg_catalog.clock_timestamp();
+                 clock_offset_ms = EXCLUDED.clock_offset_ms, sessions = EXCLUDED.sessions, beat = pg_catalog.clock_timestamp();
              DELETE FROM pgtandem.proxy WHERE beat < pg_catalog.clock_timestamp() - interval '10 minutes'",
             id = literal(&me.id),
             name = literal(&me.name),
@@ -95,6 +102,7 @@ pub async fn beat(client: &Client, me: &Member, control: Control) -> Result<(), 
             phase = literal(control.phase.as_str()),
             epoch = control.epoch.0,
             now = now.as_secs_f64() * 1000.0,
+            sessions = literal(&serde_json::to_string(sessions).unwrap_or_else(|_| "{}".into())),
         ))
         .await
 }
@@ -134,7 +142,8 @@ pub async fn proxies(client: &Client) -> Result<Vec<ProxyRow>, tokio_postgres::E
     let rows = client
         .query(
             "SELECT id, name, address, version, phase, epoch, clock_offset_ms,
-                    EXTRACT(epoch FROM pg_catalog.clock_timestamp() - beat)::float8, flip, answer, detail::text
+                    EXTRACT(epoch FROM pg_catalog.clock_timestamp() - beat)::float8, flip, answer, detail::text,
+                    sessions::text
                FROM pgtandem.proxy ORDER BY name, id",
             &[],
         )
@@ -155,6 +164,10 @@ pub async fn proxies(client: &Client) -> Result<Vec<ProxyRow>, tokio_postgres::E
             detail: row
                 .get::<_, Option<&str>>(10)
                 .and_then(|text| serde_json::from_str(text).ok()),
+            sessions: row
+                .get::<_, Option<&str>>(11)
+                .and_then(|text| serde_json::from_str(text).ok())
+                .unwrap_or_default(),
         })
         .collect())
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
-use crate::admin::api::{LastStray, OldestPrepared, ServerStatus};
+use crate::admin::api::{self, ConnectionLimit, Connections, LastStray, OldestPrepared, ServerStatus};
 use crate::config::{DatabaseConfig, Target};
 use crate::control::Side;
 use crate::upstream::control::{connect, error_chain};
@@ -59,14 +59,19 @@ async fn ask(client: &Client) -> Result<ServerStatus, Error> {
     let row = client
         .query_one(
             "SELECT pg_catalog.current_setting('server_version'), to_regclass('pgtandem.shape') IS NOT NULL, p.gid,
-                    EXTRACT(epoch FROM pg_catalog.clock_timestamp() - p.prepared)::float8
+                    EXTRACT(epoch FROM pg_catalog.clock_timestamp() - p.prepared)::float8,
+                    pg_catalog.pg_database_size(pg_catalog.current_database())
                FROM (SELECT) one LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.database = pg_catalog.current_database()
               ORDER BY p.prepared LIMIT 1",
             &[],
         )
         .await?;
+    let (connections, clients) = tokio::try_join!(connections(client), clients(client))?;
     let status = ServerStatus {
         version: row.get(0),
+        database_bytes: u64::try_from(row.get::<_, i64>(4)).ok(),
+        connections: Some(connections),
+        clients,
         prepared: row.get::<_, Option<String>>(2).map(|gid| OldestPrepared {
             gid,
             seconds: row.get(3),
@@ -88,6 +93,83 @@ async fn ask(client: &Client) -> Result<ServerStatus, Error> {
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(status),
         Err(error) => Err(error),
     }
+}
+
+/// What is visible of other roles' connections without privileges is whose they are, not what they
+/// do: a server process that may be a client's counts as one.
+const A_CLIENTS: &str =
+    "a.usesysid IS NOT NULL AND a.datid IS NOT NULL AND COALESCE(a.backend_type, 'client backend') = 'client backend'";
+
+async fn connections(client: &Client) -> Result<Connections, Error> {
+    let row = client
+        .query_one(
+            &format!(
+                "SELECT pg_catalog.current_setting('max_connections')::bigint
+                        - pg_catalog.current_setting('superuser_reserved_connections')::bigint
+                        - COALESCE(pg_catalog.current_setting('reserved_connections', true)::bigint, 0),
+                        count(a.pid), d.datconnlimit::bigint, count(a.pid) FILTER (WHERE a.datid = d.oid)
+                   FROM pg_catalog.pg_database d LEFT JOIN pg_catalog.pg_stat_activity a ON {A_CLIENTS}
+                  WHERE d.datname = pg_catalog.current_database() GROUP BY d.oid, d.datconnlimit"
+            ),
+            &[],
+        )
+        .await?;
+    let limited = client
+        .query(
+            &format!(
+                "SELECT r.rolname::text, r.rolconnlimit::bigint, count(a.pid)
+                   FROM pg_catalog.pg_roles r LEFT JOIN pg_catalog.pg_stat_activity a ON a.usesysid = r.oid AND {A_CLIENTS}
+                  WHERE r.rolconnlimit >= 0 GROUP BY r.rolname, r.rolconnlimit"
+            ),
+            &[],
+        )
+        .await?;
+    let of_database = ConnectionLimit {
+        limit: row.get(2),
+        used: row.get(3),
+    };
+    Ok(Connections {
+        limit: row.get(0),
+        used: row.get(1),
+        database: (of_database.limit >= 0).then_some(of_database),
+        roles: limited
+            .iter()
+            .map(|row| {
+                let (limit, used) = (row.get(1), row.get(2));
+                (row.get(0), ConnectionLimit { limit, used })
+            })
+            .collect(),
+    })
+}
+
+/// Connections to this database that are not pgtandem's own: neither by its role, nor by the name
+/// under which it asks as a client's user.
+async fn clients(client: &Client) -> Result<Vec<api::Client>, Error> {
+    let rows = client
+        .query(
+            &format!(
+                "SELECT a.pid, a.usename::text, COALESCE(a.application_name, ''),
+                        CASE WHEN a.client_port = -1 THEN 'a local socket' ELSE pg_catalog.host(a.client_addr) END,
+                        EXTRACT(epoch FROM pg_catalog.clock_timestamp() - a.backend_start)::float8, a.backend_xid IS NOT NULL
+                   FROM pg_catalog.pg_stat_activity a
+                  WHERE {A_CLIENTS} AND a.datname = pg_catalog.current_database() AND a.usename <> current_user
+                    AND COALESCE(a.application_name, '') NOT LIKE 'pgtandem %'
+                  ORDER BY a.pid"
+            ),
+            &[],
+        )
+        .await?;
+    Ok(rows
+        .iter()
+        .map(|row| api::Client {
+            pid: row.get(0),
+            user: row.get(1),
+            application: row.get(2),
+            address: row.get(3),
+            seconds: row.get(4),
+            writing: row.get(5),
+        })
+        .collect())
 }
 
 async fn last_stray(client: &Client) -> Result<Option<LastStray>, Error> {

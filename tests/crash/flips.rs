@@ -256,11 +256,14 @@ async fn a_rehearsal_changes_nothing_and_names_what_would_be_in_the_way() {
     let told = history(fleet.other.admin_port()).await;
     assert_eq!(told.len(), 2);
     assert!(told[0].outcome.starts_with("abandoned"), "{:?}", told[0]);
-    // A real one is refused for the temporary table, before anybody is held.
+    // A real one is refused for the temporary table, and one that passes the gate by force before
+    // anybody is held.
     fleet
         .stage
         .rig
         .check(&["switchover", "--to", "new"], 1, "temporary tables");
+    let forced = ["switchover", "--to", "new", "--force", "--reason", "to see"];
+    fleet.stage.rig.check(&forced, 1, "temporary tables");
     let told = history(fleet.stage.rig.admin_port).await;
     assert_eq!(told[0].held_ms, 0.0, "{:?}", told[0]);
     let text = fleet

@@ -14,6 +14,7 @@ mod another;
 mod backlog;
 mod fault;
 mod flips;
+mod gates;
 mod journal;
 mod primary;
 mod processes;

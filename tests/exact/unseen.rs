@@ -398,3 +398,97 @@ async fn a_superuser_sees_what_is_hidden_in_a_storm() {
     assert!(ledger.failures.is_empty(), "{:?}", ledger.failures);
     assert_identical(&rig).await;
 }
+
+/// DDL on the side that is not the primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_on_the_secondary_is_refused_where_event_triggers_may_be() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        let alter = format!("ALTER ROLE {OWN_ROLE} SUPERUSER");
+        rig.server(side).sql("postgres", &alter).unwrap();
+    }
+    rig.serve(Phase::DualWrite).await;
+    let client = rig.client().await;
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE FUNCTION make() RETURNS void LANGUAGE plpgsql AS 'BEGIN CREATE TABLE made (); END'";
+    client.batch_execute(schema).await.unwrap();
+    assert_identical(&rig).await;
+    let text = rig.command(&["check"]);
+    assert!(!String::from_utf8_lossy(&text.stdout).contains("DDL past the proxy"));
+    for to in [Side::New, Side::Legacy] {
+        refuses_ddl(&rig, to).await;
+        rig.check(&["switchover", "--to", &to.to_string()], 0, "switchover to");
+    }
+    // The primary takes DDL by any way, and the secondary follows.
+    let direct = as_app(&rig, Side::Legacy).await;
+    direct.batch_execute("ALTER TABLE t ADD COLUMN w int").await.unwrap();
+    rig.client()
+        .await
+        .batch_execute("ALTER TABLE t ADD COLUMN x int")
+        .await
+        .unwrap();
+    assert_identical(&rig).await;
+    // By hand, a DBA may, and pgtandem can be removed.
+    let dba = rig.direct(Side::New, pgtandem::servers::SUPERUSER).await;
+    dba.batch_execute("SET session_replication_role = replica; CREATE TABLE by_hand (); DROP TABLE by_hand; SET session_replication_role = origin")
+        .await
+        .unwrap();
+    rig.kill_proxy();
+    dba.batch_execute("DROP SCHEMA pgtandem CASCADE; CREATE TABLE by_hand ()")
+        .await
+        .unwrap();
+}
+
+async fn refuses_ddl(rig: &Rig, secondary: Side) {
+    for role in [crate::rig::APP, pgtandem::servers::SUPERUSER] {
+        let direct = rig.direct(secondary, role).await;
+        for sql in [
+            "CREATE TABLE x (id int)",
+            "CREATE TABLE x AS SELECT 1",
+            "SELECT 1 AS one INTO x",
+            "ALTER TABLE t ADD COLUMN w int",
+            "ALTER TABLE t DISABLE TRIGGER USER",
+            "DROP TABLE t",
+            "CREATE INDEX CONCURRENTLY ON t (v)",
+            "CREATE VIEW w AS SELECT 1",
+            "CREATE SCHEMA s",
+            "GRANT SELECT ON t TO PUBLIC",
+            "COMMENT ON TABLE t IS 'x'",
+            "DROP FUNCTION make()",
+            "SELECT make()",
+            "DO $$ BEGIN EXECUTE 'CREATE TYPE e AS ENUM ()'; END $$",
+        ] {
+            let refused = direct.batch_execute(sql).await.unwrap_err();
+            let error = refused.as_db_error().unwrap();
+            assert_eq!(error.code().code(), "25006", "{secondary} {role} {sql}: {error:?}");
+            let says = format!("DDL goes to the primary ({})", secondary.other());
+            assert!(error.message().contains(&says), "{error:?}");
+        }
+        // What stays in the session, or is of this server only, is nobody's business.
+        direct
+            .batch_execute("CREATE TEMP TABLE mine (id serial PRIMARY KEY); ALTER TABLE mine ADD COLUMN v text; CREATE INDEX ON mine (v); DROP TABLE mine; CREATE TEMP VIEW w AS SELECT 1; DROP VIEW w; CREATE TEMP TABLE u AS SELECT 1; ANALYZE t")
+            .await
+            .unwrap();
+    }
+}
+
+/// Elsewhere it is found by comparing the catalogs; `check` says so beforehand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_on_the_secondary_is_found_where_event_triggers_may_not_be() {
+    let rig = Rig::serving(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        .await
+        .unwrap();
+    assert_identical(&rig).await;
+    rig.check(&["check"], 0, "on legacy and new DDL past the proxy is not refused");
+    let direct = as_app(&rig, Side::New).await;
+    direct.batch_execute("CREATE INDEX stray ON t (v)").await.unwrap();
+    let different = |status: &pgtandem::admin::api::Status| mirroring(status).different.clone();
+    rig.until(|status| different(status).iter().any(|object| object.contains("stray")))
+        .await;
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "stray");
+    direct.batch_execute("DROP INDEX stray").await.unwrap();
+    rig.until(|status| different(status).is_empty()).await;
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 0, "the flip could begin");
+}

@@ -603,6 +603,54 @@ BEGIN
 END
 $$;
 
+-- DDL on the side that is not the primary, which no trigger of a table sees. A side that reports
+-- strays lets it pass; what it changed shows as a difference of the definitions. Most kinds are
+-- refused before they begin; those that may concern temporary relations alone when it is known what
+-- they concerned. The lock is the writers' own: so a flip waits for DDL in flight, and what begins
+-- under its fence finds out how it ended.
+CREATE OR REPLACE FUNCTION pgtandem.ddl_fence() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    maybe_temporary boolean := TG_TAG ~ '^(CREATE|ALTER|DROP) (TABLE|INDEX|SEQUENCE|VIEW)$|^CREATE TABLE AS$|^SELECT INTO$';
+    state bigint;
+    this_side text;
+    that_side text;
+BEGIN
+    -- The proxy's own role, the way to be rid of pgtandem, and what is of one server only.
+    IF session_user = current_user
+        OR current_query() ~* '^\s*DROP SCHEMA (IF EXISTS )?"?pgtandem"? CASCADE'
+        OR TG_TAG ~ '^REINDEX|TABLESPACE|PUBLICATION|SUBSCRIPTION|EVENT TRIGGER' THEN
+        RETURN;
+    END IF;
+    state := CASE WHEN pg_advisory_xact_lock_shared(1885828196, 1) IS NULL THEN NULL ELSE pg_sequence_last_value('pgtandem.state') END;
+    IF (state >> 2) & 7 IN (0, 2, 4) THEN
+        RETURN;
+    END IF;
+    CASE TG_EVENT
+    WHEN 'ddl_command_start' THEN
+        IF maybe_temporary AND current_query() !~* '\mconcurrently\M' THEN
+            RETURN;
+        END IF;
+    WHEN 'sql_drop' THEN
+        IF NOT EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.original AND NOT d.is_temporary) THEN
+            RETURN;
+        END IF;
+    ELSE
+        IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() c WHERE c.schema_name IS DISTINCT FROM 'pg_temp') THEN
+            RETURN;
+        END IF;
+    END CASE;
+    SELECT s.side, CASE s.side WHEN 'new' THEN 'legacy' ELSE 'new' END INTO this_side, that_side FROM pgtandem.side s;
+    RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = CASE (state >> 2) & 7 WHEN 1
+            THEN format('pgtandem: this database (%s) is the secondary, DDL goes to the primary (%s)', this_side, that_side)
+            ELSE format('pgtandem: this database (%s) takes no DDL now, the primary is being flipped', this_side) END,
+        DETAIL = format('Refused: %s by role %s.', TG_TAG, session_user),
+        HINT = 'Connect through pgtandem, which sends DDL to the primary and mirrors it. A DBA who must do it by hand on both sides sets session_replication_role = replica here.';
+END
+$$;
+
 DO $$
 DECLARE f regprocedure;
 BEGIN

@@ -17,6 +17,8 @@ CREATE TABLE IF NOT EXISTS pgtandem.proxy (
     answer text,
     detail jsonb
 );
+-- What it tells of its clients' sessions (switchover::sessions).
+ALTER TABLE pgtandem.proxy ADD COLUMN IF NOT EXISTS sessions jsonb;
 
 CREATE TABLE IF NOT EXISTS pgtandem.flip (
     id text PRIMARY KEY,
