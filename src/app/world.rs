@@ -18,7 +18,7 @@ use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
 use crate::session::hooks::{DdlHooks, Hooks, Mirrored, OwnConnections};
 use crate::switchover::records::Member;
-use crate::switchover::{Beginning, CannotBegin, Participant, Tandem, recover};
+use crate::switchover::{Beginning, CannotBegin, Participant, Tandem, recover, settle_database};
 use crate::{journal, session};
 
 /// Between two tries to find out which side is primary.
@@ -242,10 +242,13 @@ impl World {
                 match recover(&legacy, &new, wish)? {
                     Beginning::At(control) => break control,
                     Beginning::Restore { side, epoch } => {
-                        tracing::warn!(database = tandem.name(), %side, %epoch, "a switchover was interrupted before its point of no return; going back");
+                        tracing::warn!(database = tandem.name(), %side, %epoch, "a switchover was interrupted half-way; going where its record says");
                         // Its record may have been out of reach a moment ago.
                         self.settle_flips(&tandems).await?;
-                        tandem.restore(side, epoch).await.map_err(CannotBegin::NotYet)?;
+                        let settled = settle_database(&tandems, tandem, side).await;
+                        if !settled.map_err(CannotBegin::NotYet)? {
+                            tandem.restore(side, epoch).await.map_err(CannotBegin::NotYet)?;
+                        }
                     }
                 }
             };

@@ -19,7 +19,7 @@ pub use completed::{is_completed, mark_completed};
 pub use fence::{Fence, FenceError, fence};
 pub use install::{Installed, install, uninstall};
 pub use state::{SideRole, SideState, SlotState, read_state, set_role};
-pub(crate) use state::{change, read_slot_state, write_slot_state};
+pub(crate) use state::{change, change_if, read_slot_state, write_slot_state};
 
 use crate::config::StrayWriters;
 

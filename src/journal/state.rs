@@ -126,6 +126,30 @@ pub(crate) async fn change(client: &mut Client, alter: impl FnOnce(&mut SlotStat
     alter_and_commit(transaction, alter).await
 }
 
+/// The same where `condition`, a query for a boolean, says true under the lock; else nothing changes.
+pub(crate) async fn change_if(
+    client: &mut Client,
+    condition: &str,
+    alter: impl FnOnce(&mut SlotState),
+) -> Result<bool, JournalError> {
+    let transaction = begin(client).await?;
+    transaction
+        .batch_execute(&format!("SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"))
+        .await
+        .map_err(doing("lock the side's state"))?;
+    let holds: bool = transaction
+        .query_one(condition, &[])
+        .await
+        .map_err(doing("look who turned this side"))?
+        .get(0);
+    if holds {
+        alter_and_commit(transaction, alter).await?;
+    } else {
+        transaction.rollback().await.map_err(doing("leave the side's state"))?;
+    }
+    Ok(holds)
+}
+
 /// The same, but false and nothing changed when somebody else is at it: a flip holds the lock
 /// and waits for the applier's round, which must therefore not wait for the lock.
 pub(crate) async fn try_change(client: &mut Client, alter: impl FnOnce(&mut SlotState)) -> Result<bool, JournalError> {

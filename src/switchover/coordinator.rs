@@ -195,7 +195,7 @@ impl<'a> Lead<'a> {
                 let mut measured = json!({});
                 for crossing in &self.crossings {
                     let name = crossing.tandem.name();
-                    let probed = crossing.probe().await;
+                    let probed = crossing.probe(&self.flip.id).await;
                     measured[name] = probed
                         .map_err(|cause| format!("database {name}: the reverse direction does not work: {cause}"))?;
                 }

@@ -11,16 +11,18 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
 
-use super::machine;
+use super::machine::{self, FlipId};
 use super::probe;
-use super::records::recorded;
+use super::records::{FlipRow, recorded};
 use super::recover::Recorded;
 use super::tandem::Tandem;
 use crate::apply;
+use crate::catalog::quote::literal;
 use crate::control::{Control, Epoch, Side};
-use crate::journal::{self, FenceError, SideRole, SideState};
-use crate::upstream::control::{Control as Connection, connect};
+use crate::journal::{self, FenceError, SideRole, SideState, SlotState};
+use crate::upstream::control::{Control as Connection, connect, error_chain};
 
 /// A last round may take this long even where draining has used up the deadline.
 const LAST_ROUND_MIN: Duration = Duration::from_secs(5);
@@ -99,8 +101,15 @@ impl Crossing {
         })
     }
 
-    /// Has a change travel the reverse way.
-    pub(super) async fn probe(&self) -> Result<Value, String> {
+    /// Notes on the old side which flip is about to cross, and has a change travel the reverse way.
+    pub(super) async fn probe(&self, flip: &FlipId) -> Result<Value, String> {
+        self.old
+            .batch_execute(&format!(
+                "INSERT INTO pgtandem.crossing (flip) VALUES ({}) ON CONFLICT (one) DO UPDATE SET flip = EXCLUDED.flip",
+                literal(flip)
+            ))
+            .await
+            .map_err(|error| error_chain(&error))?;
         probe::send(&self.new, &self.old).await
     }
 
@@ -220,13 +229,33 @@ async fn turn_on(client: &mut Connection, epoch: Epoch) -> Result<(), String> {
     apply::depose(client, epoch.previous()).await
 }
 
-/// Makes `side` primary again after a flip to `epoch` that was not decided.
-pub(super) async fn restore_old(tandem: &Tandem, side: Side, epoch: Epoch) -> Result<(), String> {
-    let mut client = open(tandem, side).await?;
-    change(&mut client, |stands| {
-        machine::resolve(machine::Step::Draining, stands, epoch).1
-    })
-    .await
+/// Makes the old side primary again that `flip`, which was not decided, may have turned. May be done
+/// by anybody, any number of times, however late: a later flip, which may lead to the same epoch, has
+/// noted itself before it turned anything.
+pub(super) async fn restore_old(tandem: &Tandem, flip: &FlipRow) -> Result<(), String> {
+    let mut client = open(tandem, flip.from).await?;
+    let unchanged = format!(
+        "SELECT NOT EXISTS (SELECT FROM pgtandem.crossing WHERE flip <> {})",
+        literal(&flip.id)
+    );
+    let restored = journal::change_if(&mut client, &unchanged, |state| {
+        let stands = recorded(state.side.role, state.side.epoch);
+        let (_, role) = machine::resolve(machine::Step::Draining, stands, flip.to.epoch);
+        make_primary(state, stands, role);
+    });
+    restored.await.map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// The last flip that set out to turn `side`.
+pub(super) async fn last_to_cross(tandem: &Tandem, side: Side) -> Result<Option<FlipId>, String> {
+    let client = open(tandem, side).await?;
+    let row = client.query_opt("SELECT flip FROM pgtandem.crossing", &[]).await;
+    match row {
+        Ok(row) => Ok(row.map(|row| row.get(0))),
+        // Installed by a version that did not note it.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
+        Err(error) => Err(error_chain(&error)),
+    }
 }
 
 /// Makes `side` primary in `epoch`, where it still says that it is secondary.
@@ -244,16 +273,20 @@ pub(super) async fn make_primary_again(tandem: &Tandem, side: Side, epoch: Epoch
 async fn change(client: &mut Connection, role: impl FnOnce(Recorded) -> Recorded) -> Result<(), String> {
     journal::change(client, |state| {
         let stands = recorded(state.side.role, state.side.epoch);
-        if let Recorded::Primary(epoch) = role(stands)
-            && stands != Recorded::Primary(epoch)
-        {
-            let role = SideRole::Primary;
-            state.side = SideState { epoch, role };
-            state.full = false;
-        }
+        make_primary(state, stands, role(stands));
     })
     .await
     .map_err(|error| error.to_string())
+}
+
+fn make_primary(state: &mut SlotState, stands: Recorded, role: Recorded) {
+    if let Recorded::Primary(epoch) = role
+        && stands != role
+    {
+        let role = SideRole::Primary;
+        state.side = SideState { epoch, role };
+        state.full = false;
+    }
 }
 
 /// A connection whose transaction its server ends when nobody goes on with it.

@@ -28,6 +28,6 @@ pub use machine::{Kind, Step};
 pub use participant::{Host, Participant, Sight};
 pub use plan::{Plan, Refusal, plan};
 pub use recover::{Beginning, CannotBegin, Observed, Recorded, recover};
-pub use resolve::{seat, take_over};
+pub use resolve::{seat, settle_database, take_over};
 pub use sessions::Survey;
 pub use tandem::Tandem;

@@ -9,11 +9,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
 use super::records::{self, FlipRow, Look, Member, ProxyRow};
 use super::recover::Recorded;
-use super::resolve::{seat, take_over};
+use super::resolve::{restore_others, seat, take_over};
 use super::sessions::{Survey, Surveys};
 use super::tandem::Tandem;
 use crate::config::{Stragglers, Switchover};
@@ -32,6 +33,8 @@ const TICK: Duration = Duration::from_secs(1);
 const TICK_HELD: Duration = Duration::from_millis(50);
 /// A server that takes longer for a look is as good as away.
 const LOOK_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at the other databases after a flip that was given up.
+const RESTORE_AGAIN: Duration = Duration::from_secs(5);
 /// For what was ended to be gone.
 const ENDING_MAX: Duration = Duration::from_secs(2);
 /// Sessions that are named in a record; the rest are counted.
@@ -168,6 +171,7 @@ impl Participant {
             standing: Standing::Serving,
             hold: None,
             exclusive: None,
+            restored: None,
             on: host.control().primary,
         };
         loop {
@@ -187,6 +191,8 @@ struct Part<'a, H> {
     standing: Standing<FlipId>,
     hold: Option<(Hold, Instant)>,
     exclusive: Option<OwnedMutexGuard<()>>,
+    /// The last flip that was given up, since when other databases are looked at for what it left.
+    restored: Option<(FlipId, Instant, AbortOnDropHandle<()>)>,
     /// Where the sessions are.
     on: Side,
 }
@@ -225,6 +231,12 @@ impl<H: Host> Part<'_, H> {
             self.host.completed().await;
             return;
         }
+        if let Some(flip) = &found.flip
+            && flip.step == Step::Aborted
+            && flip.to.epoch == control.epoch.next()
+        {
+            self.restore_others(flip);
+        }
         let standing = self.numbered(found.flip.as_ref());
         let act = machine::participate(control.epoch, standing, &found.seen);
         match (act, found.flip) {
@@ -244,6 +256,27 @@ impl<H: Host> Part<'_, H> {
             }
             (Act::TakeOver, Some(flip)) => self.take_over(&flip).await,
         }
+    }
+
+    /// Whoever gave the flip up may have died before it had turned the other databases back; so may its
+    /// leader have turned one after that, having stood still.
+    fn restore_others(&mut self, flip: &FlipRow) {
+        let lately = |(id, at, _): &(FlipId, Instant, _)| *id == flip.id && at.elapsed() < RESTORE_AGAIN;
+        let tandems = self.host.tandems();
+        if tandems.len() < 2 || self.restored.as_ref().is_some_and(lately) {
+            return;
+        }
+        let (id, flip) = (flip.id.clone(), flip.clone());
+        let task = tokio::spawn(async move {
+            if let Err(cause) = restore_others(&tandems, &flip).await {
+                tracing::warn!(
+                    flip = flip.id,
+                    cause,
+                    "a database may not be back from a switchover that was given up"
+                );
+            }
+        });
+        self.restored = Some((id, Instant::now(), AbortOnDropHandle::new(task)));
     }
 
     /// Legacy carries the marker of a migration that is over.

@@ -213,6 +213,12 @@ pub async fn look(client: &Client) -> Result<Look, tokio_postgres::Error> {
     })
 }
 
+/// One flip.
+pub async fn find(client: &Client, id: &str) -> Result<Option<FlipRow>, tokio_postgres::Error> {
+    let sql = format!("SELECT {FLIP_COLUMNS}, true FROM pgtandem.flip f WHERE f.id = $1");
+    Ok(client.query_opt(&sql, &[&id]).await?.as_ref().and_then(flip_of))
+}
+
 /// One flip, locked until the transaction's end.
 pub async fn find_for_update(client: &impl GenericClient, id: &str) -> Result<Option<FlipRow>, tokio_postgres::Error> {
     let row = client

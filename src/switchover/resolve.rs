@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio_postgres::error::SqlState;
 
-use super::crossing::{restore_old, turn_new};
+use super::crossing::{last_to_cross, restore_old, turn_new};
 use super::machine::{self, Step};
 use super::records::{self, FlipRow, recorded};
 use super::recover::Recorded;
@@ -50,13 +50,41 @@ pub async fn take_over(tandems: &[Arc<Tandem>], flip: &FlipRow, who: &str, why: 
             Ok(Step::Turned)
         }
         Step::Aborted => {
-            for tandem in tandems {
-                restore_old(tandem, flip.from, flip.to.epoch).await?;
-            }
+            restore_others(tandems, flip).await?;
             Ok(Step::Aborted)
         }
         other => Ok(other),
     }
+}
+
+/// Once `flip` is given up, by its record in the database that decides, the other databases' old sides
+/// are made primary again where it had turned them.
+pub(super) async fn restore_others(tandems: &[Arc<Tandem>], flip: &FlipRow) -> Result<(), String> {
+    let seat = seat(tandems).map(|seat| seat.name());
+    for tandem in tandems.iter().filter(|tandem| Some(tandem.name()) != seat) {
+        restore_old(tandem, flip)
+            .await
+            .map_err(|cause| format!("database {}: {cause}", tandem.name()))?;
+    }
+    Ok(())
+}
+
+/// Ends what a flip left of a database of which neither side says that it is the primary: by the record
+/// of that flip in the database that decides. False where there is none.
+pub async fn settle_database(tandems: &[Arc<Tandem>], tandem: &Tandem, old: Side) -> Result<bool, String> {
+    let seat = seat(tandems).ok_or("there is no database")?;
+    let Some(id) = last_to_cross(tandem, old).await? else {
+        return Ok(false);
+    };
+    let client = open(seat, old).await?;
+    let found = records::find(&client, &id).await.map_err(|error| error_chain(&error))?;
+    let Some(flip) = found else { return Ok(false) };
+    match flip.step {
+        Step::Aborted => restore_old(tandem, &flip).await?,
+        Step::Decided | Step::Turned | Step::Done => turn_new(tandem, flip.to.primary, flip.to.epoch).await?,
+        open => return Err(format!("a switchover is under way ({open}); its outcome is waited for")),
+    }
+    Ok(true)
 }
 
 /// Every database's new side is made primary.

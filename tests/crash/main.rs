@@ -12,6 +12,7 @@ mod rig;
 
 mod another;
 mod backlog;
+mod databases;
 mod fault;
 mod flips;
 mod gates;

@@ -79,3 +79,11 @@ CREATE TABLE IF NOT EXISTS pgtandem.probe (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     token text NOT NULL
 );
+
+-- The last flip that set out to turn this database, noted before its fence is raised here. The record
+-- that decides is in one of the databases only: whoever takes back what a flip left here makes sure by
+-- this that no later one has come meanwhile.
+CREATE TABLE IF NOT EXISTS pgtandem.crossing (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    flip text NOT NULL
+);
