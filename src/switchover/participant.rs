@@ -33,6 +33,8 @@ const TICK: Duration = Duration::from_secs(1);
 const TICK_HELD: Duration = Duration::from_millis(50);
 /// A server that takes longer for a look is as good as away.
 const LOOK_MAX: Duration = Duration::from_secs(5);
+/// For what is only told.
+const COPY_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at the other databases after a flip that was given up.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
 /// For what was ended to be gone.
@@ -413,16 +415,34 @@ impl<H: Host> Part<'_, H> {
     async fn answer(&mut self, flip: &FlipRow, word: &str, detail: Value) {
         let me = self.participant.me.clone();
         for side in [flip.from, flip.to.primary] {
-            let said = match self.link(side).await {
-                Ok(client) => records::answer(client, &me, &flip.id, word, &detail)
-                    .await
-                    .map_err(|error| error_chain(&error)),
-                Err(cause) => Err(cause),
-            };
-            if let Err(cause) = said {
+            // A copy for the history is not worth the time of clients that wait.
+            let patience = if side == flip.from { LOOK_MAX } else { COPY_MAX };
+            if let Err(cause) = self.say(side, patience, &me, &flip.id, word, &detail).await {
                 tracing::warn!(%side, word, cause, "not answered");
             }
         }
+    }
+
+    /// Over a connection that may be dead without anybody having been told: it is given up then.
+    async fn say(
+        &mut self,
+        side: Side,
+        patience: Duration,
+        me: &Member,
+        flip: &FlipId,
+        word: &str,
+        detail: &Value,
+    ) -> Result<(), String> {
+        let said = timeout(patience, async {
+            let client = self.link(side).await?;
+            let answered = records::answer(client, me, flip, word, detail).await;
+            answered.map_err(|error| error_chain(&error))
+        });
+        let said = said.await.unwrap_or_else(|_| Err("no answer".into()));
+        if said.is_err() {
+            self.links[side as usize] = None;
+        }
+        said
     }
 
     fn is_ours(&self, flip: &FlipRow) -> bool {
@@ -665,9 +685,7 @@ impl<H: Host> Part<'_, H> {
             let me = self.participant.me.clone();
             let detail = json!({ "held_ms": held_ms, "sessions": self.host.registry().len() });
             for side in [Side::Legacy, Side::New] {
-                if let Ok(client) = self.link(side).await {
-                    records::answer(client, &me, &id, "released", &detail).await.ok();
-                }
+                self.say(side, COPY_MAX, &me, &id, "released", &detail).await.ok();
             }
         }
     }

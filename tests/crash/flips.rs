@@ -14,6 +14,8 @@ use pgtandem::config::Admin;
 use pgtandem::control::{Phase, Side};
 use pgtandem::servers::SUPERUSER;
 use pgtandem::switchover::{Kind, Step};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use tokio_postgres::Client;
@@ -22,20 +24,20 @@ use crate::another::Another;
 use crate::processes;
 use crate::rig::storm::Storm;
 use crate::rig::{APP, DATABASE, connect};
-use crate::stage::Stage;
+use crate::stage::{Stage, seed, setting};
 
 /// A pair with a relay before new, and two proxies.
-struct Fleet {
-    stage: Stage,
-    other: Another,
+pub(crate) struct Fleet {
+    pub(crate) stage: Stage,
+    pub(crate) other: Another,
 }
 
 impl Fleet {
-    async fn set() -> Self {
+    pub(crate) async fn set() -> Self {
         Self::with("").await
     }
 
-    async fn with(extra: &str) -> Self {
+    pub(crate) async fn with(extra: &str) -> Self {
         let stage = Stage::set_with(Phase::DualRead, extra).await;
         let other = Another::beside(&stage.rig, Phase::DualRead).await;
         let fleet = Self { stage, other };
@@ -51,7 +53,7 @@ impl Fleet {
     }
 
     /// Through both proxies.
-    async fn storm(&mut self, reconnect: bool) -> Storm {
+    pub(crate) async fn storm(&mut self, reconnect: bool) -> Storm {
         let urls = vec![self.stage.rig.url(), self.other.url()];
         self.stage
             .storm(|weather| {
@@ -63,13 +65,13 @@ impl Fleet {
     }
 
     /// What was killed has recovered, as far as gates measure it; under a storm, at some moment.
-    async fn gates_open(&self) {
+    pub(crate) async fn gates_open(&self) {
         let open = |status: &Status| !status.gates.is_empty() && status.gates.iter().all(|gate| gate.open);
         self.stage.rig.until(open).await;
     }
 
     /// Both proxies serve clients on the same side, which one of the databases calls the primary.
-    async fn agree(&self) -> (Side, u64) {
+    pub(crate) async fn agree(&self) -> (Side, u64) {
         let primary_of = async |status: Result<Status, AdminError>| status.ok().map(|s| (s.primary, s.epoch.0));
         for _ in 0..2400 {
             let one = primary_of(self.stage.rig.status().await).await;
@@ -119,8 +121,19 @@ impl Fleet {
         recorded
     }
 
+    /// Flips there by the ordinary way, where it is not so.
+    async fn be_on(&self, side: Side) {
+        let (primary, epoch) = self.agree().await;
+        if primary != side {
+            self.gates_open().await;
+            let back = switchover(self.stage.rig.admin_port, side, false).await;
+            back.unwrap_or_else(|error| panic!("{error}\n{}", self.logs()));
+            assert_eq!(self.agree().await, (side, epoch + 1));
+        }
+    }
+
     /// The flip has come as far as the fence, which waits for a writer.
-    async fn waits_for_the_fence(&self, flip: &JoinHandle<Result<Flip, AdminError>>) {
+    pub(crate) async fn waits_for_the_fence(&self, flip: &JoinHandle<Result<Flip, AdminError>>) {
         let sql = "SELECT EXISTS (SELECT FROM pgtandem.flip WHERE step = 'fencing')";
         while self.stage.rig.value(Side::Legacy, sql).await != "true" {
             assert!(!flip.is_finished(), "it ended before\n{}", self.logs());
@@ -128,12 +141,12 @@ impl Fleet {
         }
     }
 
-    fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         format!("{}\n--- the other\n{}", self.stage.rig.log(), self.other.log())
     }
 
     /// Nothing is lost on either side, and both are alike.
-    async fn assert_exact(&self) {
+    pub(crate) async fn assert_exact(&self) {
         self.both_registered().await;
         // Sequences are exact for whoever asks the one that applies.
         self.stage.rig.wait_caught_up().await;
@@ -160,7 +173,7 @@ fn admin(port: u16) -> AdminClient {
     })
 }
 
-async fn switchover(port: u16, to: Side, rehearse: bool) -> Result<Flip, AdminError> {
+pub(crate) async fn switchover(port: u16, to: Side, rehearse: bool) -> Result<Flip, AdminError> {
     let request = SwitchoverRequest {
         to: Some(to),
         dry_run: false,
@@ -173,7 +186,7 @@ async fn switchover(port: u16, to: Side, rehearse: bool) -> Result<Flip, AdminEr
         .ok_or_else(|| AdminError::Refused(format!("a gate is closed: {:?}", answer.gates)))
 }
 
-async fn history(port: u16) -> Vec<Flip> {
+pub(crate) async fn history(port: u16) -> Vec<Flip> {
     let history: History = admin(port).get("/api/v1/switchover").await.unwrap();
     history.flips
 }
@@ -464,8 +477,8 @@ enum Victim {
     OtherProxy,
     Primary,
     Secondary,
-    /// The network between both proxies and new.
-    SecondaryCutOff,
+    /// The network between both proxies and new, whichever of the two that is.
+    NewCutOff,
 }
 
 const STEPS: [Step; 7] = [
@@ -478,14 +491,16 @@ const STEPS: [Step; 7] = [
     Step::Turned,
 ];
 
-/// Stops a flip from legacy before a step takes effect.
-struct Stop {
+/// Stops a flip before a step takes effect.
+pub(crate) struct Stop {
     holder: Client,
+    /// Where the record is that decides: the side that is primary when the flip begins.
+    from: Side,
 }
 
 impl Stop {
-    async fn before(fleet: &Fleet, step: Step) -> Self {
-        let holder = fleet.stage.rig.direct(Side::Legacy, SUPERUSER).await;
+    pub(crate) async fn before(fleet: &Fleet, step: Step, from: Side) -> Self {
+        let holder = fleet.stage.rig.direct(from, SUPERUSER).await;
         holder
             .batch_execute(&format!(
                 "CREATE OR REPLACE FUNCTION pgtandem.stop_here() RETURNS trigger LANGUAGE plpgsql AS
@@ -497,14 +512,14 @@ impl Stop {
             ))
             .await
             .unwrap();
-        Self { holder }
+        Self { holder, from }
     }
 
     /// Begins a flip and returns when it has come here. A gate may close for a moment, under a storm
     /// and after what was killed before.
-    async fn reached_by_flip(&self, fleet: &Fleet) -> JoinHandle<Result<Flip, AdminError>> {
-        let port = fleet.stage.rig.admin_port;
-        let mut flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
+    pub(crate) async fn reached_by_flip(&self, fleet: &Fleet) -> JoinHandle<Result<Flip, AdminError>> {
+        let (port, to) = (fleet.stage.rig.admin_port, self.from.other());
+        let mut flip = tokio::spawn(async move { switchover(port, to, false).await });
         let mut refused = Vec::new();
         while refused.len() < 20 {
             let sql = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711 AND NOT granted";
@@ -515,7 +530,7 @@ impl Stop {
             if flip.is_finished() {
                 refused.push(flip.await.unwrap().unwrap_err().to_string());
                 fleet.gates_open().await;
-                flip = tokio::spawn(async move { switchover(port, Side::New, false).await });
+                flip = tokio::spawn(async move { switchover(port, to, false).await });
             }
             sleep(Duration::from_millis(5)).await;
         }
@@ -523,19 +538,33 @@ impl Stop {
     }
 
     /// The server may be gone by now.
-    async fn lift(&self) {
+    pub(crate) async fn lift(&self) {
         self.holder.batch_execute("SELECT pg_advisory_unlock_all()").await.ok();
     }
 }
 
-async fn remove_stop(fleet: &Fleet) {
-    let client = fleet.stage.rig.direct(Side::Legacy, SUPERUSER).await;
+pub(crate) async fn remove_stop(fleet: &Fleet, from: Side) {
+    let client = fleet.stage.rig.direct(from, SUPERUSER).await;
     client
         .batch_execute(
             "DROP TRIGGER IF EXISTS stop_here ON pgtandem.flip_step; DROP FUNCTION IF EXISTS pgtandem.stop_here()",
         )
         .await
         .unwrap();
+}
+
+/// Each step of a flip to new, and of the way back. Of the latter two by the seed, unless
+/// `PGTANDEM_FLIP_FAULTS=1` asks for all.
+fn table(victim: Victim) -> Vec<(Side, Step)> {
+    let forth = STEPS.map(|step| (Side::New, step));
+    let mut back = STEPS.map(|step| (Side::Legacy, step)).to_vec();
+    if setting("PGTANDEM_FLIP_FAULTS", 0) == 0 {
+        let mut random = StdRng::seed_from_u64(seed() ^ victim as u64);
+        while back.len() > 2 {
+            back.remove(random.random_range(0..back.len()));
+        }
+    }
+    forth.into_iter().chain(back).collect()
 }
 
 /// Writes on one side directly and, while that transaction is open, on the other: never may both be
@@ -580,26 +609,28 @@ impl Witness {
     }
 }
 
-/// Kills the victim at each step of a flip to new, starts it again, and looks.
+/// Kills the victim at each step of a flip, starts it again, and looks.
 async fn killed_at_each_step(victim: Victim) {
     let mut fleet = Fleet::set().await;
-    for step in STEPS {
+    for (to, step) in table(victim) {
+        let from = to.other();
+        fleet.be_on(from).await;
         let began = tokio::time::Instant::now();
         let witness = Witness::begin(&fleet);
         let storm = fleet.storm(true).await;
         storm.everybody_commits(2).await;
         let (_, epoch) = fleet.agree().await;
         fleet.gates_open().await;
-        let stop = Stop::before(&fleet, step).await;
+        let stop = Stop::before(&fleet, step, from).await;
         let flip = stop.reached_by_flip(&fleet).await;
         let mut stopped = None;
         match victim {
             Victim::Coordinator => fleet.stage.rig.kill_proxy(),
             Victim::CoordinatorStopped => stopped = Some(processes::pause(fleet.stage.rig.proxy_pid())),
             Victim::OtherProxy => fleet.other.kill(),
-            Victim::Primary => processes::kill(&fleet.stage.rig.legacy),
-            Victim::Secondary => processes::kill(&fleet.stage.rig.new),
-            Victim::SecondaryCutOff => fleet.stage.relay.cut(),
+            Victim::Primary => processes::kill(fleet.stage.rig.server(from)),
+            Victim::Secondary => processes::kill(fleet.stage.rig.server(to)),
+            Victim::NewCutOff => fleet.stage.relay.cut(),
         }
         stop.lift().await;
         sleep(Duration::from_millis(100)).await;
@@ -613,46 +644,40 @@ async fn killed_at_each_step(victim: Victim) {
                     .unwrap();
                 drop(stopped);
             }
-            Victim::SecondaryCutOff => fleet.stage.relay.calm(),
+            Victim::NewCutOff => fleet.stage.relay.calm(),
             Victim::Coordinator => fleet.stage.rig.spawn_proxy(),
             Victim::OtherProxy => fleet.other.spawn(),
-            Victim::Primary => fleet.stage.rig.legacy.start_again().unwrap(),
-            Victim::Secondary => fleet.stage.rig.new.start_again().unwrap(),
+            Victim::Primary => fleet.stage.rig.server_mut(from).start_again().unwrap(),
+            Victim::Secondary => fleet.stage.rig.server_mut(to).start_again().unwrap(),
         }
         let outcome = flip.await.unwrap();
         let (primary, now) = fleet.agree().await;
         // Old or new, everywhere.
         assert_eq!(
             now,
-            if primary == Side::New { epoch + 1 } else { epoch },
-            "{victim:?} at {step}"
+            if primary == to { epoch + 1 } else { epoch },
+            "{victim:?} at {step} to {to}"
         );
         if let Ok(flip) = &outcome {
             assert_eq!(
                 (flip.outcome.as_str(), primary),
-                ("done", Side::New),
-                "{victim:?} at {step}"
+                ("done", to),
+                "{victim:?} at {step} to {to}"
             );
         }
         // Forward once it is decided. A primary that dies is the new one's business only then.
         if step == Step::Turned {
-            assert_eq!(primary, Side::New, "{victim:?} at {step}\n{}", fleet.logs());
+            assert_eq!(primary, to, "{victim:?} at {step} to {to}\n{}", fleet.logs());
         }
         storm.everybody_commits(2).await;
         fleet.stage.end(storm).await;
         witness.end().await;
-        remove_stop(&fleet).await;
+        remove_stop(&fleet, from).await;
         fleet.assert_exact().await;
         eprintln!(
-            "{victim:?} at {step}: {primary} is primary, after {:?}",
+            "{victim:?} at {step} to {to}: {primary} is primary, after {:?}",
             began.elapsed()
         );
-        if primary == Side::New {
-            fleet.gates_open().await;
-            let back = switchover(fleet.stage.rig.admin_port, Side::Legacy, false).await;
-            back.unwrap_or_else(|error| panic!("{error}\n{}", fleet.logs()));
-            assert_eq!(fleet.agree().await, (Side::Legacy, now + 1));
-        }
     }
 }
 
@@ -667,8 +692,8 @@ async fn the_coordinator_stands_still_at_each_step() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_secondary_is_cut_off_at_each_step() {
-    killed_at_each_step(Victim::SecondaryCutOff).await;
+async fn new_is_cut_off_at_each_step() {
+    killed_at_each_step(Victim::NewCutOff).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

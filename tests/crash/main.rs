@@ -4,6 +4,7 @@
 //!
 //! `PGTANDEM_CRASH_ROUNDS=10` repeats every fault so often, `PGTANDEM_CRASH_SEED=7` moves their
 //! moments, `PGTANDEM_CRASH_STOP_SECONDS=30` stops the secondary for so long.
+//! `PGTANDEM_FLIP_FAULTS=1` strikes at every step of flips back, too, not only at two of them.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -16,6 +17,7 @@ mod databases;
 mod fault;
 mod flips;
 mod gates;
+mod holes;
 mod journal;
 mod primary;
 mod processes;

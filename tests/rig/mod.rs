@@ -262,6 +262,13 @@ databases:
         }
     }
 
+    pub(crate) const fn server_mut(&mut self, side: Side) -> &mut Server {
+        match side {
+            Side::Legacy => &mut self.legacy,
+            Side::New => &mut self.new,
+        }
+    }
+
     pub(crate) async fn direct(&self, side: Side, role: &str) -> Client {
         connect(&self.server(side).url(role, DATABASE)).await.unwrap()
     }
