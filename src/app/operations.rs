@@ -201,6 +201,7 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
+            self.is_for_this_proxy(&tandem)?;
             let outcome = tandem.order(order.clone(), ORDER_MAX).await;
             let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             let found = request.id.is_none_or(|id| outcome.done.contains(&id));
@@ -225,6 +226,7 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
+            self.is_for_this_proxy(&tandem)?;
             let outcome = tandem.order(order.clone(), ORDER_MAX).await;
             let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.done &= outcome.done.contains(&request.id);
@@ -244,6 +246,7 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
+            self.is_for_this_proxy(&tandem)?;
             let healed = tandem.heal(order.clone(), ORDER_MAX).await;
             let healed = healed.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.done &= healed.left.is_empty() && healed.to_seed.is_empty();
@@ -389,6 +392,20 @@ impl World {
             database: database.to_owned(),
             entry,
         }
+    }
+
+    /// Orders are carried out between two rounds, by the proxy that applies.
+    fn is_for_this_proxy(&self, tandem: &Tandem) -> Result<(), String> {
+        let Some(other) = tandem.applied_by_another() else {
+            return Ok(());
+        };
+        let known = self.participant.sight().proxies;
+        let address = known.into_iter().find(|proxy| proxy.name == other);
+        let address = address.map_or_else(String::new, |proxy| format!(", which listens on {}", proxy.address));
+        Err(format!(
+            "database {}: {other} applies, and only that proxy can do this between two rounds: ask it{address}",
+            tandem.name()
+        ))
     }
 
     /// The databases that an order is for; an entry's number means something in one of them only.

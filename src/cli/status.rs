@@ -181,12 +181,13 @@ fn print(status: &Status, problems: &[String]) {
         say("\nproxies");
         for proxy in &status.proxies {
             say(&format!(
-                "  {}  {}  {}  phase {}, epoch {}, last seen {:.1} s ago, clock {:+.0} ms",
+                "  {}  {}  {}  phase {}, epoch {}, {} sessions, last seen {:.1} s ago, clock {:+.0} ms",
                 proxy.name,
                 proxy.address,
                 proxy.version,
                 proxy.phase,
                 proxy.epoch,
+                proxy.sessions,
                 proxy.silent_seconds,
                 proxy.clock_offset_ms
             ));

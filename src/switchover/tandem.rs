@@ -357,6 +357,16 @@ impl Tandem {
             .map_err(|error| error_chain(&error))
     }
 
+    /// The proxy that applies, where it is another one: only between its rounds can an order be carried
+    /// out.
+    pub fn applied_by_another(&self) -> Option<String> {
+        let applier = self.applier()?;
+        let status = applier.status();
+        let status = status.borrow();
+        let waits = status.state == ApplierState::Waiting;
+        status.applier.clone().filter(|_| waits)
+    }
+
     /// Has an order about the quarantine carried out.
     pub async fn order(&self, order: apply::Order, timeout: Duration) -> Result<apply::Outcome, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-use pgtandem::admin::api::{Mirroring, ReloadAnswer, Status, WaitAnswer};
+use pgtandem::admin::api::{Mirroring, QuarantineAnswer, ReloadAnswer, RetryRequest, Status, WaitAnswer};
 use pgtandem::admin::client::{AdminClient, AdminError};
 use pgtandem::config::Admin;
 use pgtandem::control::Phase;
@@ -120,6 +120,16 @@ impl Another {
     pub(crate) async fn reload(&self, rig: &Rig) -> Result<ReloadAnswer, AdminError> {
         self.take_config(rig);
         self.admin().post("/api/v1/reload", &()).await
+    }
+
+    /// `quarantine retry`, of all that is held.
+    pub(crate) async fn retry_quarantine(&self) -> Result<QuarantineAnswer, AdminError> {
+        let request = RetryRequest {
+            database: None,
+            id: None,
+            actor: "a test".into(),
+        };
+        self.admin().post("/api/v1/quarantine/retry", &request).await
     }
 
     pub(crate) async fn wait_caught_up(&self) {

@@ -125,6 +125,16 @@ async fn every_proxy_tells_how_far_the_secondary_is() {
         })
         .await;
 
+    // What only the one that applies can do, the other one sends there.
+    let refused = other.retry_quarantine().await.unwrap_err().to_string();
+    for says in [
+        name(rig.proxy_pid()),
+        format!("which listens on 127.0.0.1:{}", rig.port),
+    ] {
+        assert!(refused.contains(&says), "{refused} does not say {says}");
+    }
+    rig.check(&["quarantine", "retry"], 0, "");
+
     let locking = rig.direct(Side::New, SUPERUSER).await;
     locking.batch_execute("BEGIN; LOCK TABLE jobs").await.unwrap();
     let client = rig.client().await;
