@@ -101,8 +101,9 @@ impl Crossing {
         })
     }
 
-    /// Notes on the old side which flip is about to cross, and has a change travel the reverse way.
-    pub(super) async fn probe(&self, flip: &FlipId) -> Result<Value, String> {
+    /// Notes on the old side which flip is about to cross, has a change travel the reverse way, and does
+    /// what will be done when clients wait once before.
+    pub(super) async fn probe(&mut self, flip: &FlipId) -> Result<Value, String> {
         self.old
             .batch_execute(&format!(
                 "INSERT INTO pgtandem.crossing (flip) VALUES ({}) ON CONFLICT (one) DO UPDATE SET flip = EXCLUDED.flip",
@@ -110,7 +111,12 @@ impl Crossing {
             ))
             .await
             .map_err(|error| error_chain(&error))?;
-        probe::send(&self.new, &self.old).await
+        let measured = probe::send(&self.new, &self.old).await?;
+        self.check_capture().await?;
+        apply::try_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(measured)
     }
 
     /// Waits until no writer is in flight on the old side and lets none begin.
@@ -179,20 +185,25 @@ impl Crossing {
     /// Makes sure that every table of the new primary is captured, and stores on the old side from
     /// where its changes are to be applied; nobody writes on either side now.
     async fn arm_reverse(&mut self) -> Result<(), String> {
+        self.check_capture().await?;
+        apply::begin_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    async fn check_capture(&self) -> Result<(), String> {
         let report = journal::capture_tables(&self.new)
             .await
             .map_err(|error| error.to_string())?;
         let failed = report.failed.iter().map(|(table, _)| table);
         let missing: Vec<&String> = report.busy.iter().chain(failed).collect();
-        if !missing.is_empty() {
-            return Err(format!(
-                "on {} these tables could not be captured: {missing:?}",
-                self.to.primary
-            ));
+        if missing.is_empty() {
+            return Ok(());
         }
-        apply::begin_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
-            .await
-            .map_err(|error| error.to_string())
+        Err(format!(
+            "on {} these tables could not be captured: {missing:?}",
+            self.to.primary
+        ))
     }
 
     /// Makes the old side secondary; with `record`, only if that says true, and both or neither.
