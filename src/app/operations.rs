@@ -11,14 +11,15 @@ use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest,
-    ExplainAnswer, HealAnswer, HealRequest, History, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded,
-    ReloadAnswer, RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest,
-    WaitAnswer,
+    AcknowledgeRequest, AcknowledgeStraysRequest, AcknowledgedStrays, BackfillAnswer, BackfillCancelRequest,
+    BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer, HealRequest, History, QuarantineAnswer,
+    QuarantineEntry, QuarantineList, Recorded, ReloadAnswer, RetryRequest, Sessions, ShadowsAnswer, Status, StrayEntry,
+    StrayList, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::chain;
 use crate::control::{Control, Phase, Side};
+use crate::journal::Stray;
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::{Plans, events};
@@ -251,6 +252,43 @@ impl Operations for World {
         Ok(answer)
     }
 
+    async fn strays(&self) -> Result<StrayList, String> {
+        let mut list = StrayList::default();
+        for tandem in self.tandems().iter() {
+            let strays = tandem.strays().await;
+            let strays = strays.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            list.strays.extend(stray_entries(tandem.name(), strays));
+        }
+        Ok(list)
+    }
+
+    async fn acknowledge_strays(&self, request: AcknowledgeStraysRequest) -> Result<AcknowledgedStrays, String> {
+        let AcknowledgeStraysRequest { database, by, reason } = request;
+        if by.trim().is_empty() || reason.trim().is_empty() {
+            return Err("an acknowledgement needs a name and a reason".into());
+        }
+        let mut answer = AcknowledgedStrays {
+            acknowledged: Vec::new(),
+            head: None,
+            log_error: None,
+        };
+        for tandem in self.chosen(database.as_deref(), false)? {
+            let strays = tandem.acknowledge_strays(&by, &reason).await;
+            let strays = strays.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.acknowledged.extend(stray_entries(tandem.name(), strays));
+        }
+        if answer.acknowledged.is_empty() {
+            return Ok(answer);
+        }
+        let told = serde_json::json!({ "by": by, "reason": reason, "strays": answer.acknowledged });
+        let body = chain::body(&told).map_err(|error| error.to_string())?;
+        match self.shadows.log().record(events::STRAYS_ACKNOWLEDGED, body).await {
+            Ok(head) => answer.head = Some(head),
+            Err(why) => answer.log_error = Some(why),
+        }
+        Ok(answer)
+    }
+
     async fn acknowledge(&self, request: AcknowledgeRequest) -> Result<Recorded, String> {
         let keys = chain::body(&request.acknowledgement()?).map_err(|error| error.to_string())?;
         let head = self.shadows.log().record(events::ACKNOWLEDGED, keys).await?;
@@ -360,6 +398,14 @@ impl Operations for World {
             explanation: serde_json::to_value(&explanation).unwrap_or_default(),
         }
     }
+}
+
+fn stray_entries(database: &str, strays: Vec<(Side, Stray)>) -> impl Iterator<Item = StrayEntry> {
+    strays.into_iter().map(move |(side, stray)| StrayEntry {
+        database: database.to_owned(),
+        side,
+        stray,
+    })
 }
 
 impl World {

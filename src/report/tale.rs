@@ -115,6 +115,20 @@ impl Tale {
                 ),
                 text("forced").map(|reason| format!("closed gates were passed: {reason}")),
             ),
+            events::STRAYS_ACKNOWLEDGED => {
+                let strays = value["strays"].as_array().map(Vec::as_slice).unwrap_or_default();
+                let writes: u64 = strays.iter().filter_map(|one| one["writes"].as_u64()).sum();
+                let mut tables: Vec<&str> = strays.iter().filter_map(|one| one["table"].as_str()).collect();
+                tables.sort_unstable();
+                tables.dedup();
+                (
+                    format!(
+                        "{writes} writes that reached the secondary without pgtandem acknowledged ({})",
+                        tables.join(", ")
+                    ),
+                    text("reason"),
+                )
+            }
             chain::events::OPENED => {
                 let lost = value["lost_before"].as_u64().unwrap_or(0);
                 self.lost += lost;
@@ -138,7 +152,7 @@ impl Tale {
         self.happenings.push(Happening {
             at: envelope.time.clone(),
             what,
-            who: text("actor"),
+            who: text("by").or_else(|| text("coordinator")),
             why,
             line: Some(envelope.seq),
         });

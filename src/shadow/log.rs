@@ -29,6 +29,7 @@ pub mod events {
     pub const STATISTICS: &str = "statistics";
     pub const PHASE: &str = "phase";
     pub const SWITCHOVER: &str = "switchover";
+    pub const STRAYS_ACKNOWLEDGED: &str = "strays_acknowledged";
 }
 
 /// A confirmed mismatch.

@@ -18,13 +18,13 @@ use crate::apply::{self, Applier, ApplierConfig, ApplierState};
 use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
-use crate::journal::{self, SideRole};
+use crate::journal::{self, SideRole, Stray};
 use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOrder};
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
 use crate::transform::check::examine;
-use crate::upstream::control::{connect, error_chain};
+use crate::upstream::control::{Control as Connection, connect, error_chain};
 
 /// One database, as clients name it, on its two sides.
 pub struct Tandem {
@@ -355,6 +355,35 @@ impl Tandem {
         apply::list_quarantine(&client)
             .await
             .map_err(|error| error_chain(&error))
+    }
+
+    /// Writes past pgtandem that either side recorded and nobody acknowledged.
+    pub async fn strays(&self) -> Result<Vec<(Side, Stray)>, String> {
+        let mut found = Vec::new();
+        for side in [Side::Legacy, Side::New] {
+            let client = self.connect_about_strays(side).await?;
+            let strays = journal::strays(&client).await.map_err(|error| error_chain(&error))?;
+            found.extend(strays.into_iter().map(|stray| (side, stray)));
+        }
+        Ok(found)
+    }
+
+    /// Acknowledges all of them, on both sides; returns which.
+    pub async fn acknowledge_strays(&self, by: &str, reason: &str) -> Result<Vec<(Side, Stray)>, String> {
+        let mut done = Vec::new();
+        for side in [Side::Legacy, Side::New] {
+            let client = self.connect_about_strays(side).await?;
+            let strays = journal::acknowledge_strays(&client, by, reason).await;
+            let strays = strays.map_err(|error| error_chain(&error))?;
+            done.extend(strays.into_iter().map(|stray| (side, stray)));
+        }
+        Ok(done)
+    }
+
+    async fn connect_about_strays(&self, side: Side) -> Result<Connection, String> {
+        connect(self.targets().target(side), "strays")
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Has an order about the quarantine carried out.
