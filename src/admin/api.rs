@@ -253,6 +253,10 @@ pub struct Flip {
     pub epoch: Epoch,
     /// The proxy that led it.
     pub coordinator: String,
+    /// Who ordered it: a name, or `proxy.yaml` where its `phase` was the order; absent where that
+    /// was not recorded.
+    #[serde(default)]
+    pub by: Option<String>,
     pub at: String,
     pub ended: Option<String>,
     /// `done`, `rehearsed`, or why it was abandoned (everything then went on as before); absent
@@ -309,6 +313,9 @@ pub struct SwitchoverRequest {
     /// The reason given with `--force`: closed gates are recorded, not obeyed.
     #[serde(default)]
     pub force: Option<String>,
+    /// Who orders it; it is recorded.
+    #[serde(default)]
+    pub by: Option<String>,
 }
 
 /// What the switchover answers; `flip` is absent for a dry run and where a gate is closed.

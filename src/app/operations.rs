@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::flips::Ordered;
 use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
@@ -107,6 +108,10 @@ impl Operations for World {
             Side::New => Phase::Switchover,
             Side::Legacy => Phase::DualRead,
         };
+        let ordered = Ordered {
+            by: request.by.unwrap_or_else(|| "unknown".into()),
+            force: request.force,
+        };
         if request.rehearse {
             if !now.phase.mirrors() {
                 return Err(format!(
@@ -119,9 +124,9 @@ impl Operations for World {
                 primary: to,
                 epoch: now.epoch.next(),
             };
-            self.flip(Kind::Rehearsal, now, target, request.force).await?;
+            self.flip(Kind::Rehearsal, now, target, ordered).await?;
         } else {
-            let outcome = self.make_so(wish, request.force).await;
+            let outcome = self.make_so(wish, ordered).await;
             self.facts().problem = match &outcome {
                 Ok(_) => self.wish_differs(self.control_now()),
                 Err(why) => Some(why.clone()),
@@ -138,7 +143,7 @@ impl Operations for World {
 
     async fn complete(self: Arc<Self>) -> Result<ReloadAnswer, String> {
         let _changing = self.transition.lock().await;
-        let changed = self.make_so(Phase::Complete, None).await?;
+        let changed = self.make_so(Phase::Complete, Ordered::in_config()).await?;
         if self.config.load().phase != Phase::Complete {
             self.facts().problem =
                 Some("the migration is complete; proxy.yaml still says otherwise: write phase: complete".into());
@@ -296,6 +301,7 @@ impl Operations for World {
     }
 
     async fn record_statistics(&self) -> Result<Recorded, String> {
+        self.shadows.record_slower().await?;
         let head = self.shadows.record_statistics().await?;
         Ok(Recorded { head })
     }

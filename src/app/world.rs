@@ -11,6 +11,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::acknowledge::BothSides;
+use super::flips::Ordered;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
 use crate::config::{Config, EVERY_OTHER_DATABASE};
@@ -206,7 +207,7 @@ impl World {
             self.facts().problem = Some(differs);
             return Ok(());
         }
-        match self.make_so(wish, None).await {
+        match self.make_so(wish, Ordered::in_config()).await {
             Ok(changed) => {
                 self.facts().problem = None;
                 tracing::info!(phase = %self.control_now().phase, primary = %self.control_now().primary, ?changed, "begun");
@@ -391,7 +392,7 @@ impl World {
             tandem.backfill().configure(new.backfill);
         }
         self.config.store(Arc::new(new));
-        let outcome = self.make_so(wish, None).await;
+        let outcome = self.make_so(wish, Ordered::in_config()).await;
         self.facts().problem = outcome.as_ref().err().cloned();
         changed.extend(outcome?);
         Ok(ReloadAnswer {
@@ -469,6 +470,9 @@ impl World {
             tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
             if let Err(error) = self.shadows.record_statistics().await {
                 tracing::warn!(error, "statistics could not be written to the mismatch log");
+            }
+            if let Err(error) = self.shadows.record_slower().await {
+                tracing::warn!(error, "the mismatch log does not tell of what is slower on new");
             }
         }
     }

@@ -122,6 +122,9 @@ enum Command {
         /// Why closed gates may be passed.
         #[arg(long, value_name = "TEXT", requires = "force")]
         reason: Option<String>,
+        /// Who orders it; otherwise PGTANDEM_ACTOR or the user at the keyboard. It is recorded.
+        #[arg(long, value_name = "NAME")]
+        by: Option<String>,
     },
     /// End the migration: mirroring stops and what pgtandem installed is removed from both sides.
     /// There is no way back after it. Exit 1 without --yes, and where clients are still on legacy.
@@ -278,6 +281,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             history,
             force: _,
             reason,
+            by,
         } => {
             let client = client(&common)?;
             if history {
@@ -288,6 +292,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
                 dry_run,
                 rehearse,
                 force: reason,
+                by: Some(by.unwrap_or_else(quarantine::actor)),
             };
             switchover::run(&client, output.json, request).await
         }

@@ -27,6 +27,7 @@ mod rules;
 mod sample;
 mod shown;
 mod sink;
+mod slower;
 mod stats;
 mod values;
 mod worker;
@@ -45,12 +46,14 @@ pub use digest::{Digest, DigestBuilder};
 pub use interval::{Interval, Period};
 pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
 pub use log_reader::{
-    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
+    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged,
+    is_slower_acknowledged, parse, read_log,
 };
 pub use plans::{Planner, Plans};
 pub use read::{BindValues, Call, ShadowRead};
 pub use sample::Asked;
 pub use sink::{Candidate, ShadowSink};
+pub use slower::{PlanShape, PlanShapes, Quantiles, Rule, SlowerOnNew, SlowerWatch};
 pub use stats::{
     Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
     ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,

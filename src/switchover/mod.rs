@@ -20,6 +20,7 @@ mod report;
 mod resolve;
 mod servers;
 mod tandem;
+pub mod told;
 
 pub use coordinator::{Abandoned, Order, lead};
 pub use gates::{Measured, gates};

@@ -187,7 +187,12 @@ async fn a_migration_as_an_auditor_sees_it() {
     }
     until_compared(&rig, again + 10, 0).await;
     let compared = known + 21 + again + 10;
-    rig.check(&["switchover", "--to", "new"], 0, "switchover to new");
+    rig.check(
+        &["switchover", "--rehearse", "--force", "--reason", "a first look"],
+        0,
+        "rehearsal of a switchover",
+    );
+    rig.check(&["switchover", "--to", "new", "--by", "ann"], 0, "ordered by ann");
 
     let page = rig.directory.path().join("report.html");
     rig.check(
@@ -199,6 +204,8 @@ async fn a_migration_as_an_auditor_sees_it() {
     for says in [
         &format!("Of {compared} reads compared, 1 differed"),
         "planted",
+        "flip to new, epoch 2",
+        "a first look",
         "switchover to new: done",
         "phase dual_read, legacy is primary",
         &fingerprint,
@@ -210,6 +217,37 @@ async fn a_migration_as_an_auditor_sees_it() {
         "values are hidden"
     );
     rig.check(&["report", "--md"], 0, "# Migration report");
+    // As the databases record it, with who and why; one that was given up besides.
+    let flips = report(&rig, 0, &[])["flips"].clone();
+    assert_eq!(flips.as_array().unwrap().len(), 2, "{flips}");
+    let (done, tried) = (&flips[0], &flips[1]);
+    assert_eq!(
+        (&done["outcome"], &done["to"], &done["forced"]),
+        (&"done".into(), &"new".into(), &Value::Null)
+    );
+    assert_eq!(
+        (&done["by"], &done["in_databases"]),
+        (&"ann".into(), &true.into()),
+        "{done}"
+    );
+    assert!(
+        done["line"].as_u64().is_some() && done["coordinator"].as_str().unwrap().starts_with("pid "),
+        "{done}"
+    );
+    assert!(
+        done["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|step| step["name"] == "decided"),
+        "{done}"
+    );
+    assert_eq!(
+        (&tried["kind"], &tried["forced"]),
+        (&"rehearsal".into(), &"a first look".into()),
+        "{tried}"
+    );
+
     let later = report(&rig, 0, &[]);
     assert!(later["log"]["chain"]["head"]["seq"].as_u64() > head["seq"].as_u64());
     assert!(later["log"]["chain"]["signed"].as_u64().unwrap() > 10);

@@ -166,6 +166,7 @@ async fn switchover(port: u16, to: Side, rehearse: bool) -> Result<Flip, AdminEr
         dry_run: false,
         rehearse,
         force: None,
+        by: None,
     };
     let answer: SwitchoverAnswer = admin(port).post("/api/v1/switchover", &request).await?;
     answer

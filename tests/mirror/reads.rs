@@ -8,6 +8,7 @@ use pgtandem::shadow::ShadowReport;
 use tokio_postgres::Client;
 
 use super::SEED;
+use super::places::{Place, produced_in};
 use super::rig::{APP, DATABASE, Rig};
 
 /// A rig in dual_read that shadows all reads.
@@ -186,6 +187,7 @@ async fn every_reason_against_a_comparison_is_counted() {
     client.batch_execute(SCHEMA).await.unwrap();
     rig.wait_caught_up().await;
     known(&rig, &client).await;
+    let mut produced = std::collections::BTreeSet::new();
     for (statements, reason) in [
         (&["select 1; select 2"][..], "several_statements"),
         (
@@ -270,7 +272,44 @@ async fn every_reason_against_a_comparison_is_counted() {
         let after = settled(&rig, &client).await.totals.counts;
         let count = |counts: &pgtandem::shadow::ReadCounts| counts.not_comparable.get(reason).copied().unwrap_or(0);
         assert!(count(&after) > count(&before), "{statements:?} {reason}: {after:?}");
+        produced.insert(reason);
     }
+    // No read is counted as anything.
+    let before = settled(&rig, &client).await.totals.counts;
+    for sql in [
+        "insert into item values (2000)",
+        "set work_mem = '5MB'",
+        "begin",
+        "commit",
+    ] {
+        client.simple_query(sql).await.unwrap();
+    }
+    assert_eq!(settled(&rig, &client).await.totals.counts, before);
+
+    // A session that ends in the middle of an answer; a read behind another one's answer.
+    let skipped = async |reason: &str| {
+        let counts = settled(&rig, &client).await.totals.counts;
+        counts.skipped.get(reason).copied().unwrap_or(0)
+    };
+    assert_eq!((skipped("cut_off").await, skipped("pipelined").await), (0, 0));
+    cut_off(&rig).await;
+    while skipped("cut_off").await == 0 {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    tokio::join!(
+        async {
+            client
+                .simple_query("select count(*) from generate_series(1, 500000) a")
+                .await
+                .unwrap()
+        },
+        async { client.simple_query("select id from item where id = 11").await.unwrap() },
+    );
+    assert_eq!(skipped("pipelined").await, 1);
+    produced.extend(["cut_off", "pipelined"]);
+    let wanted: std::collections::BTreeSet<_> = produced_in(Place::Proxy).into_iter().collect();
+    assert_eq!(produced, wanted);
+
     // All of it is in the coverage, with its reason.
     let report = settled(&rig, &client).await;
     let coverage = &report.coverage;
@@ -279,6 +318,24 @@ async fn every_reason_against_a_comparison_is_counted() {
     );
     let never = coverage.never_compared.iter().find(|one| one.text == "select now()");
     assert_eq!(never.map(|one| one.reason.as_str()), Some("clock"));
+}
+
+/// A client that goes away while its answer is on the way.
+async fn cut_off(rig: &Rig) {
+    let (client, connection) = tokio_postgres::connect(&rig.url(), tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    let rows = client
+        .query_raw(
+            "select repeat('x', 1000) from generate_series(1, 1000000) a",
+            Vec::<i32>::new(),
+        )
+        .await
+        .unwrap();
+    let mut rows = std::pin::pin!(rows);
+    rows.next().await.unwrap().unwrap();
+    connection.abort();
 }
 
 /// Reads a COPY to its end.
