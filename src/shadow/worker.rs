@@ -32,8 +32,9 @@ use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
 use crate::sql::{NotComparable, ReadFacts, Unstable};
 
-/// Reads that wait for one round together.
-const BATCH: usize = 64;
+/// Reads that wait for one round together: one is enough for all that came before it, and a late
+/// applier makes each a long wait.
+const BATCH: usize = 1024;
 /// A difference is looked at again at so many cuts, where definitions change meanwhile.
 const CUTS_MAX: u32 = 5;
 /// Between looks at the idle connections.
