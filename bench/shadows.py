@@ -58,18 +58,18 @@ def compare(bench, proxy, pinned, mode):
             runs[leg].append(one_run(bench, proxy, pinned, mode, rate, seconds))
     medians = {leg: {name: statistics.median(run[name] for run in those) for name in those[0]} for leg, those in runs.items()}
     print(f"\n  {mode} protocol, {CLIENTS} clients, {rate} reads/s asked for")
-    print(f"    {'':16}{'reads/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'proxy µs/read':>14} {'relaying':>9} {'secondary':>10} {'compared':>9}")
+    print(f"    {'':16}{'reads/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'proxy µs/read':>14} {'relaying':>9} {'primary':>8} {'secondary':>10} {'compared':>9}")
     for leg, m in medians.items():
         print(
             f"    {leg:16}{m['tps']:8.0f} {m['p50_ms']:8.3f} {m['p99_ms']:8.3f} {m['proxy_us']:14.1f} {m['relay_us']:9.1f}"
-            f" {m['secondary_us']:10.1f} {m['compared']:9.1%}",
+            f" {m['primary_us']:8.1f} {m['secondary_us']:10.1f} {m['compared']:9.1%}",
             flush=True,
         )
     without, none, every = (medians[leg] for leg in LEGS)
     for what, one, other in (("0 % of dual_write", none, without), ("100 % of 0 %", every, none), ("100 % of dual_write", every, without)):
-        ratios = {name: one[name] / other[name] if other[name] else float("nan") for name in ("p50_ms", "p99_ms", "proxy_us", "relay_us")}
+        ratios = {name: one[name] / other[name] if other[name] else float("nan") for name in ("p50_ms", "p99_ms", "proxy_us", "relay_us", "primary_us")}
         print(
-            f"    {what}: p50 {ratios['p50_ms']:.2f}, p99 {ratios['p99_ms']:.2f}, the proxy's CPU {ratios['proxy_us']:.2f}, of its relaying threads {ratios['relay_us']:.2f}",
+            f"    {what}: p50 {ratios['p50_ms']:.2f}, p99 {ratios['p99_ms']:.2f}, the proxy's CPU {ratios['proxy_us']:.2f}, of its relaying threads {ratios['relay_us']:.2f}, the primary's {ratios['primary_us']:.2f}",
             flush=True,
         )
         for name in ("p50_ms", "p99_ms"):
@@ -87,12 +87,17 @@ def one_run(bench, proxy, pinned, mode, rate, seconds):
     command = pgbench_command(bench.pgbench, proxy.port, DATABASE, "select-only", mode, CLIENTS, seconds)
     command[1:1] = ["-R", str(rate), "--log", f"--log-prefix={prefix}"]
     counted = reads(proxy)
-    before = cpu_seconds(proxy.process), relay_seconds(proxy.process), server_cpu_seconds(bench.new)
+
+    def spent():
+        servers = server_cpu_seconds(bench.legacy), server_cpu_seconds(bench.new)
+        return cpu_seconds(proxy.process), relay_seconds(proxy.process), *servers
+
+    before = spent()
     tps, transactions, _ = run_pgbench(pinned.load(command), seconds)
     # What is still to be compared belongs to this run.
     eventually("the last shadows", lambda: reads(proxy)["waiting"] == 0, 120)
-    after = cpu_seconds(proxy.process), relay_seconds(proxy.process), server_cpu_seconds(bench.new)
-    proxy_us, relay_us, secondary_us = ((now - then) * 1e6 / transactions for now, then in zip(after, before))
+    after = spent()
+    proxy_us, relay_us, primary_us, secondary_us = ((now - then) * 1e6 / transactions for now, then in zip(after, before))
     now = reads(proxy)
     if now["mismatched"] or now["dropped"] != counted["dropped"]:
         print(f"    {now['mismatched']} mismatched, {now['dropped'] - counted['dropped']} dropped")
@@ -103,6 +108,7 @@ def one_run(bench, proxy, pinned, mode, rate, seconds):
         "p99_ms": percentile(latencies, 0.99),
         "proxy_us": proxy_us,
         "relay_us": relay_us,
+        "primary_us": primary_us,
         "secondary_us": secondary_us,
         "compared": (now["compared"] - counted["compared"]) / transactions,
     }

@@ -355,6 +355,10 @@ impl Observer for Observed {
         self.digest.end();
     }
 
+    fn frame(&mut self, kind: u8, body: &[u8]) {
+        self.digest.frame(kind, body);
+    }
+
     fn complete(mut self: Box<Self>, timing: Timing) {
         if let Some(mut read) = self.read.take() {
             read.digest = self.digest.finish();
