@@ -111,6 +111,9 @@ pub struct ServerStatus {
     pub version: Option<String>,
     /// Why it cannot be reached, where it cannot.
     pub error: Option<String>,
+    /// The server is there and has no such database.
+    #[serde(default)]
+    pub missing: bool,
     /// The transaction of this database that has been prepared (PREPARE TRANSACTION) for longest.
     #[serde(default)]
     pub prepared: Option<OldestPrepared>,

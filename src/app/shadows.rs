@@ -398,6 +398,10 @@ impl Cuts for TandemCuts {
         })
     }
 
+    fn is_awaited(&self) -> bool {
+        self.0.upgrade().is_some_and(|tandem| tandem.is_awaited())
+    }
+
     fn hold_cut(&self) -> CutsFuture<'_, HeldCut> {
         Box::pin(async {
             let held = self.applier()?.cut().await.map_err(|error| NoCut(error.to_string()))?;

@@ -2,7 +2,7 @@
 //! The one place that writes [`Control`].
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::bail;
@@ -14,6 +14,7 @@ use super::acknowledge::BothSides;
 use super::flips::Ordered;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
+use crate::apply::Awaited;
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
@@ -303,7 +304,22 @@ impl World {
             config.stray_writers,
             config.verify,
             config.backfill,
+            self.awaited(),
         )
+    }
+
+    /// A database that is found while others are mirrored was perhaps created in one of those, and
+    /// comes to the secondary with that one's round. Once each of them has had a round since, it does
+    /// not.
+    fn awaited(&self) -> Awaited {
+        // The statement is recorded right after it has succeeded.
+        const RECORDED_WITHIN: Duration = Duration::from_secs(1);
+        let created_until = Instant::now() + RECORDED_WITHIN;
+        let others: Vec<Weak<Tandem>> = self.tandems().iter().map(Arc::downgrade).collect();
+        Awaited::as_long_as(move || {
+            let mut others = others.iter().filter_map(Weak::upgrade);
+            !others.all(|other| other.has_caught_up_since(created_until))
+        })
     }
 
     /// Under `"*"`, databases come and go: looks for them as long as the process lives.

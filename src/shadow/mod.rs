@@ -10,6 +10,7 @@
 //! Nothing here writes to either database.
 
 mod alike;
+mod answer;
 mod catalog;
 mod compare;
 mod confirm;
@@ -23,6 +24,7 @@ mod log;
 mod log_reader;
 mod plans;
 mod read;
+mod rows;
 mod rules;
 mod sample;
 mod shown;
@@ -96,6 +98,7 @@ pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
         shadow.control.clone(),
         catalog.clone(),
         sink.0.catalog_changed.clone(),
+        shadow.cuts.clone(),
     );
     let worker = Arc::new(Worker {
         database: shadow.database,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -14,7 +15,7 @@ use super::recover::Observed;
 use super::report::{describe_delay, mirroring};
 use super::servers;
 use crate::admin::api::{DatabaseStatus, ServerStatus, ShadowReads};
-use crate::apply::{self, Applier, ApplierConfig, ApplierState};
+use crate::apply::{self, Applier, ApplierConfig, ApplierState, Awaited};
 use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
@@ -33,6 +34,8 @@ pub struct Tandem {
     writes: Writes,
     stray_writers: StrayWriters,
     verify: Verify,
+    /// Whether the other side's database may still have to be created by another one's round.
+    awaited: Awaited,
     applier: Mutex<Option<Arc<Applier>>>,
     backfill: Arc<Desk>,
     servers: watch::Sender<[ServerStatus; 2]>,
@@ -48,6 +51,7 @@ impl Tandem {
         stray_writers: StrayWriters,
         verify: Verify,
         backfill: Backfill,
+        awaited: Awaited,
     ) -> Arc<Self> {
         let servers = watch::Sender::default();
         let watching = tokio::spawn(servers::watch(pair.config.clone(), servers.clone()));
@@ -57,11 +61,24 @@ impl Tandem {
             writes,
             stray_writers,
             verify,
+            awaited,
             applier: Mutex::default(),
             backfill: Arc::new(Desk::new(backfill)),
             servers,
             _watching: AbortOnDropHandle::new(watching),
         })
+    }
+
+    /// Whether the database is on one side only, and may still come to the other.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited.is()
+    }
+
+    /// Whether nothing that was committed before `then` is still to be applied; also where nothing is
+    /// mirrored.
+    pub fn has_caught_up_since(&self, then: Instant) -> bool {
+        let Some(applier) = self.applier() else { return true };
+        applier.status().borrow().caught_up_at.is_some_and(|at| at >= then)
     }
 
     pub fn name(&self) -> &str {
@@ -183,6 +200,7 @@ impl Tandem {
         );
         let applier = apply::spawn(ApplierConfig {
             transform: self.targets().transform.clone(),
+            awaited: self.awaited.clone(),
             ..config
         });
         let applier = Arc::new(applier);
@@ -417,7 +435,12 @@ impl Tandem {
 
     /// Everything but the shadow reads, which others count.
     pub fn status(&self) -> DatabaseStatus {
-        let [legacy, new] = self.servers.borrow().clone();
+        let [mut legacy, mut new] = self.servers.borrow().clone();
+        if self.awaited.is() {
+            for server in [&mut legacy, &mut new] {
+                server.error = server.error.take().filter(|_| !server.missing);
+            }
+        }
         DatabaseStatus {
             name: self.name().to_owned(),
             legacy,
