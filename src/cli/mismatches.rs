@@ -129,12 +129,10 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
 /// was asked for.
 fn is_settled(contents: &LogContents, slower_too: bool) -> bool {
     let acknowledgements = &contents.acknowledgements;
-    let mismatches = contents.mismatches.iter();
-    let slower = contents.slower.iter().filter(|_| slower_too);
-    mismatches.fold(true, |all, one| all && is_acknowledged(one, acknowledgements).is_some())
-        && slower.fold(true, |all, one| {
-            all && is_slower_acknowledged(one, acknowledgements).is_some()
-        })
+    let mut slower = contents.slower.iter().filter(|_| slower_too);
+    let mut mismatches = contents.mismatches.iter();
+    mismatches.all(|one| is_acknowledged(one, acknowledgements).is_some())
+        && slower.all(|one| is_slower_acknowledged(one, acknowledgements).is_some())
 }
 
 fn read(path: &Path, filter: &Filter) -> anyhow::Result<LogContents> {

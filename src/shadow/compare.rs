@@ -363,21 +363,19 @@ mod tests {
 
     /// Columns `k` and `v`, one row a word `k=v`.
     fn answer(rows: &str) -> Answer {
-        let mut answer = Answer {
-            columns: vec![
-                Column {
-                    name: b"k".to_vec(),
-                    origin: (0, 0),
-                    type_oid: 23,
-                },
-                Column {
-                    name: b"v".to_vec(),
-                    origin: (0, 0),
-                    type_oid: 25,
-                },
-            ],
-            ..Answer::default()
-        };
+        let mut answer = Answer::default();
+        answer.columns = vec![
+            Column {
+                name: b"k".to_vec(),
+                origin: (0, 0),
+                type_oid: 23,
+            },
+            Column {
+                name: b"v".to_vec(),
+                origin: (0, 0),
+                type_oid: 25,
+            },
+        ];
         for word in rows.split_whitespace() {
             let (key, value) = word.split_once('=').unwrap();
             add(&mut answer, &[key, value]);
@@ -485,12 +483,10 @@ mod tests {
 
     #[test]
     fn errors_and_columns() {
-        let failed = |code: &[u8; 5]| Answer {
-            digest: Digest {
-                sqlstate: Some(*code),
-                ..Digest::default()
-            },
-            ..Answer::default()
+        let failed = |code: &[u8; 5]| {
+            let mut answer = Answer::default();
+            answer.digest.sqlstate = Some(*code);
+            answer
         };
         let facts = facts("select 1");
         let kind = |one: &Answer, other: &Answer| match compare(&facts, one, other) {

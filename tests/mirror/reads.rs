@@ -454,6 +454,7 @@ async fn rage(mut client: Client, seed: u64, turns: u64) {
 /// very late. Equal databases: no mismatch. What only the look at a cut tells from one is counted as
 /// transient: without it, each of those would have been a false alarm.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[allow(clippy::print_stdout, reason = "a long run says how far it is")]
 async fn an_hour_of_reads_and_a_late_applier_make_no_mismatch() {
     const WORKERS: u64 = 4;
     let rig = rig().await;
