@@ -66,15 +66,18 @@ def run_pgbench(command, seconds):
     return parse_summary(done.stdout)
 
 
-def latencies_ms(log_prefix):
-    """The third column of the per-transaction log is microseconds; failed ones have no number."""
+def latencies_ms(log_prefix, scheduled=False):
+    """The third column of the per-transaction log is microseconds; failed ones have no number. Of
+    transactions begun at a given rate (`scheduled`) it counts from when they were due; how late they
+    began, the last column, is taken off."""
     found = []
     for path in glob.glob(f"{log_prefix}.*"):
         with open(path) as file:
             for line in file:
-                column = line.split(" ", 3)[2]
-                if column.isdigit():
-                    found.append(int(column) / 1000)
+                columns = line.split()
+                if columns[2].isdigit():
+                    late = int(columns[6]) if scheduled else 0
+                    found.append((int(columns[2]) - late) / 1000)
         os.remove(path)
     return found
 

@@ -227,7 +227,7 @@ class Pgpool:
 class Pgtandem:
     """`pgtandem serve` in a phase, for one database of the two servers."""
 
-    def __init__(self, workshop, program, legacy, new, dbname, phase, worker_threads=0, name=None):
+    def __init__(self, workshop, program, legacy, new, dbname, phase, worker_threads=0, name=None, more=""):
         self.program, self.port, self.admin_port = program, free_port(), free_port()
         directory = workshop.subdirectory(f"pgtandem-{name or phase}")
         self.config = os.path.join(directory, "proxy.yaml")
@@ -235,7 +235,7 @@ class Pgtandem:
             file.write(
                 f"listen: 127.0.0.1:{self.port}\nadmin: 127.0.0.1:{self.admin_port}\nphase: {phase}\ndatabases:\n"
                 f"  {dbname}:\n    legacy: {legacy.url(PROXY, dbname)}\n    new: {new.url(PROXY, dbname)}\n"
-                f"auth:\n  users: {{ {CLIENT}: {PASSWORD} }}\nlimits:\n  max_connections: 1300\n  worker_threads: {worker_threads}\n"
+                f"auth:\n  users: {{ {CLIENT}: {PASSWORD} }}\nlimits:\n  max_connections: 1300\n  worker_threads: {worker_threads}\n{more}"
             )
         self.workshop, self.directory, self.phase = workshop, directory, phase
         self.start()

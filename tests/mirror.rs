@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "shadow/places.rs"]
+mod places;
 #[path = "mirror/reads.rs"]
 mod reads;
 mod rig;

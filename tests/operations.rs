@@ -140,7 +140,38 @@ async fn the_star_stands_for_every_other_database() {
             .sql("postgres", "ALTER ROLE app CREATEDB; ALTER ROLE pgtandem CREATEDB")
             .unwrap();
     }
+    // Rounds stand still before the one that creates the database on new, for long enough to be told.
+    rig.wait_caught_up().await;
+    let holder = rig.direct(Side::New, OWN_ROLE).await;
+    holder.batch_execute("BEGIN; LOCK TABLE t IN SHARE MODE").await.unwrap();
+    shop.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
     shop.batch_execute("CREATE DATABASE fresh").await.unwrap();
+    rig.until(|status| {
+        status
+            .databases
+            .iter()
+            .any(|database| database.name == "fresh" && database.new.missing)
+    })
+    .await;
+    let status = rig.status().await.unwrap();
+    let fresh = status
+        .databases
+        .iter()
+        .find(|database| database.name == "fresh")
+        .unwrap();
+    assert_eq!(
+        (
+            fresh.new.error.as_deref(),
+            fresh.mirroring.as_ref().unwrap().error.as_deref()
+        ),
+        (None, None)
+    );
+    let log = rig.log();
+    let mut alarms = log
+        .lines()
+        .filter(|line| line.contains("\"WARN\"") && line.contains("fresh"));
+    assert_eq!(alarms.next(), None);
+    holder.batch_execute("COMMIT").await.unwrap();
     // At once: its first row is captured all the same.
     let fresh = connect(&url("fresh")).await.unwrap();
     fresh
@@ -161,6 +192,22 @@ async fn the_star_stands_for_every_other_database() {
         .value(Side::New, "SELECT count(*) FROM pg_database WHERE datname = 'fresh'")
         .await;
     assert_eq!(left, "0");
+
+    // One that is on its way from nowhere is told, by the log and by the status.
+    rig.legacy.sql("postgres", "CREATE DATABASE lonely").unwrap();
+    rig.until(|status| {
+        let lonely = status.databases.iter().find(|database| database.name == "lonely");
+        lonely.is_some_and(|lonely| {
+            lonely.new.error.is_some() && lonely.mirroring.as_ref().is_some_and(|m| m.error.is_some())
+        })
+    })
+    .await;
+    rig.check(&["status"], 1, "database \"lonely\" does not exist");
+    assert!(
+        rig.log().contains("database \\\"lonely\\\" does not exist"),
+        "{}",
+        rig.log()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,10 @@
 
 #[path = "shadow/kinds.rs"]
 mod kinds;
+#[path = "shadow/places.rs"]
+mod places;
+#[path = "shadow/reasons.rs"]
+mod reasons;
 
 use std::collections::VecDeque;
 use std::path::Path;

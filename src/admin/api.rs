@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
+use crate::journal::Stray;
 use crate::reconcile::backfill::{BackfillStatus, Order};
 use crate::shadow::{Acknowledgement, Kind as Difference, LogStatus, ShadowReport};
 pub use crate::switchover::machine::{Kind, Step};
@@ -127,6 +128,9 @@ pub struct ServerStatus {
     pub version: Option<String>,
     /// Why it cannot be reached, where it cannot.
     pub error: Option<String>,
+    /// The server is there and has no such database.
+    #[serde(default)]
+    pub missing: bool,
     /// The transaction of this database that has been prepared (PREPARE TRANSACTION) for longest.
     #[serde(default)]
     pub prepared: Option<OldestPrepared>,
@@ -309,6 +313,10 @@ pub struct Flip {
     pub epoch: Epoch,
     /// The proxy that led it.
     pub coordinator: String,
+    /// Who ordered it: a name, or `proxy.yaml` where its `phase` was the order; absent where that
+    /// was not recorded.
+    #[serde(default)]
+    pub by: Option<String>,
     pub at: String,
     pub ended: Option<String>,
     /// `done`, `rehearsed`, or why it was abandoned (everything then went on as before); absent
@@ -365,6 +373,9 @@ pub struct SwitchoverRequest {
     /// The reason given with `--force`: closed gates are recorded, not obeyed.
     #[serde(default)]
     pub force: Option<String>,
+    /// Who orders it; it is recorded.
+    #[serde(default)]
+    pub by: Option<String>,
 }
 
 /// What the switchover answers; `flip` is absent for a dry run and where a gate is closed.
@@ -440,6 +451,43 @@ pub struct QuarantineAnswer {
     pub databases: BTreeMap<String, Outcome>,
     /// Whether everything asked for was done.
     pub done: bool,
+}
+
+/// `GET /api/v1/strays`: writes that came past pgtandem to the side that was the secondary, and that
+/// nobody acknowledged.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StrayList {
+    pub strays: Vec<StrayEntry>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StrayEntry {
+    pub database: String,
+    /// Where they were written.
+    pub side: Side,
+    #[serde(flatten)]
+    pub stray: Stray,
+}
+
+/// `POST /api/v1/strays/acknowledge`: all that are recorded until now.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AcknowledgeStraysRequest {
+    /// Absent: of every database.
+    #[serde(default)]
+    pub database: Option<String>,
+    /// Who, and why they may stand.
+    pub by: String,
+    pub reason: String,
+}
+
+/// What was acknowledged. The databases record it, with the name and the reason.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AcknowledgedStrays {
+    pub acknowledged: Vec<StrayEntry>,
+    /// The line of the mismatch log that says so; absent where nothing was there to acknowledge.
+    pub head: Option<Head>,
+    /// Why the log has no such line, where it should have one.
+    pub log_error: Option<String>,
 }
 
 /// `POST /api/v1/mismatches/acknowledge`: those of a fingerprint so far (of a kind), or one line.

@@ -14,6 +14,8 @@
 //! | `GET /api/v1/wait?timeout_ms=N` | [`api::WaitAnswer`]; 408 when the time is over |
 //! | `GET /api/v1/quarantine` | [`api::QuarantineList`] |
 //! | `POST /api/v1/quarantine/retry`, `…/discard` | [`api::QuarantineAnswer`]; 409 where not all was done |
+//! | `GET /api/v1/strays` | [`api::StrayList`] |
+//! | `POST /api/v1/strays/acknowledge` | [`api::AcknowledgedStrays`], or 422 and why not |
 //! | `POST /api/v1/mismatches/acknowledge` | records it in the mismatch log: [`api::Recorded`], or 422 and why not |
 //! | `POST /api/v1/mismatches/statistics` | writes what the shadow reads came to now: [`api::Recorded`], or 422 and why not |
 //! | `POST /api/v1/schema/heal` | [`api::HealAnswer`]; 409 where something is left |
@@ -47,9 +49,10 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::api::{
-    AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DiscardRequest, ExplainAnswer, Failure,
-    HealAnswer, HealRequest, History, QuarantineAnswer, QuarantineList, Recorded, ReloadAnswer, RetryRequest,
-    ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
+    AcknowledgeRequest, AcknowledgeStraysRequest, AcknowledgedStrays, BackfillAnswer, BackfillCancelRequest,
+    BackfillRequest, DiscardRequest, ExplainAnswer, Failure, HealAnswer, HealRequest, History, QuarantineAnswer,
+    QuarantineList, Recorded, ReloadAnswer, RetryRequest, ShadowsAnswer, Status, StrayList, SwitchoverAnswer,
+    SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::config::Secret;
 use crate::reconcile::report::Event;
@@ -78,6 +81,11 @@ pub trait Operations: Send + Sync + 'static {
     /// it.
     fn reconcile(self: Arc<Self>, request: VerifyRequest, mend: bool) -> Result<mpsc::Receiver<Event>, String>;
     fn discard_held(&self, request: DiscardRequest) -> impl Future<Output = Result<QuarantineAnswer, String>> + Send;
+    fn strays(&self) -> impl Future<Output = Result<StrayList, String>> + Send;
+    fn acknowledge_strays(
+        &self,
+        request: AcknowledgeStraysRequest,
+    ) -> impl Future<Output = Result<AcknowledgedStrays, String>> + Send;
     fn acknowledge(&self, request: AcknowledgeRequest) -> impl Future<Output = Result<Recorded, String>> + Send;
     fn record_statistics(&self) -> impl Future<Output = Result<Recorded, String>> + Send;
     fn backfill(&self) -> BackfillAnswer;
@@ -111,6 +119,8 @@ pub async fn serve<O: Operations>(
         .route("/api/v1/quarantine", get(quarantine::<O>))
         .route("/api/v1/quarantine/retry", post(retry_held::<O>))
         .route("/api/v1/quarantine/discard", post(discard_held::<O>))
+        .route("/api/v1/strays", get(strays::<O>))
+        .route("/api/v1/strays/acknowledge", post(acknowledge_strays::<O>))
         .route("/api/v1/mismatches/acknowledge", post(acknowledge::<O>))
         .route("/api/v1/mismatches/statistics", post(record_statistics::<O>))
         .route("/api/v1/schema/heal", post(heal::<O>))
@@ -175,6 +185,23 @@ async fn switchover<O: Operations>(
     match operations.switchover(request).await {
         Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn strays<O: Operations>(State(operations): State<Arc<O>>) -> Response {
+    match operations.strays().await {
+        Ok(list) => Json(list).into_response(),
+        Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
+    }
+}
+
+async fn acknowledge_strays<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Json(request): Json<AcknowledgeStraysRequest>,
+) -> Response {
+    match operations.acknowledge_strays(request).await {
+        Ok(answer) => Json(answer).into_response(),
         Err(why) => failure(StatusCode::UNPROCESSABLE_ENTITY, why),
     }
 }

@@ -1,27 +1,38 @@
 //! This process's part in switchovers: leading one when told to, taking part in every one, and
 //! telling of them from their records.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::sync::OwnedMutexGuard;
 
 use super::world::World;
-use crate::admin::api::{Flip, FlipStep, History, InTheWay, Proxy, UnderWay};
+use crate::admin::api::{Flip, History, Proxy, UnderWay};
 use crate::config::Switchover;
 use crate::control::{Control, Phase, Side};
 use crate::session::Registry;
 use crate::switchover::machine::{Kind, Step};
-use crate::switchover::records::{self, FlipRow, SILENCE_MAX, Told};
-use crate::switchover::{CannotBegin, Host, Order, Survey, Tandem, lead, seat, take_over};
+use crate::switchover::records::{self, FlipRow, SILENCE_MAX};
+use crate::switchover::{CannotBegin, Host, Order, Survey, Tandem, lead, seat, take_over, told};
 use crate::upstream::control::{connect, error_chain};
 
-/// Flips that are told of.
-const HISTORY_MAX: i64 = 200;
-/// A side that takes longer to tell is left out.
-const ASK_MAX: Duration = Duration::from_secs(5);
+/// Whose word a change of phase is.
+#[derive(Debug, Clone)]
+pub(super) struct Ordered {
+    pub(super) by: String,
+    /// The reason for which closed gates are passed.
+    pub(super) force: Option<String>,
+}
+
+impl Ordered {
+    /// By whoever wrote proxy.yaml.
+    pub(super) fn in_config() -> Self {
+        Self {
+            by: "proxy.yaml".into(),
+            force: None,
+        }
+    }
+}
 
 impl Host for World {
     fn control(&self) -> Control {
@@ -95,15 +106,17 @@ impl World {
         kind: Kind,
         from: Control,
         to: Control,
-        forced: Option<String>,
+        ordered: Ordered,
     ) -> Result<Vec<String>, String> {
-        tracing::info!(to = %to.primary, epoch = %to.epoch, kind = kind.as_str(), forced, "switchover begins");
+        let Ordered { by, force: forced } = ordered;
+        tracing::info!(to = %to.primary, epoch = %to.epoch, kind = kind.as_str(), by, forced, "switchover begins");
         let tandems = self.tandems();
         let led = lead(Order {
             kind,
             tandems: &tandems,
             from,
             to,
+            by,
             forced,
             policy: self.config.load().switchover,
             me: &self.participant.me,
@@ -234,110 +247,12 @@ impl World {
         })
     }
 
-    /// What either side has recorded: of one flip, the side that knows more of it.
     async fn history_of(&self, tandems: &[Arc<Tandem>]) -> Vec<Flip> {
         let Some(seat) = seat(tandems) else {
             return Vec::new();
         };
-        let on = async |side| {
-            let asked = tokio::time::timeout(ASK_MAX, async {
-                let client = connect(seat.targets().target(side), "history")
-                    .await
-                    .map_err(|error| error.to_string())?;
-                records::history(&client, HISTORY_MAX).await
-            });
-            asked
-                .await
-                .unwrap_or_else(|_| Err("no answer".into()))
-                .unwrap_or_default()
-        };
+        let on = async |side| told::on(seat.targets().target(side)).await.unwrap_or_default();
         let (legacy, new) = tokio::join!(on(Side::Legacy), on(Side::New));
-        let mut told: Vec<Told> = Vec::new();
-        for one in legacy.into_iter().chain(new) {
-            match told.iter_mut().find(|known| known.0.row.id == one.0.row.id) {
-                Some(known) if known.1.len() < one.1.len() => *known = one,
-                Some(_) => {}
-                None => told.push(one),
-            }
-        }
-        told.sort_by(|a, b| b.0.began.cmp(&a.0.began));
-        told.into_iter().map(shown).collect()
-    }
-}
-
-fn shown((flip, steps): Told) -> Flip {
-    let mut shown = Flip {
-        id: flip.row.id,
-        kind: flip.row.kind,
-        to: flip.row.to.primary,
-        epoch: flip.row.to.epoch,
-        coordinator: flip.row.coordinator,
-        at: flip.began,
-        ended: flip.ended,
-        outcome: match flip.outcome {
-            Some(outcome) if outcome == "done" || outcome == "rehearsed" => outcome,
-            Some(why) => format!("abandoned: {why}"),
-            None => "under way".into(),
-        },
-        forced: flip.row.forced,
-        steps: Vec::new(),
-        held_ms: 0.0,
-        sessions_carried: 0,
-        sessions_ended: 0,
-        in_the_way: Vec::new(),
-        fenced_out: Vec::new(),
-    };
-    let (mut in_the_way, mut fenced_out) = (BTreeSet::new(), BTreeSet::new());
-    for step in &steps {
-        gather(&step.measured, &mut shown, &mut in_the_way, &mut fenced_out);
-        if let Some(released) = step.measured.get("released") {
-            gather(released, &mut shown, &mut in_the_way, &mut fenced_out);
-        }
-    }
-    shown.in_the_way = in_the_way.into_iter().collect();
-    shown.fenced_out = fenced_out.into_iter().collect();
-    shown.steps = steps
-        .into_iter()
-        .map(|step| FlipStep {
-            name: step.step,
-            at: step.at,
-            who: step.who,
-            ms: step.took_ms.unwrap_or_default(),
-            held: step.step.holds(),
-            measured: step.measured,
-        })
-        .collect();
-    shown
-}
-
-/// What each proxy has said, summed up.
-fn gather(measured: &Value, shown: &mut Flip, in_the_way: &mut BTreeSet<InTheWay>, fenced_out: &mut BTreeSet<String>) {
-    for name in measured
-        .get("fenced_out")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
-        fenced_out.extend(name.as_str().map(str::to_owned));
-    }
-    for (proxy, said) in measured.as_object().into_iter().flatten() {
-        if let Some(held) = said.get("held_ms").and_then(Value::as_f64) {
-            shown.held_ms = shown.held_ms.max(held);
-        }
-        let of_hold = said.get("drain_ms").is_some();
-        if let (true, Some(sessions)) = (of_hold, said.get("sessions").and_then(Value::as_u64)) {
-            shown.sessions_carried += usize::try_from(sessions).unwrap_or_default();
-        }
-        let list = |key: &str| said.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-        shown.sessions_ended += list("ended").len();
-        for session in list("in_the_way").iter().chain(&list("ended")).chain(&list("failed")) {
-            let text = |key: &str| session.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-            in_the_way.insert(InTheWay {
-                proxy: proxy.clone(),
-                user: text("user"),
-                application: text("application"),
-                reason: text("reason"),
-            });
-        }
+        told::flips(legacy.into_iter().chain(new))
     }
 }

@@ -159,7 +159,7 @@ fn describe() {
         ),
         (
             "pgtandem_stray_writes",
-            "writes that reached the secondary past pgtandem",
+            "writes that reached the secondary past pgtandem and that nobody acknowledged",
         ),
         (
             "pgtandem_quarantine_transactions",

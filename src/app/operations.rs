@@ -7,18 +7,20 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::flips::Ordered;
 use super::shadows::Shadows;
 use super::world::World;
 use crate::admin::Operations;
 use crate::admin::api::{
-    AcknowledgeRequest, BackfillAnswer, BackfillCancelRequest, BackfillRequest, DatabaseStatus, DiscardRequest,
-    ExplainAnswer, HealAnswer, HealRequest, History, QuarantineAnswer, QuarantineEntry, QuarantineList, Recorded,
-    ReloadAnswer, RetryRequest, Sessions, ShadowsAnswer, Status, SwitchoverAnswer, SwitchoverRequest, VerifyRequest,
-    WaitAnswer,
+    AcknowledgeRequest, AcknowledgeStraysRequest, AcknowledgedStrays, BackfillAnswer, BackfillCancelRequest,
+    BackfillRequest, DatabaseStatus, DiscardRequest, ExplainAnswer, HealAnswer, HealRequest, History, QuarantineAnswer,
+    QuarantineEntry, QuarantineList, Recorded, ReloadAnswer, RetryRequest, Sessions, ShadowsAnswer, Status, StrayEntry,
+    StrayList, SwitchoverAnswer, SwitchoverRequest, VerifyRequest, WaitAnswer,
 };
 use crate::apply::{Entry, HealOrder, Order};
 use crate::chain;
 use crate::control::{Control, Phase, Side};
+use crate::journal::Stray;
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::{Plans, events};
@@ -107,6 +109,10 @@ impl Operations for World {
             Side::New => Phase::Switchover,
             Side::Legacy => Phase::DualRead,
         };
+        let ordered = Ordered {
+            by: request.by.unwrap_or_else(|| "unknown".into()),
+            force: request.force,
+        };
         if request.rehearse {
             if !now.phase.mirrors() {
                 return Err(format!(
@@ -119,9 +125,9 @@ impl Operations for World {
                 primary: to,
                 epoch: now.epoch.next(),
             };
-            self.flip(Kind::Rehearsal, now, target, request.force).await?;
+            self.flip(Kind::Rehearsal, now, target, ordered).await?;
         } else {
-            let outcome = self.make_so(wish, request.force).await;
+            let outcome = self.make_so(wish, ordered).await;
             self.facts().problem = match &outcome {
                 Ok(_) => self.wish_differs(self.control_now()),
                 Err(why) => Some(why.clone()),
@@ -138,7 +144,7 @@ impl Operations for World {
 
     async fn complete(self: Arc<Self>) -> Result<ReloadAnswer, String> {
         let _changing = self.transition.lock().await;
-        let changed = self.make_so(Phase::Complete, None).await?;
+        let changed = self.make_so(Phase::Complete, Ordered::in_config()).await?;
         if self.config.load().phase != Phase::Complete {
             self.facts().problem =
                 Some("the migration is complete; proxy.yaml still says otherwise: write phase: complete".into());
@@ -255,6 +261,43 @@ impl Operations for World {
         Ok(answer)
     }
 
+    async fn strays(&self) -> Result<StrayList, String> {
+        let mut list = StrayList::default();
+        for tandem in self.tandems().iter() {
+            let strays = tandem.strays().await;
+            let strays = strays.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            list.strays.extend(stray_entries(tandem.name(), strays));
+        }
+        Ok(list)
+    }
+
+    async fn acknowledge_strays(&self, request: AcknowledgeStraysRequest) -> Result<AcknowledgedStrays, String> {
+        let AcknowledgeStraysRequest { database, by, reason } = request;
+        if by.trim().is_empty() || reason.trim().is_empty() {
+            return Err("an acknowledgement needs a name and a reason".into());
+        }
+        let mut answer = AcknowledgedStrays {
+            acknowledged: Vec::new(),
+            head: None,
+            log_error: None,
+        };
+        for tandem in self.chosen(database.as_deref(), false)? {
+            let strays = tandem.acknowledge_strays(&by, &reason).await;
+            let strays = strays.map_err(|why| format!("database {}: {why}", tandem.name()))?;
+            answer.acknowledged.extend(stray_entries(tandem.name(), strays));
+        }
+        if answer.acknowledged.is_empty() {
+            return Ok(answer);
+        }
+        let told = serde_json::json!({ "by": by, "reason": reason, "strays": answer.acknowledged });
+        let body = chain::body(&told).map_err(|error| error.to_string())?;
+        match self.shadows.log().record(events::STRAYS_ACKNOWLEDGED, body).await {
+            Ok(head) => answer.head = Some(head),
+            Err(why) => answer.log_error = Some(why),
+        }
+        Ok(answer)
+    }
+
     async fn acknowledge(&self, request: AcknowledgeRequest) -> Result<Recorded, String> {
         let keys = chain::body(&request.acknowledgement()?).map_err(|error| error.to_string())?;
         let head = self.shadows.log().record(events::ACKNOWLEDGED, keys).await?;
@@ -262,6 +305,7 @@ impl Operations for World {
     }
 
     async fn record_statistics(&self) -> Result<Recorded, String> {
+        self.shadows.record_slower().await?;
         let head = self.shadows.record_statistics().await?;
         Ok(Recorded { head })
     }
@@ -364,6 +408,14 @@ impl Operations for World {
             explanation: serde_json::to_value(&explanation).unwrap_or_default(),
         }
     }
+}
+
+fn stray_entries(database: &str, strays: Vec<(Side, Stray)>) -> impl Iterator<Item = StrayEntry> {
+    strays.into_iter().map(move |(side, stray)| StrayEntry {
+        database: database.to_owned(),
+        side,
+        stray,
+    })
 }
 
 impl World {

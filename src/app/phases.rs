@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
+use super::flips::Ordered;
 use super::world::World;
 use crate::admin::api::{DatabaseStatus, Gate};
 use crate::control::{Control, Phase};
@@ -11,11 +12,10 @@ use crate::switchover::{Kind, Measured, OfProxy, Plan, gates, in_the_way, plan};
 
 impl World {
     /// Leads the migration to `wish`; what was done, in words. The caller holds `transition`.
-    /// `force` is the reason for which closed gates are passed.
     ///
     /// # Errors
     /// Why it could not be done; the phase is then what it was.
-    pub(super) async fn make_so(self: &Arc<Self>, wish: Phase, force: Option<String>) -> Result<Vec<String>, String> {
+    pub(super) async fn make_so(self: &Arc<Self>, wish: Phase, ordered: Ordered) -> Result<Vec<String>, String> {
         let now = self.control_now();
         match plan(now, wish).map_err(|refusal| refusal.to_string())? {
             Plan::Nothing => Ok(Vec::new()),
@@ -26,7 +26,7 @@ impl World {
             Plan::Flip { to } => {
                 self.catch_up_before_flip().await;
                 let gates = self.gates().await;
-                if let (Some(gate), None) = (in_the_way(&gates, Kind::Flip), &force) {
+                if let (Some(gate), None) = (in_the_way(&gates, Kind::Flip), &ordered.force) {
                     return Err(format!(
                         "a gate is closed: {}: {} (required: {}); `pgtandem switchover --to {to} --dry-run` shows all",
                         gate.name, gate.measured, gate.required
@@ -37,7 +37,7 @@ impl World {
                     primary: to,
                     epoch: now.epoch.next(),
                 };
-                self.flip(Kind::Flip, now, target, force).await
+                self.flip(Kind::Flip, now, target, ordered).await
             }
         }
     }

@@ -20,8 +20,8 @@ use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
     Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome,
-    Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, Timing, ValueWriter, events,
-    load_or_create_key, spawn,
+    Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, SlowerWatch, Timing, ValueWriter,
+    events, load_or_create_key, spawn,
 };
 use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
@@ -38,6 +38,8 @@ pub(super) struct Shadows {
     _phases: AbortOnDropHandle<()>,
     /// By database, what the log's lines of statistics have told.
     told: Mutex<HashMap<String, ShadowReport>>,
+    /// By database, what is known of statements that are slower on new.
+    slower: Mutex<HashMap<String, SlowerWatch>>,
     control: watch::Receiver<Control>,
 }
 
@@ -65,6 +67,7 @@ impl Shadows {
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
             log,
             told: Mutex::default(),
+            slower: Mutex::default(),
             control,
         })
     }
@@ -85,6 +88,22 @@ impl Shadows {
             told.insert(database, now);
         }
         Ok(self.log.status().head)
+    }
+
+    /// Tells the log of statements that take clearly longer on new.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_slower(&self) -> Result<(), String> {
+        let mut watches = self.slower.lock().await;
+        let ratio = **self.slower_ratio.load();
+        for (database, now) in self.report().databases {
+            let planner = self.databases.get(&database).map(|intake| intake.tasks.planner.clone());
+            let Some(planner) = planner else { continue };
+            let watch = watches.entry(database.clone()).or_default();
+            watch.tell(&self.log, &planner, &database, &now, ratio).await?;
+        }
+        Ok(())
     }
 
     /// Also one that was abandoned: an auditor asks why. Nobody waits for the disk.
@@ -336,6 +355,10 @@ impl Observer for Observed {
         self.digest.end();
     }
 
+    fn frame(&mut self, kind: u8, body: &[u8]) {
+        self.digest.frame(kind, body);
+    }
+
     fn complete(mut self: Box<Self>, timing: Timing) {
         if let Some(mut read) = self.read.take() {
             read.digest = self.digest.finish();
@@ -373,6 +396,10 @@ impl Cuts for TandemCuts {
             let cut = self.applier()?.round_after_now().await;
             cut.map(|cut| cut.round).map_err(|error| NoCut(error.to_string()))
         })
+    }
+
+    fn is_awaited(&self) -> bool {
+        self.0.upgrade().is_some_and(|tandem| tandem.is_awaited())
     }
 
     fn hold_cut(&self) -> CutsFuture<'_, HeldCut> {

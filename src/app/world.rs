@@ -2,7 +2,7 @@
 //! The one place that writes [`Control`].
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::bail;
@@ -11,8 +11,10 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::acknowledge::BothSides;
+use super::flips::Ordered;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
+use crate::apply::Awaited;
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
@@ -214,7 +216,7 @@ impl World {
             self.facts().problem = Some(why);
             return Ok(());
         }
-        match self.make_so(wish, None).await {
+        match self.make_so(wish, Ordered::in_config()).await {
             Ok(changed) => {
                 self.facts().problem = None;
                 tracing::info!(phase = %self.control_now().phase, primary = %self.control_now().primary, ?changed, "begun");
@@ -313,7 +315,22 @@ impl World {
             config.stray_writers,
             config.verify,
             config.backfill,
+            self.awaited(),
         )
+    }
+
+    /// A database that is found while others are mirrored was perhaps created in one of those, and
+    /// comes to the secondary with that one's round. Once each of them has had a round since, it does
+    /// not.
+    fn awaited(&self) -> Awaited {
+        // The statement is recorded right after it has succeeded.
+        const RECORDED_WITHIN: Duration = Duration::from_secs(1);
+        let created_until = Instant::now() + RECORDED_WITHIN;
+        let others: Vec<Weak<Tandem>> = self.tandems().iter().map(Arc::downgrade).collect();
+        Awaited::as_long_as(move || {
+            let mut others = others.iter().filter_map(Weak::upgrade);
+            !others.all(|other| other.has_caught_up_since(created_until))
+        })
     }
 
     /// Under `"*"`, databases come and go: looks for them as long as the process lives.
@@ -406,7 +423,7 @@ impl World {
             tandem.backfill().configure(new.backfill);
         }
         self.config.store(Arc::new(new));
-        let outcome = self.make_so(wish, None).await;
+        let outcome = self.make_so(wish, Ordered::in_config()).await;
         self.facts().problem = outcome.as_ref().err().cloned();
         changed.extend(outcome?);
         Ok(ReloadAnswer {
@@ -484,6 +501,9 @@ impl World {
             tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
             if let Err(error) = self.shadows.record_statistics().await {
                 tracing::warn!(error, "statistics could not be written to the mismatch log");
+            }
+            if let Err(error) = self.shadows.record_slower().await {
+                tracing::warn!(error, "the mismatch log does not tell of what is slower on new");
             }
         }
     }

@@ -21,6 +21,7 @@
 //! What the secondary refuses for good is put into quarantine, and the rest goes on: held.rs says
 //! what is exact then, isolate.rs how the refused is found, quarantine.rs how it is taken up again.
 
+mod awaited;
 mod bulk;
 mod ddl;
 pub mod difference;
@@ -56,6 +57,7 @@ mod walk;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use awaited::Awaited;
 pub use direction::{BeginError, begin_direction, try_direction};
 pub use heal::{HealOrder, Healed};
 pub(crate) use lease::{depose, this_proxy};
@@ -99,6 +101,8 @@ pub struct ApplierConfig {
     pub writes: Writes,
     /// How the two sides' schemas differ.
     pub transform: Arc<Transform>,
+    /// Whether the secondary's database may still have to be created by another one's round.
+    pub awaited: Awaited,
 }
 
 impl ApplierConfig {
@@ -124,6 +128,7 @@ impl ApplierConfig {
             journal,
             writes,
             transform: Arc::default(),
+            awaited: Awaited::default(),
         }
     }
 
@@ -172,6 +177,11 @@ pub(crate) enum ApplyError {
 impl ApplyError {
     fn overtaken() -> Self {
         Self::Deposed("another applier has gone on from the same round".into())
+    }
+
+    /// Whether a server has no such database.
+    fn is_missing_database(&self) -> bool {
+        matches!(self, Self::Connect(error) if error.is_missing_database())
     }
 
     /// Whether a server could not be reached or went away, as opposed to said no.

@@ -306,16 +306,19 @@ impl Task {
             let text = error.to_string();
             let connecting = error.is_connection();
             let halted = matches!(error, ApplyError::Halted(_));
+            let awaited = error.is_missing_database() && self.config.awaited.is();
             let state = if connecting {
                 ApplierState::Connecting {
-                    error: Some(text.clone()),
+                    error: Some(text.clone()).filter(|_| !awaited),
                 }
             } else if halted {
                 ApplierState::Halted { error: text.clone() }
             } else {
                 ApplierState::Failing { error: text.clone() }
             };
-            if self.status.borrow().state != state {
+            if awaited {
+                tracing::debug!(error = text, "waiting for the round that creates the database");
+            } else if self.status.borrow().state != state {
                 tracing::warn!(error = text, "the applier is interrupted; the journal keeps what comes");
             }
             self.status.send_modify(|status| {

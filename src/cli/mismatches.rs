@@ -1,10 +1,12 @@
 //! `pgtandem mismatches`: reads the log itself, so it answers whether or not a proxy runs.
 
+use std::fmt::Display;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 use time::OffsetDateTime;
 
 use super::quarantine::actor;
@@ -14,7 +16,8 @@ use crate::admin::client::AdminError;
 use crate::chain::{self, Chain, Follower};
 use crate::config::{self, Config};
 use crate::shadow::{
-    Filter, Kind, LogContents, Mismatch, Parsed, by_fingerprint, events, is_acknowledged, parse, read_log,
+    Acknowledgement, Filter, Kind, LogContents, Parsed, by_fingerprint, events, is_acknowledged,
+    is_slower_acknowledged, parse, read_log,
 };
 
 /// Between two looks at the log for new lines.
@@ -37,7 +40,8 @@ pub(super) struct Arguments {
     /// Only fingerprints that begin so.
     #[arg(long, value_name = "ID")]
     fingerprint: Option<String>,
-    /// Only this kind: value, missing_row, extra_row, error, …
+    /// Only this kind: value, missing_row, extra_row, error, …; slower, which is no wrong answer and
+    /// makes exit 1 only when it is asked for.
     #[arg(long, value_name = "KIND", value_parser = kind)]
     kind: Option<Kind>,
     /// Print new ones as they are confirmed, until Ctrl-C.
@@ -113,11 +117,22 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
         return follow(path, &filter, arguments.output.json).await;
     }
     let contents = read(path, &filter)?;
-    print(&contents, arguments.output.json, arguments.each)?;
-    Ok(contents
-        .mismatches
-        .iter()
-        .all(|mismatch| is_acknowledged(mismatch, &contents.acknowledgements).is_some()))
+    let slower_asked = filter.kind == Some(Kind::Slower);
+    match (arguments.output.json, slower_asked) {
+        (true, true) => print_json(&contents.slower)?,
+        (json, _) => print(&contents, json, arguments.each)?,
+    }
+    Ok(is_settled(&contents, slower_asked))
+}
+
+/// Whether somebody acknowledged all of it. Slowness is no wrong answer, so it counts only where it
+/// was asked for.
+fn is_settled(contents: &LogContents, slower_too: bool) -> bool {
+    let acknowledgements = &contents.acknowledgements;
+    let mut slower = contents.slower.iter().filter(|_| slower_too);
+    let mut mismatches = contents.mismatches.iter();
+    mismatches.all(|one| is_acknowledged(one, acknowledgements).is_some())
+        && slower.all(|one| is_slower_acknowledged(one, acknowledgements).is_some())
 }
 
 fn read(path: &Path, filter: &Filter) -> anyhow::Result<LogContents> {
@@ -143,6 +158,17 @@ fn print(contents: &LogContents, json: bool, each: bool) -> anyhow::Result<()> {
     if contents.mismatches.is_empty() {
         say("no mismatches");
     }
+    if !contents.slower.is_empty() {
+        say("slower on new (no wrong answers; `mismatches --explain` asks for both plans):");
+        for slower in &contents.slower {
+            say(&format!("{}  {}", slower.fingerprint, slower.statement));
+            say(slower.to_string().trim_end());
+            if let Some(Acknowledgement { by, reason, .. }) = is_slower_acknowledged(slower, &contents.acknowledgements)
+            {
+                say(&format!("    acknowledged by {by}: {reason}"));
+            }
+        }
+    }
     if contents.unreadable_lines > 0 {
         say(&format!(
             "{} lines of the log could not be read (a torn last line, or a newer version's): see --verify-log",
@@ -158,22 +184,26 @@ async fn follow(path: &Path, filter: &Filter, json: bool) -> anyhow::Result<bool
     let mut follower = Follower::from_end(path).with_context(doing)?;
     loop {
         for line in follower.ready().with_context(doing)? {
-            if let Some(Parsed::Mismatch(mismatch)) = parse(&line)
-                && filter.wants(&mismatch)
-            {
-                print_one(&mismatch, json);
+            match parse(&line) {
+                Some(Parsed::Mismatch(mismatch)) if filter.wants(&mismatch) => {
+                    print_one(&*mismatch, &mismatch.fingerprint, &mismatch.statement, json);
+                }
+                Some(Parsed::Slower(slower)) if filter.wants_slower(&slower) => {
+                    print_one(&*slower, &slower.fingerprint, &slower.statement, json);
+                }
+                _ => {}
             }
         }
         tokio::time::sleep(FOLLOW_EVERY).await;
     }
 }
 
-fn print_one(mismatch: &Mismatch, json: bool) {
+fn print_one(line: &(impl Display + Serialize), fingerprint: &str, statement: &str, json: bool) {
     if json {
-        print_line(mismatch);
+        print_line(line);
     } else {
-        say(&format!("{}  {}", mismatch.fingerprint, mismatch.statement));
-        say(mismatch.to_string().trim_end());
+        say(&format!("{fingerprint}  {statement}"));
+        say(line.to_string().trim_end());
     }
 }
 
@@ -216,9 +246,16 @@ fn chosen(log: &config::MismatchLog, ack: &Ack) -> anyhow::Result<AcknowledgeReq
         kind: ack.kind,
         ..Filter::default()
     };
-    let mut found = read(&log.path, &filter)?.mismatches;
-    found.retain(|mismatch| ack.line.is_none_or(|line| line == mismatch.seq));
-    let mut fingerprints: Vec<&str> = found.iter().map(|mismatch| mismatch.fingerprint.as_str()).collect();
+    let found = read(&log.path, &filter)?;
+    let mismatches = found.mismatches.iter().map(|one| (one.seq, &one.fingerprint));
+    // What is slow is accepted by its kind or by its line, never together with wrong answers.
+    let slower = found.slower.iter().map(|one| (one.seq, &one.fingerprint));
+    let slower = slower.filter(|_| ack.line.is_some() || ack.kind == Some(Kind::Slower));
+    let mut fingerprints: Vec<&str> = mismatches
+        .chain(slower)
+        .filter(|(seq, _)| ack.line.is_none_or(|line| line == *seq))
+        .map(|(_, fingerprint)| fingerprint.as_str())
+        .collect();
     fingerprints.sort_unstable();
     fingerprints.dedup();
     match fingerprints[..] {

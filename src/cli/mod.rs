@@ -13,6 +13,7 @@ mod reconcile;
 mod report;
 mod schema;
 mod status;
+mod strays;
 mod switchover;
 mod wait;
 
@@ -124,6 +125,9 @@ enum Command {
         /// Why closed gates may be passed.
         #[arg(long, value_name = "TEXT", requires = "force")]
         reason: Option<String>,
+        /// Who orders it; otherwise PGTANDEM_ACTOR or the user at the keyboard. It is recorded.
+        #[arg(long, value_name = "NAME")]
+        by: Option<String>,
     },
     /// End the migration: mirroring stops and what pgtandem installed is removed from both sides.
     /// There is no way back after it. Exit 1 without --yes, and where clients are still on legacy.
@@ -153,6 +157,10 @@ enum Command {
     /// that was asked for and nobody acknowledged.
     #[command(args_conflicts_with_subcommands = true)]
     Mismatches(mismatches::Arguments),
+    /// Show who wrote to the secondary past pgtandem (`stray_writers: report`), acknowledge it. Exit 1
+    /// when there is any that nobody acknowledged.
+    #[command(args_conflicts_with_subcommands = true)]
+    Strays(strays::Arguments),
     /// Put together what an auditor keeps: coverage, match rate, mismatches, latencies,
     /// verifications, phases and flips, and the head that ties it to the log. Exit 1 when the log's
     /// chain is broken or lines were lost.
@@ -276,6 +284,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             history,
             force: _,
             reason,
+            by,
         } => {
             let client = client(&common)?;
             if history {
@@ -286,6 +295,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
                 dry_run,
                 rehearse,
                 force: reason,
+                by: Some(by.unwrap_or_else(quarantine::actor)),
             };
             switchover::run(&client, output.json, request).await
         }
@@ -297,6 +307,7 @@ async fn ask(command: Command) -> anyhow::Result<bool> {
             timeout,
         } => wait::run(&client(&common)?, output.json, timeout).await,
         Command::Mismatches(arguments) => mismatches::run(arguments).await,
+        Command::Strays(arguments) => strays::run(arguments).await,
         Command::Report(arguments) => report::run(arguments).await,
         Command::Verify { common, output, which } => {
             reconcile::run(&common, output.json, which, reconcile::Doing::Verify).await
@@ -446,6 +457,9 @@ mod tests {
         assert!(parse("pgtandem mismatches ack 0a --reason known --by ann").is_ok());
         assert!(parse("pgtandem mismatches ack --line 3 --reason known").is_ok());
         assert!(parse("pgtandem mismatches ack 0a").is_err() && parse("pgtandem mismatches ack --reason x").is_err());
+        assert!(parse("pgtandem strays --json").is_ok());
+        assert!(parse("pgtandem strays ack --reason known --by ann --database shop").is_ok());
+        assert!(parse("pgtandem strays ack").is_err());
         assert!(parse("pgtandem report --since 7d -o r.html --verification v.json").is_ok());
         assert!(parse("pgtandem report --json --md").is_err());
         assert!(parse("pgtandem quarantine discard 3").is_err());

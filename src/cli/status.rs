@@ -118,7 +118,7 @@ fn problems(status: &Status) -> Vec<String> {
         }
         if mirroring.stray_writes > 0 {
             problems.push(format!(
-                "{name}: {} writes reached the secondary without pgtandem",
+                "{name}: {} writes reached the secondary without pgtandem; see `pgtandem strays`",
                 mirroring.stray_writes
             ));
         }

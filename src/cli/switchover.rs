@@ -73,10 +73,11 @@ pub(super) fn print_flip(flip: &Flip) {
         Kind::Rehearsal => "rehearsal of a switchover",
     };
     say(&format!(
-        "{what} to {} at {} (epoch {}, led by {}): {}; transactions were held for {:.0} ms, {} sessions carried over, {} ended",
+        "{what} to {} at {} (epoch {}, ordered by {}, led by {}): {}; transactions were held for {:.0} ms, {} sessions carried over, {} ended",
         flip.to,
         flip.at,
         flip.epoch,
+        flip.by.as_deref().unwrap_or("somebody"),
         flip.coordinator,
         flip.outcome,
         flip.held_ms,

@@ -13,6 +13,7 @@ mod install;
 pub mod read;
 pub mod rotation;
 mod state;
+mod strays;
 
 pub use capture::{CaptureReport, capture_tables, refuse_or_report};
 pub use completed::{is_completed, mark_completed};
@@ -20,6 +21,7 @@ pub use fence::{Fence, FenceError, fence};
 pub use install::{Installed, install, uninstall};
 pub use state::{SideRole, SideState, SlotState, read_state, set_role};
 pub(crate) use state::{change, change_if, read_slot_state, write_slot_state};
+pub use strays::{Stray, acknowledge_strays, strays};
 
 use crate::config::StrayWriters;
 

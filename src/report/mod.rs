@@ -28,12 +28,13 @@ pub use history::{Divergence, QuarantineEvent, SideHistory, VerifiedTable};
 pub use tale::Happening;
 
 use self::tale::Tale;
-use crate::admin::api::Status;
+use crate::admin::api::{Flip, Status};
 use crate::chain::{self, Verification};
 use crate::config::{MismatchLog, Target};
 use crate::control::Side;
 use crate::reconcile::report::{TableResult, VerificationReport};
-use crate::shadow::{Acknowledgement, FingerprintSummary, Kind, Mismatch, ShadowReport, by_fingerprint};
+use crate::shadow::{Acknowledgement, FingerprintSummary, Kind, Mismatch, ShadowReport, SlowerOnNew, by_fingerprint};
+use crate::switchover::told;
 
 pub const FORMAT: &str = "pgtandem report";
 /// Grows when a key changes its meaning; keys may be added without.
@@ -57,6 +58,9 @@ pub struct Report {
     pub proxy: Option<Proxy>,
     pub overall: Rate,
     pub databases: Vec<Database>,
+    /// Flips and rehearsals, the latest first: as the databases record them, or the log where they
+    /// no longer do.
+    pub flips: Vec<RecordedFlip>,
     /// Phases, flips, acknowledgements, starts, in order.
     pub happenings: Vec<Happening>,
     pub acknowledgements: Vec<Acknowledgement>,
@@ -72,6 +76,17 @@ pub struct Proxy {
     pub uptime_seconds: u64,
     pub problem: Option<String>,
     pub gates: Vec<crate::admin::api::Gate>,
+}
+
+/// A flip, and who tells of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct RecordedFlip {
+    #[serde(flatten)]
+    pub flip: Flip,
+    /// `pgtandem.flip` has it, on either side; otherwise the log alone.
+    pub in_databases: bool,
+    /// The log's line; absent where another proxy led it, or the log could not take it.
+    pub line: Option<u64>,
 }
 
 /// How often answers differed.
@@ -110,6 +125,8 @@ pub struct Database {
     /// The period's counts, coverage and latencies.
     pub reads: ShadowReport,
     pub mismatches: Vec<FingerprintSummary>,
+    /// As the log tells it, once a statement and window: no part of any rate.
+    pub slower: Vec<SlowerOnNew>,
     pub legacy: SideHistory,
     pub new: SideHistory,
 }
@@ -180,6 +197,7 @@ pub async fn gather(
         let targets = pairs.get(&name);
         databases.push(database(&tale, name, targets, wanted).await);
     }
+    let flips = flips(&tale, pairs, wanted.since).await;
     let verifications = wanted
         .verifications
         .iter()
@@ -200,7 +218,8 @@ pub async fn gather(
         since: wanted.since.map(rfc3339),
         log_period: tale.period.clone(),
         overall: Rate::new(sum(|rate| rate.compared), sum(|rate| rate.mismatched)),
-        happenings: tale.happenings(&databases),
+        happenings: tale.happenings(&databases, &flips),
+        flips,
         databases,
         acknowledgements: tale.acknowledgements.clone(),
         verifications,
@@ -227,6 +246,34 @@ fn rfc3339(time: OffsetDateTime) -> String {
         .unwrap_or_default()
 }
 
+/// One database of the proxy records them, on both sides; which one is not asked.
+async fn flips(tale: &Tale, pairs: &BTreeMap<String, [Target; 2]>, since: Option<OffsetDateTime>) -> Vec<RecordedFlip> {
+    let sides: Vec<&Target> = pairs.values().flatten().collect();
+    let told = futures_util::future::join_all(sides.into_iter().map(told::on)).await;
+    // A side that cannot be asked is told beside its history.
+    let recorded = told::flips(told.into_iter().filter_map(Result::ok).flatten());
+    let mut flips: Vec<RecordedFlip> = recorded
+        .into_iter()
+        .filter(|flip| tale::is_late(&flip.at, since))
+        .map(|flip| RecordedFlip {
+            line: tale.line_of(&flip.id),
+            in_databases: true,
+            flip,
+        })
+        .collect();
+    for (line, flip) in tale.flips() {
+        if !flips.iter().any(|known| known.flip.id == flip.id) {
+            flips.push(RecordedFlip {
+                flip: flip.clone(),
+                in_databases: false,
+                line: Some(line),
+            });
+        }
+    }
+    flips.sort_by(|one, other| other.flip.at.cmp(&one.flip.at));
+    flips
+}
+
 async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, wanted: &Wanted) -> Database {
     let since = wanted.since;
     let reads = tale.reads(&name, wanted.slower_ratio);
@@ -247,6 +294,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         rate,
         rates,
         kinds,
+        slower: tale.slower_in(&name),
         mismatches: by_fingerprint(&found, &tale.acknowledgements),
         reads,
         legacy,

@@ -7,6 +7,7 @@ use askama::Template;
 
 use super::plot::{self, Pairs, Steps, short_time};
 use super::{Database, Rate, Report, SideHistory};
+use crate::admin::api::Flip;
 use crate::shadow::{FingerprintReport, ReadCounts};
 
 /// Rows of a table; the JSON has all.
@@ -217,6 +218,14 @@ impl Say {
             .flat_map(|database| &database.mismatches)
             .map(|one| one.open)
             .sum()
+    }
+
+    fn abandoned(self, flip: &Flip) -> bool {
+        !matches!(flip.outcome.as_str(), "done" | "rehearsed" | "under way")
+    }
+
+    fn only_logged(self, report: &Report) -> usize {
+        report.flips.iter().filter(|one| !one.in_databases).count()
     }
 
     fn steps(self, database: &Database) -> Option<Steps> {

@@ -9,9 +9,11 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::Database;
+use super::{Database, RecordedFlip};
+use crate::admin::api::Flip;
 use crate::chain;
-use crate::shadow::{Acknowledgement, Interval, Mismatch, Parsed, Period, ShadowReport, events, parse};
+use crate::shadow::{Acknowledgement, Interval, Mismatch, Parsed, Period, ShadowReport, SlowerOnNew, events, parse};
+use crate::switchover::machine::Kind;
 
 #[derive(Default)]
 pub(super) struct Tale {
@@ -21,7 +23,10 @@ pub(super) struct Tale {
     /// Lines that could not be written.
     pub(super) lost: u64,
     mismatches: Vec<Mismatch>,
+    slower: Vec<SlowerOnNew>,
     periods: BTreeMap<String, Period>,
+    /// By the lines that tell of them.
+    flips: BTreeMap<u64, Flip>,
     happenings: Vec<Happening>,
 }
 
@@ -46,6 +51,10 @@ impl Tale {
                 Some(Parsed::Mismatch(mismatch)) if is_late(&mismatch.time, since) => {
                     tale.passed(&mismatch.time);
                     tale.mismatches.push(*mismatch);
+                }
+                Some(Parsed::Slower(slower)) if is_late(&slower.time, since) => {
+                    tale.passed(&slower.time);
+                    tale.slower.push(*slower);
                 }
                 Some(Parsed::Acknowledged(acknowledgement)) if is_late(&acknowledgement.time, since) => {
                     tale.passed(&acknowledgement.time);
@@ -86,6 +95,11 @@ impl Tale {
     }
 
     fn other(&mut self, envelope: &chain::Envelope, value: Value) {
+        if envelope.event == events::SWITCHOVER
+            && let Ok(flip) = serde_json::from_value(value.clone())
+        {
+            self.flips.insert(envelope.seq, flip);
+        }
         let text = |key: &str| value[key].as_str().map(str::to_owned);
         let (what, why) = match envelope.event.as_str() {
             events::STATISTICS => {
@@ -107,14 +121,28 @@ impl Tale {
                 None,
             ),
             events::SWITCHOVER => (
-                format!(
-                    "switchover to {}: {}; new transactions held for {:.0} ms",
-                    text("to").unwrap_or_default(),
-                    text("outcome").unwrap_or_default(),
-                    value["held_ms"].as_f64().unwrap_or_default()
+                switched(
+                    serde_json::from_value(value["kind"].clone()).unwrap_or(Kind::Flip),
+                    &text("to").unwrap_or_default(),
+                    &text("outcome").unwrap_or_default(),
+                    value["held_ms"].as_f64().unwrap_or_default(),
                 ),
-                text("forced").map(|reason| format!("closed gates were passed: {reason}")),
+                text("forced").map(|reason| passed(&reason)),
             ),
+            events::STRAYS_ACKNOWLEDGED => {
+                let strays = value["strays"].as_array().map(Vec::as_slice).unwrap_or_default();
+                let writes: u64 = strays.iter().filter_map(|one| one["writes"].as_u64()).sum();
+                let mut tables: Vec<&str> = strays.iter().filter_map(|one| one["table"].as_str()).collect();
+                tables.sort_unstable();
+                tables.dedup();
+                (
+                    format!(
+                        "{writes} writes that reached the secondary without pgtandem acknowledged ({})",
+                        tables.join(", ")
+                    ),
+                    text("reason"),
+                )
+            }
             chain::events::OPENED => {
                 let lost = value["lost_before"].as_u64().unwrap_or(0);
                 self.lost += lost;
@@ -138,10 +166,19 @@ impl Tale {
         self.happenings.push(Happening {
             at: envelope.time.clone(),
             what,
-            who: text("actor"),
+            who: text("by").or_else(|| text("coordinator")),
             why,
             line: Some(envelope.seq),
         });
+    }
+
+    /// Those that the log tells of, with their lines.
+    pub(super) fn flips(&self) -> impl Iterator<Item = (u64, &Flip)> {
+        self.flips.iter().map(|(line, flip)| (*line, flip))
+    }
+
+    pub(super) fn line_of(&self, flip: &str) -> Option<u64> {
+        self.flips().find(|(_, told)| told.id == flip).map(|(line, _)| line)
     }
 
     /// Those of proxy.yaml, and those that only the log knows.
@@ -168,9 +205,21 @@ impl Tale {
             .filter(move |mismatch| mismatch.database == database)
     }
 
-    /// With what the databases tell of orders that somebody gave.
-    pub(super) fn happenings(&self, databases: &[Database]) -> Vec<Happening> {
+    pub(super) fn slower_in(&self, database: &str) -> Vec<SlowerOnNew> {
+        let slower = self.slower.iter().filter(|one| one.database == database);
+        slower.cloned().collect()
+    }
+
+    /// With what the databases tell: orders that somebody gave, and flips that the log does not have.
+    pub(super) fn happenings(&self, databases: &[Database], flips: &[RecordedFlip]) -> Vec<Happening> {
         let mut all = self.happenings.clone();
+        all.extend(flips.iter().filter(|one| one.line.is_none()).map(|one| Happening {
+            at: one.flip.at.clone(),
+            what: switched(one.flip.kind, one.flip.to.as_str(), &one.flip.outcome, one.flip.held_ms),
+            who: one.flip.by.clone().or_else(|| Some(one.flip.coordinator.clone())),
+            why: one.flip.forced.clone().map(|reason| passed(&reason)),
+            line: None,
+        }));
         for database in databases {
             for event in [&database.legacy, &database.new]
                 .into_iter()
@@ -197,7 +246,19 @@ impl Tale {
     }
 }
 
+fn switched(kind: Kind, to: &str, outcome: &str, held_ms: f64) -> String {
+    let what = match kind {
+        Kind::Flip => "switchover",
+        Kind::Rehearsal => "rehearsal of a switchover",
+    };
+    format!("{what} to {to}: {outcome}; new transactions held for {held_ms:.0} ms")
+}
+
+fn passed(reason: &str) -> String {
+    format!("closed gates were passed: {reason}")
+}
+
 /// A line whose time cannot be read is told rather than hidden.
-fn is_late(time: &str, since: Option<OffsetDateTime>) -> bool {
+pub(super) fn is_late(time: &str, since: Option<OffsetDateTime>) -> bool {
     since.is_none_or(|since| OffsetDateTime::parse(time, &Rfc3339).map_or(true, |time| time >= since))
 }

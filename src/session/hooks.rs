@@ -156,6 +156,12 @@ pub trait Observer {
     fn piece(&mut self, body: &[u8]);
     /// Its body is through.
     fn end(&mut self);
+    /// A frame whose body lies whole before the caller: nearly all of them.
+    fn frame(&mut self, kind: u8, body: &[u8]) {
+        self.begin(kind);
+        self.piece(body);
+        self.end();
+    }
     /// The answer is complete.
     fn complete(self: Box<Self>, timing: Timing);
     /// It turns out that it cannot be compared.

@@ -82,11 +82,11 @@ impl Observation {
         }
         self.failed |= kind == b'E';
         self.suspended = kind == b's';
-        self.observer.begin(kind);
-        self.observer.piece(body);
         if whole {
-            self.observer.end();
+            self.observer.frame(kind, body);
         } else {
+            self.observer.begin(kind);
+            self.observer.piece(body);
             self.in_frame = true;
         }
     }

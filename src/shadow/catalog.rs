@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Duration;
 use tokio_postgres::Client;
 
+use super::cuts::Cuts;
 use super::digest::FIRST_CUSTOM_OID;
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
@@ -136,6 +137,7 @@ pub(super) async fn keep_current(
     mut control: watch::Receiver<Control>,
     catalog: Arc<ArcSwap<Catalog>>,
     changed: Arc<Notify>,
+    cuts: Arc<dyn Cuts>,
 ) {
     loop {
         let now = *control.borrow_and_update();
@@ -146,7 +148,11 @@ pub(super) async fn keep_current(
                 catalog.store(Arc::new(read));
             }
             if let Err(error) = complete {
-                tracing::warn!(database = targets.legacy.dbname(), error, "cannot read the catalogs");
+                if cuts.is_awaited() {
+                    tracing::debug!(error, "waiting for the round that creates the database");
+                } else {
+                    tracing::warn!(database = targets.legacy.dbname(), error, "cannot read the catalogs");
+                }
                 pause = RETRY;
             }
         }

@@ -1,17 +1,18 @@
 //! What two answers say about two databases. Pure.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
 use super::alike::{Cell, alike, is_collated, only_precision};
+use super::answer::{Answer, key_places};
 use super::catalog::Catalog;
 use super::digest::{Column, Digest};
+use super::rows::{PAIRED_ROWS_MAX, left_open, pair, settle, surplus};
 use super::rules::{ColumnPlan, ReadRules};
 use crate::config::How;
-use crate::sql::{NotComparable, OrderKey, ReadFacts, Unstable};
-use crate::wire::backend;
+use crate::sql::{NotComparable, ReadFacts};
 
 /// Whether the secondary's answer is the primary's, as far as the digests tell.
 pub(super) fn same(facts: &ReadFacts, notices: bool, primary: &Digest, secondary: &Digest) -> bool {
@@ -37,59 +38,6 @@ pub(super) fn same(facts: &ReadFacts, notices: bool, primary: &Digest, secondary
 fn same_tag(one: &Digest, other: &Digest) -> bool {
     let whole = |digest: &Digest| digest.tag.filter(|_| !digest.in_parts);
     whole(one).zip(whole(other)).is_none_or(|(one, other)| one == other)
-}
-
-/// Rows of one answer are told apart up to this number; more only by the digest.
-const ROWS_MAX: usize = 500_000;
-/// Bytes of rows kept to be shown or to have their ORDER BY keys compared.
-pub(super) const KEPT_BYTES_MAX: usize = 8 * 1024 * 1024;
-
-/// An answer taken at a cut, in text format, with as many of its rows as may be kept.
-#[derive(Debug, Default)]
-pub(super) struct Answer {
-    pub(super) digest: Digest,
-    pub(super) columns: Vec<Column>,
-    /// Of each row in order, up to [`ROWS_MAX`].
-    hashes: Vec<u128>,
-    /// The bodies of the first rows, up to [`KEPT_BYTES_MAX`].
-    kept: Vec<Vec<u8>>,
-    kept_bytes: usize,
-}
-
-impl Answer {
-    /// The next row by its hash; without its body where that is too long to be kept.
-    pub(super) fn add_row(&mut self, hash: u128, body: Option<&[u8]>) {
-        self.digest.add_row(hash);
-        if self.hashes.len() < ROWS_MAX {
-            self.hashes.push(hash);
-            if let Some(body) = body
-                && self.kept.len() + 1 == self.hashes.len()
-                && self.kept_bytes + body.len() <= KEPT_BYTES_MAX
-            {
-                self.kept_bytes += body.len();
-                self.kept.push(body.to_owned());
-            }
-        }
-    }
-
-    const fn all_told(&self) -> bool {
-        self.hashes.len() as u64 == self.digest.rows
-    }
-
-    const fn all_kept(&self) -> bool {
-        self.kept.len() as u64 == self.digest.rows
-    }
-
-    /// The first column of the rows that are kept.
-    pub(super) fn lines(&self) -> impl Iterator<Item = String> {
-        let first = |row| self.cells(row)?.first().copied().flatten();
-        let lines = (0..self.kept.len()).filter_map(first);
-        lines.map(|line| String::from_utf8_lossy(line).into_owned())
-    }
-
-    fn cells(&self, row: usize) -> Option<Vec<Cell<'_>>> {
-        self.kept.get(row).map(|body| backend::columns(body).collect())
-    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -151,9 +99,29 @@ pub enum Kind {
     Order,
     /// The same rows, which a text column sorts otherwise.
     Collation,
+    /// No wrong answer, and no part of any rate of them: new clearly takes longer. Told by
+    /// [lines of their own](super::slower), once a statement and window.
+    Slower,
 }
 
 impl Kind {
+    pub const ALL: [Self; 14] = [
+        Self::Error,
+        Self::Columns,
+        Self::ColumnName,
+        Self::Type,
+        Self::Tag,
+        Self::Notices,
+        Self::MissingRow,
+        Self::ExtraRow,
+        Self::Value,
+        Self::Precision,
+        Self::Rows,
+        Self::Order,
+        Self::Collation,
+        Self::Slower,
+    ];
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Error => "error",
@@ -169,6 +137,7 @@ impl Kind {
             Self::Rows => "rows",
             Self::Order => "order",
             Self::Collation => "collation",
+            Self::Slower => "slower",
         }
     }
 }
@@ -184,11 +153,6 @@ impl From<Kind> for Verdict {
 
 /// Differing rows shown of each side.
 const SHOWN_ROWS_MAX: usize = 3;
-/// Differing rows of each side that are laid side by side.
-const PAIRED_ROWS_MAX: usize = 200;
-/// Rows of equal other columns that are tried against one another for a tolerance.
-const TRIED_MAX: usize = 1000;
-
 /// What two answers to one read, taken at a cut, are compared by.
 #[derive(Clone, Copy)]
 pub(super) struct Comparison<'a> {
@@ -218,7 +182,8 @@ impl Comparison<'_> {
             .collect();
         match self.compare_rows(&plans, primary, secondary) {
             Verdict::Different(difference) => Verdict::Different(difference),
-            _ if !same_tag(one, other) => Kind::Tag.into(),
+            // The tag holds the number of rows: where that is left open, so is the tag.
+            _ if one.rows == other.rows && !same_tag(one, other) => Kind::Tag.into(),
             _ if self.rules.notices && one.notices != other.notices => Kind::Notices.into(),
             alike => alike,
         }
@@ -381,165 +346,11 @@ fn names(columns: &[Column], places: impl IntoIterator<Item = usize>) -> Vec<Str
     places.into_iter().filter_map(name).collect()
 }
 
-/// Which of our rows is which of theirs: by the keys where there are any, else by how many
-/// values they share; a single value is taken for the one that stands at the same place.
-fn pair(keys: &[usize], primary: &Answer, secondary: &Answer, ours: &[usize], theirs: &[usize]) -> Vec<(usize, usize)> {
-    let cells = |answer, rows: &[usize]| -> Vec<(usize, Vec<Cell<'_>>)> {
-        let rows = rows.iter().take(PAIRED_ROWS_MAX);
-        rows.filter_map(|&row| Some((row, Answer::cells(answer, row)?)))
-            .collect()
-    };
-    let (ours, mut theirs) = (cells(primary, ours), cells(secondary, theirs));
-    let mut pairs = Vec::new();
-    for (our, one) in ours {
-        let best = if keys.is_empty() {
-            let shared = |other: &[Cell<'_>]| one.iter().zip(other).filter(|(one, other)| one == other).count();
-            // Of equally good ones the first.
-            (0..theirs.len()).rev().max_by_key(|&at| shared(&theirs[at].1))
-        } else {
-            let same = |other: &[Cell<'_>]| keys.iter().all(|&at| one.get(at) == other.get(at));
-            theirs.iter().position(|(_, other)| same(other))
-        };
-        if let Some(at) = best {
-            pairs.push((our, theirs.remove(at).0));
-        }
-    }
-    pairs
-}
-
-/// Takes off the rows that are the same by the rules. Says whether an ignore was needed for that;
-/// `None` where there are more rows than are kept.
-fn settle(
-    plans: &[ColumnPlan],
-    primary: &Answer,
-    secondary: &Answer,
-    ours: &mut Vec<usize>,
-    theirs: &mut Vec<usize>,
-) -> Option<bool> {
-    let ruled = |at: usize| plans.get(at).is_some_and(|plan| plan.ignored || plan.how.is_some());
-    let plain = |cells: &[Cell<'_>]| -> Vec<Option<Vec<u8>>> {
-        let unruled = cells.iter().enumerate().filter(|(at, _)| !ruled(*at));
-        unruled.map(|(_, cell)| cell.map(<[u8]>::to_vec)).collect()
-    };
-    // By the columns without a rule.
-    let mut there: HashMap<Vec<Option<Vec<u8>>>, Vec<usize>> = HashMap::new();
-    for &row in theirs.iter() {
-        there.entry(plain(&secondary.cells(row)?)).or_default().push(row);
-    }
-    let (mut left, mut taken, mut ignored) = (Vec::new(), BTreeSet::new(), false);
-    for &row in ours.iter() {
-        let one = primary.cells(row)?;
-        let same = |other: &[Cell<'_>]| {
-            plans
-                .iter()
-                .enumerate()
-                .all(|(at, plan)| plan.ignored || alike(plan.how, cell_at(&one, at), cell_at(other, at)))
-        };
-        let candidates = there.get_mut(&plain(&one));
-        let found = candidates.and_then(|rows| {
-            let tried = rows.iter().take(TRIED_MAX);
-            let at = tried
-                .clone()
-                .position(|&their| secondary.cells(their).is_some_and(|other| same(&other)))?;
-            Some(rows.remove(at))
-        });
-        let Some(their) = found else {
-            left.push(row);
-            continue;
-        };
-        taken.insert(their);
-        let other = secondary.cells(their)?;
-        ignored |= plans
-            .iter()
-            .enumerate()
-            .any(|(at, plan)| plan.ignored && cell_at(&one, at) != cell_at(&other, at));
-    }
-    *ours = left;
-    theirs.retain(|row| !taken.contains(row));
-    Some(ignored)
-}
-
-fn cell_at<'a>(cells: &[Cell<'a>], at: usize) -> Cell<'a> {
-    cells.get(at).copied().flatten()
-}
-
-/// Where in `answer` the rows stand that `other` does not have as often.
-fn surplus(answer: &Answer, other: &Answer) -> Vec<usize> {
-    let mut there: HashMap<u128, usize> = HashMap::new();
-    for hash in &other.hashes {
-        *there.entry(*hash).or_default() += 1;
-    }
-    let mut surplus = Vec::new();
-    for (at, hash) in answer.hashes.iter().enumerate() {
-        match there.get_mut(hash) {
-            Some(count) if *count > 0 => *count -= 1,
-            _ => surplus.push(at),
-        }
-    }
-    surplus
-}
-
-/// Whether answers of different rows may both be right.
-fn left_open(facts: &ReadFacts, primary: &Answer, secondary: &Answer) -> Option<NotComparable> {
-    let same_count = primary.digest.rows == secondary.digest.rows;
-    match facts.unstable {
-        // How many rows come is not left open, except to a sample.
-        Some(Unstable::Sample) => return Some(NotComparable::Sample),
-        Some(Unstable::LimitWithoutOrder) if same_count => return Some(NotComparable::LimitWithoutOrder),
-        Some(Unstable::OrderDependentFunction) if same_count => return Some(NotComparable::OrderDependentFunction),
-        Some(Unstable::DistinctOnWithoutOrder) if same_count => return Some(NotComparable::DistinctOn),
-        Some(_) | None => {}
-    }
-    if !(facts.limited && same_count) {
-        return None;
-    }
-    // ORDER BY with LIMIT: where several rows share the last keys, which of them come is open.
-    // A single last row may be tied with rows beyond the limit, too; but were it taken for open,
-    // ORDER BY key LIMIT 1 would never show a difference.
-    let (ours, theirs) = (keys(facts, primary)?, keys(facts, secondary)?);
-    let last = ours.last()?;
-    let tied = ours.iter().rev().take_while(|key| *key == last).count();
-    let before = ours.len() - tied;
-    let sorted = |answer: &Answer| {
-        let mut hashes = answer.hashes[..before].to_vec();
-        hashes.sort_unstable();
-        hashes
-    };
-    let open = tied > 1 && ours == theirs && sorted(primary) == sorted(secondary);
-    open.then_some(NotComparable::LimitWithoutOrder)
-}
-
-/// The places of the ORDER BY keys, where they are output columns.
-fn key_places(facts: &ReadFacts, answer: &Answer) -> Option<Vec<usize>> {
-    let place = |key: &OrderKey| match key {
-        OrderKey::Position(position) => position.checked_sub(1),
-        OrderKey::Name(name) => {
-            let mut found = (0..answer.columns.len()).filter(|&at| answer.columns[at].name == name.as_bytes());
-            let place = found.next();
-            // Two columns of one name: which one is meant depends on what they are.
-            place.filter(|_| found.next().is_none())
-        }
-    };
-    facts.order_keys.as_ref()?.iter().map(place).collect()
-}
-
-/// The ORDER BY keys of each row, where they are output columns and all rows are kept.
-fn keys<'a>(facts: &ReadFacts, answer: &'a Answer) -> Option<Vec<Vec<Cell<'a>>>> {
-    if !answer.all_kept() {
-        return None;
-    }
-    let places = key_places(facts, answer)?;
-    (0..answer.kept.len())
-        .map(|row| {
-            let columns = answer.cells(row)?;
-            places.iter().map(|&place| columns.get(place).copied()).collect()
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::answer::ROWS_MAX;
     use super::*;
+    use crate::wire::backend;
 
     fn add(answer: &mut Answer, values: &[&str]) {
         let mut body = u16::try_from(values.len()).unwrap().to_be_bytes().to_vec();
@@ -552,21 +363,19 @@ mod tests {
 
     /// Columns `k` and `v`, one row a word `k=v`.
     fn answer(rows: &str) -> Answer {
-        let mut answer = Answer {
-            columns: vec![
-                Column {
-                    name: b"k".to_vec(),
-                    origin: (0, 0),
-                    type_oid: 23,
-                },
-                Column {
-                    name: b"v".to_vec(),
-                    origin: (0, 0),
-                    type_oid: 25,
-                },
-            ],
-            ..Answer::default()
-        };
+        let mut answer = Answer::default();
+        answer.columns = vec![
+            Column {
+                name: b"k".to_vec(),
+                origin: (0, 0),
+                type_oid: 23,
+            },
+            Column {
+                name: b"v".to_vec(),
+                origin: (0, 0),
+                type_oid: 25,
+            },
+        ];
         for word in rows.split_whitespace() {
             let (key, value) = word.split_once('=').unwrap();
             add(&mut answer, &[key, value]);
@@ -674,12 +483,10 @@ mod tests {
 
     #[test]
     fn errors_and_columns() {
-        let failed = |code: &[u8; 5]| Answer {
-            digest: Digest {
-                sqlstate: Some(*code),
-                ..Digest::default()
-            },
-            ..Answer::default()
+        let failed = |code: &[u8; 5]| {
+            let mut answer = Answer::default();
+            answer.digest.sqlstate = Some(*code);
+            answer
         };
         let facts = facts("select 1");
         let kind = |one: &Answer, other: &Answer| match compare(&facts, one, other) {
@@ -713,7 +520,7 @@ mod tests {
             add(&mut other, &[&number.to_string(), "x"]);
         }
         add(&mut other, &["1", "x"]);
-        assert!(one.kept_bytes <= KEPT_BYTES_MAX && one.hashes.len() == ROWS_MAX);
+        assert!(!one.all_told() && one.hashes.len() == ROWS_MAX);
         assert!(matches!(
             compare(&facts("select k, v from t"), &one, &other),
             Verdict::Different(Difference {

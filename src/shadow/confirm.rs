@@ -14,8 +14,9 @@ use std::sync::Arc;
 
 use tokio::time::Duration;
 
+use super::answer::Answer;
 use super::catalog::{Catalog, read_both};
-use super::compare::{Answer, Comparison, Difference, Kind, Verdict};
+use super::compare::{Comparison, Difference, Kind, Verdict};
 use super::connection::{Connection, ConnectionError};
 use super::digest::Digest;
 use super::log::BothSides;

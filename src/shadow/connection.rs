@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::compare::{Answer, KEPT_BYTES_MAX};
+use super::answer::{Answer, KEPT_BYTES_MAX};
 use super::digest::{Digest, DigestBuilder, described_columns};
 use super::read::{BindValues, Call};
 use super::stats::Timing;

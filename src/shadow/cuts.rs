@@ -10,6 +10,11 @@ pub trait Cuts: Send + Sync + 'static {
 
     /// Pauses the applier at the end of a round.
     fn hold_cut(&self) -> CutsFuture<'_, HeldCut>;
+
+    /// Whether the secondary's database may still have to be created by a round.
+    fn is_awaited(&self) -> bool {
+        false
+    }
 }
 
 pub type CutsFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, NoCut>> + Send + 'a>>;

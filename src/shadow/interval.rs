@@ -131,6 +131,17 @@ impl FingerprintInterval {
     }
 }
 
+/// What both sides took for a statement's reads since an earlier look.
+pub(super) fn latency_between(before: Option<&FingerprintReport>, now: &FingerprintReport) -> Option<Latency> {
+    let nothing = FingerprintReport::default();
+    let interval = FingerprintInterval::between(before.unwrap_or(&nothing), now).latency?;
+    let side = |side: &SideInterval| SideLatency {
+        first_row: side.first_row.reported(),
+        total: side.total.reported(),
+    };
+    Some(Latency::new(side(&interval.legacy), side(&interval.new)))
+}
+
 fn side_between(before: &SideLatency, now: &SideLatency) -> SideInterval {
     SideInterval {
         first_row: buckets_between(&before.first_row, &now.first_row),
@@ -273,6 +284,13 @@ impl Period {
 }
 
 impl Buckets {
+    /// With their quantiles.
+    fn reported(&self) -> Durations {
+        let mut histogram = Histogram::default();
+        histogram.add(&self.durations());
+        histogram.report()
+    }
+
     fn durations(&self) -> Durations {
         Durations {
             sum_ms: self.sum_ms,

@@ -25,10 +25,13 @@ use crate::control::{Epoch, Side};
 /// Names of the events, beside [`chain::events`].
 pub mod events {
     pub const MISMATCH: &str = "mismatch";
+    /// A statement that takes clearly longer on new.
+    pub const SLOWER: &str = "slower";
     pub const ACKNOWLEDGED: &str = "acknowledged";
     pub const STATISTICS: &str = "statistics";
     pub const PHASE: &str = "phase";
     pub const SWITCHOVER: &str = "switchover";
+    pub const STRAYS_ACKNOWLEDGED: &str = "strays_acknowledged";
 }
 
 /// A confirmed mismatch.
@@ -109,11 +112,18 @@ pub struct Acknowledgement {
 }
 
 impl Acknowledgement {
-    pub fn covers(&self, mismatch: &Mismatch) -> bool {
-        mismatch.seq < self.seq
-            && self.line.is_none_or(|line| line == mismatch.seq)
-            && self.kind.is_none_or(|kind| kind == mismatch.kind)
-            && self.fingerprint.as_ref().is_none_or(|id| *id == mismatch.fingerprint)
+    /// Whether it accepts what line `seq` tells of a fingerprint.
+    pub fn covers(&self, seq: u64, fingerprint: &str, kind: Kind) -> bool {
+        // That a statement may be slow says nothing of its answers, and the other way round: it is
+        // accepted by its kind, or by its line.
+        let meant = match self.kind {
+            Some(wanted) => wanted == kind,
+            None => kind != Kind::Slower || self.line.is_some(),
+        };
+        seq < self.seq
+            && meant
+            && self.line.is_none_or(|line| line == seq)
+            && self.fingerprint.as_ref().is_none_or(|id| id == fingerprint)
             && (self.line.is_some() || self.fingerprint.is_some())
     }
 }

@@ -12,6 +12,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::compare::Kind;
 use super::log::{Acknowledgement, Mismatch, events};
+use super::slower::SlowerOnNew;
 use crate::chain;
 
 /// Which mismatches to show.
@@ -50,16 +51,24 @@ impl Filter {
     }
 
     pub fn wants(&self, mismatch: &Mismatch) -> bool {
+        self.wants_line(&mismatch.time, &mismatch.fingerprint, mismatch.kind)
+    }
+
+    pub fn wants_slower(&self, slower: &SlowerOnNew) -> bool {
+        self.wants_line(&slower.time, &slower.fingerprint, slower.kind)
+    }
+
+    fn wants_line(&self, time: &str, fingerprint: &str, kind: Kind) -> bool {
         let late_enough = self.since.is_none_or(|since| {
             // A line whose time cannot be read is shown rather than hidden.
-            OffsetDateTime::parse(&mismatch.time, &Rfc3339).map_or(true, |time| time >= since)
+            OffsetDateTime::parse(time, &Rfc3339).map_or(true, |time| time >= since)
         });
         late_enough
             && self
                 .fingerprint
                 .as_ref()
-                .is_none_or(|wanted| mismatch.fingerprint.starts_with(wanted.as_str()))
-            && self.kind.is_none_or(|kind| kind == mismatch.kind)
+                .is_none_or(|wanted| fingerprint.starts_with(wanted.as_str()))
+            && self.kind.is_none_or(|wanted| wanted == kind)
     }
 }
 
@@ -67,6 +76,8 @@ impl Filter {
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct LogContents {
     pub mismatches: Vec<Mismatch>,
+    /// Statements that take longer on new: no mismatches.
+    pub slower: Vec<SlowerOnNew>,
     /// All of them, whatever the filter wants.
     pub acknowledgements: Vec<Acknowledgement>,
     /// Lines that are none of a known version: a torn last line, or a newer program's.
@@ -80,6 +91,7 @@ pub fn read_log(path: &Path, filter: &Filter) -> io::Result<LogContents> {
     for line in chain::lines(path, filter.since.map(Into::into))? {
         match parse(&line?.bytes) {
             Some(Parsed::Mismatch(mismatch)) if filter.wants(&mismatch) => contents.mismatches.push(*mismatch),
+            Some(Parsed::Slower(slower)) if filter.wants_slower(&slower) => contents.slower.push(*slower),
             Some(Parsed::Acknowledged(acknowledgement)) => contents.acknowledgements.push(acknowledgement),
             Some(_) => {}
             None => contents.unreadable_lines += 1,
@@ -91,6 +103,7 @@ pub fn read_log(path: &Path, filter: &Filter) -> io::Result<LogContents> {
 /// A line of the log, as far as it is of interest here.
 pub enum Parsed {
     Mismatch(Box<Mismatch>),
+    Slower(Box<SlowerOnNew>),
     Acknowledged(Acknowledgement),
     /// Another event, with its keys.
     Other(chain::Envelope, serde_json::Value),
@@ -104,6 +117,7 @@ pub fn parse(line: &[u8]) -> Option<Parsed> {
     }
     match envelope.event.as_str() {
         events::MISMATCH => serde_json::from_slice(line).ok().map(Parsed::Mismatch),
+        events::SLOWER => serde_json::from_slice(line).ok().map(Parsed::Slower),
         events::ACKNOWLEDGED => serde_json::from_slice(line).ok().map(Parsed::Acknowledged),
         _ => serde_json::from_slice(line)
             .ok()
@@ -116,9 +130,26 @@ pub fn is_acknowledged<'a>(
     mismatch: &Mismatch,
     acknowledgements: &'a [Acknowledgement],
 ) -> Option<&'a Acknowledgement> {
+    covering(acknowledgements, mismatch.seq, &mismatch.fingerprint, mismatch.kind)
+}
+
+/// The newest acknowledgement of a statement that takes longer on new.
+pub fn is_slower_acknowledged<'a>(
+    slower: &SlowerOnNew,
+    acknowledgements: &'a [Acknowledgement],
+) -> Option<&'a Acknowledgement> {
+    covering(acknowledgements, slower.seq, &slower.fingerprint, slower.kind)
+}
+
+fn covering<'a>(
+    acknowledgements: &'a [Acknowledgement],
+    seq: u64,
+    fingerprint: &str,
+    kind: Kind,
+) -> Option<&'a Acknowledgement> {
     acknowledgements
         .iter()
-        .rfind(|acknowledgement| acknowledgement.covers(mismatch))
+        .rfind(|acknowledgement| acknowledgement.covers(seq, fingerprint, kind))
 }
 
 /// By whom, when and why mismatches were accepted.
@@ -244,6 +275,36 @@ impl fmt::Display for Mismatch {
             for row in rows {
                 let values: Vec<&str> = row.iter().map(|value| value.as_deref().unwrap_or("null")).collect();
                 writeln!(f, "    {name} ({})", values.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for SlowerOnNew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "  #{} {} {} {}: median {:.1} ms on legacy, {:.1} ms on new ({:.1} times), of {} reads",
+            self.seq,
+            self.time,
+            self.kind.as_str(),
+            self.database,
+            self.legacy.p50_ms,
+            self.new.p50_ms,
+            self.ratio,
+            self.reads
+        )?;
+        let Some(plans) = &self.plans else { return Ok(()) };
+        let same = if plans.same { "the same plan" } else { "another plan" };
+        writeln!(
+            f,
+            "    {same}: {} on legacy, {} on new",
+            plans.legacy.fingerprint, plans.new.fingerprint
+        )?;
+        for (side, plan) in [("legacy", &plans.legacy), ("new", &plans.new)] {
+            for node in &plan.nodes {
+                writeln!(f, "      {side:6}  {node}")?;
             }
         }
         Ok(())

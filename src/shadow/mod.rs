@@ -10,6 +10,7 @@
 //! Nothing here writes to either database.
 
 mod alike;
+mod answer;
 mod catalog;
 mod compare;
 mod confirm;
@@ -23,10 +24,12 @@ mod log;
 mod log_reader;
 mod plans;
 mod read;
+mod rows;
 mod rules;
 mod sample;
 mod shown;
 mod sink;
+mod slower;
 mod stats;
 mod values;
 mod worker;
@@ -45,12 +48,14 @@ pub use digest::{Digest, DigestBuilder};
 pub use interval::{Interval, Period};
 pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
 pub use log_reader::{
-    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged, parse, read_log,
+    Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged,
+    is_slower_acknowledged, parse, read_log,
 };
 pub use plans::{Planner, Plans};
 pub use read::{BindValues, Call, ShadowRead};
 pub use sample::Asked;
 pub use sink::{Candidate, ShadowSink};
+pub use slower::{PlanShape, PlanShapes, Quantiles, Rule, SlowerOnNew, SlowerWatch};
 pub use stats::{
     Coverage, Dropped, Durations, Failed, FingerprintReport, IgnoreReport, Latency, NeverCompared, Noise, Outcome,
     ReadCounts, ShadowReport, ShadowStats, SideLatency, Skipped, Slower, Timing,
@@ -93,6 +98,7 @@ pub fn spawn(shadow: Shadow) -> (ShadowSink, ShadowTasks) {
         shadow.control.clone(),
         catalog.clone(),
         sink.0.catalog_changed.clone(),
+        shadow.cuts.clone(),
     );
     let worker = Arc::new(Worker {
         database: shadow.database,

@@ -480,9 +480,9 @@ pub struct Slower {
 }
 
 /// Fewer reads tell nothing of a statement's speed.
-const SLOWER_READS_MIN: u64 = 20;
+pub(super) const SLOWER_READS_MIN: u64 = 20;
 /// Faster than this on new nobody minds, and a shadow's own overhead weighs too much.
-const SLOWER_MS_MIN: f64 = 1.0;
+pub(super) const SLOWER_MS_MIN: f64 = 1.0;
 
 pub(super) fn slower_on_new(fingerprints: &[FingerprintReport], ratio: f64) -> Vec<Slower> {
     let mut slower: Vec<Slower> = fingerprints

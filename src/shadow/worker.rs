@@ -32,8 +32,11 @@ use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
 use crate::sql::{NotComparable, ReadFacts, Unstable};
 
-/// Reads that wait for one round together.
-const BATCH: usize = 64;
+/// Reads that wait for one round together: one is enough for all that came before it, and a late
+/// applier makes each a long wait.
+const BATCH: usize = 1024;
+/// How long a round is put off for the reads that come meanwhile.
+const GATHER: Duration = Duration::from_millis(20);
 /// A difference is looked at again at so many cuts, where definitions change meanwhile.
 const CUTS_MAX: u32 = 5;
 /// Between looks at the idle connections.
@@ -63,7 +66,7 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
     loop {
         match tokio::time::timeout(TIDY, queue.recv_many(&mut batch, BATCH)).await {
             Ok(0) => break,
-            Ok(_) => {}
+            Ok(_) => gather(&mut queue, &mut batch).await,
             Err(_) => worker.pool.close_idle(),
         }
         batch.retain(|queued: &Queued| {
@@ -97,6 +100,17 @@ pub(super) async fn run(worker: Arc<Worker>, mut queue: mpsc::Receiver<Queued>, 
         }
     }
     while running.join_next().await.is_some() {}
+}
+
+/// Whoever waits for a round has the applier run one at once, on the primary too, and nobody waits
+/// for a shadow: those that come within a moment share one.
+async fn gather(queue: &mut mpsc::Receiver<Queued>, batch: &mut Vec<Queued>) {
+    tokio::time::sleep(GATHER).await;
+    while batch.len() < BATCH
+        && let Ok(queued) = queue.try_recv()
+    {
+        batch.push(queued);
+    }
 }
 
 impl Worker {

@@ -41,6 +41,8 @@ pub struct Order<'a> {
     pub tandems: &'a [Arc<Tandem>],
     pub from: Control,
     pub to: Control,
+    /// Who wants it.
+    pub by: String,
     pub forced: Option<String>,
     pub policy: Switchover,
     pub me: &'a Member,
@@ -111,7 +113,7 @@ impl<'a> Lead<'a> {
             step: Step::Preparing,
             orphaned: false,
         };
-        let measured = json!({ "proxies": names(&proxies(&old).await?) });
+        let measured = json!({ "proxies": names(&proxies(&old).await?), "by": order.by });
         let sql = records::begin_sql(&flip, &order.me.name, &measured, PREPARE_MAX + GRACE);
         let (on_old, on_new) = tokio::join!(old.batch_execute(&sql), new.batch_execute(&sql));
         on_old

@@ -21,6 +21,7 @@ mod resolve;
 mod servers;
 mod sessions;
 mod tandem;
+pub mod told;
 
 pub use coordinator::{Abandoned, Order, lead};
 pub use gates::{Measured, OfProxy, gates, in_the_way};

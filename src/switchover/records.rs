@@ -326,6 +326,15 @@ pub struct StepTold {
 
 const RFC3339: &str = "'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'";
 
+/// Whether a side records flips at all.
+pub async fn is_installed(client: &Client) -> Result<bool, String> {
+    let row = client
+        .query_one("SELECT to_regclass('pgtandem.flip_step') IS NOT NULL", &[])
+        .await
+        .map_err(|error| error_chain(&error))?;
+    Ok(row.get(0))
+}
+
 /// The flips and rehearsals recorded on one side, the latest first.
 pub async fn history(client: &Client, limit: i64) -> Result<Vec<Told>, String> {
     let told = |error| error_chain(&error);

@@ -41,7 +41,16 @@ pub(super) async fn look(targets: &DatabaseConfig) -> [ServerStatus; 2] {
 
 async fn look_at(target: &Target) -> ServerStatus {
     let found = async {
-        let client = connect(target, "watch").await.map_err(|error| error.to_string())?;
+        let client = match connect(target, "watch").await {
+            Ok(client) => client,
+            Err(error) => {
+                return Ok(ServerStatus {
+                    missing: error.is_missing_database(),
+                    error: Some(error.to_string()),
+                    ..ServerStatus::default()
+                });
+            }
+        };
         ask(&client).await.map_err(|error| error_chain(&error))
     };
     let answer = tokio::time::timeout(ANSWER_MAX, found).await;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -14,17 +15,17 @@ use super::recover::Observed;
 use super::report::{describe_delay, mirroring};
 use super::servers;
 use crate::admin::api::{DatabaseStatus, ServerStatus, ShadowReads};
-use crate::apply::{self, Applier, ApplierConfig, ApplierState};
+use crate::apply::{self, Applier, ApplierConfig, ApplierState, Awaited};
 use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
-use crate::journal::{self, SideRole};
+use crate::journal::{self, SideRole, Stray};
 use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOrder};
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
 use crate::transform::check::examine;
-use crate::upstream::control::{connect, error_chain};
+use crate::upstream::control::{Control as Connection, connect, error_chain};
 
 /// One database, as clients name it, on its two sides.
 pub struct Tandem {
@@ -33,6 +34,8 @@ pub struct Tandem {
     writes: Writes,
     stray_writers: StrayWriters,
     verify: Verify,
+    /// Whether the other side's database may still have to be created by another one's round.
+    awaited: Awaited,
     applier: Mutex<Option<Arc<Applier>>>,
     backfill: Arc<Desk>,
     servers: watch::Sender<[ServerStatus; 2]>,
@@ -48,6 +51,7 @@ impl Tandem {
         stray_writers: StrayWriters,
         verify: Verify,
         backfill: Backfill,
+        awaited: Awaited,
     ) -> Arc<Self> {
         let servers = watch::Sender::default();
         let watching = tokio::spawn(servers::watch(pair.config.clone(), servers.clone()));
@@ -57,11 +61,24 @@ impl Tandem {
             writes,
             stray_writers,
             verify,
+            awaited,
             applier: Mutex::default(),
             backfill: Arc::new(Desk::new(backfill)),
             servers,
             _watching: AbortOnDropHandle::new(watching),
         })
+    }
+
+    /// Whether the database is on one side only, and may still come to the other.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited.is()
+    }
+
+    /// Whether nothing that was committed before `then` is still to be applied; also where nothing is
+    /// mirrored.
+    pub fn has_caught_up_since(&self, then: Instant) -> bool {
+        let Some(applier) = self.applier() else { return true };
+        applier.status().borrow().caught_up_at.is_some_and(|at| at >= then)
     }
 
     pub fn name(&self) -> &str {
@@ -183,6 +200,7 @@ impl Tandem {
         );
         let applier = apply::spawn(ApplierConfig {
             transform: self.targets().transform.clone(),
+            awaited: self.awaited.clone(),
             ..config
         });
         let applier = Arc::new(applier);
@@ -367,6 +385,35 @@ impl Tandem {
         status.applier.clone().filter(|_| waits)
     }
 
+    /// Writes past pgtandem that either side recorded and nobody acknowledged.
+    pub async fn strays(&self) -> Result<Vec<(Side, Stray)>, String> {
+        let mut found = Vec::new();
+        for side in [Side::Legacy, Side::New] {
+            let client = self.connect_about_strays(side).await?;
+            let strays = journal::strays(&client).await.map_err(|error| error_chain(&error))?;
+            found.extend(strays.into_iter().map(|stray| (side, stray)));
+        }
+        Ok(found)
+    }
+
+    /// Acknowledges all of them, on both sides; returns which.
+    pub async fn acknowledge_strays(&self, by: &str, reason: &str) -> Result<Vec<(Side, Stray)>, String> {
+        let mut done = Vec::new();
+        for side in [Side::Legacy, Side::New] {
+            let client = self.connect_about_strays(side).await?;
+            let strays = journal::acknowledge_strays(&client, by, reason).await;
+            let strays = strays.map_err(|error| error_chain(&error))?;
+            done.extend(strays.into_iter().map(|stray| (side, stray)));
+        }
+        Ok(done)
+    }
+
+    async fn connect_about_strays(&self, side: Side) -> Result<Connection, String> {
+        connect(self.targets().target(side), "strays")
+            .await
+            .map_err(|error| error.to_string())
+    }
+
     /// Has an order about the quarantine carried out.
     pub async fn order(&self, order: apply::Order, timeout: Duration) -> Result<apply::Outcome, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
@@ -398,7 +445,12 @@ impl Tandem {
 
     /// Everything but the shadow reads, which others count.
     pub fn status(&self) -> DatabaseStatus {
-        let [legacy, new] = self.servers.borrow().clone();
+        let [mut legacy, mut new] = self.servers.borrow().clone();
+        if self.awaited.is() {
+            for server in [&mut legacy, &mut new] {
+                server.error = server.error.take().filter(|_| !server.missing);
+            }
+        }
         DatabaseStatus {
             name: self.name().to_owned(),
             legacy,

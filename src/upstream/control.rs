@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio_postgres::config::SslMode as PgSslMode;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, Client};
 use tokio_rustls::TlsConnector;
@@ -54,6 +55,13 @@ pub struct ConnectError {
     pub cause: String,
     /// The server's own answer, where it gave one.
     pub sqlstate: Option<String>,
+}
+
+impl ConnectError {
+    /// The server is there, and has no such database.
+    pub fn is_missing_database(&self) -> bool {
+        self.sqlstate.as_deref() == Some(SqlState::INVALID_CATALOG_NAME.code())
+    }
 }
 
 /// Connects as the proxy's own role. `purpose` becomes part of `application_name`, so that a

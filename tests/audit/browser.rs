@@ -5,9 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pgtandem::apply::Entry;
 use pgtandem::chain::{Chain, Fsync, Options};
 use pgtandem::config::{LoggedValues, MismatchLog};
-use pgtandem::report::{Divergence, Report, SideHistory, VerifiedTable, Wanted, gather};
+use pgtandem::report::{
+    Divergence, RecordedFlip, Report, SideHistory, VerificationFile, VerifiedDatabase, VerifiedTable, Wanted, gather,
+};
 use pgtandem::shadow::events;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -100,6 +103,17 @@ fn mismatch(n: u32, kind: &str) -> Value {
     })
 }
 
+fn flip(id: &str, kind: &str, outcome: &str, held_ms: f64) -> Value {
+    let step = |name: &str, ms: f64, held: bool| json!({ "name": name, "at": "2026-01-02T03:04:05.123Z", "who": "pid 4711 on db-proxy-1", "ms": ms, "held": held, "measured": {} });
+    json!({
+        "id": id, "kind": kind, "to": "new", "epoch": 2, "coordinator": "pid 4711 on db-proxy-1", "by": "ann",
+        "at": "2026-01-02T03:04:05.123Z", "ended": "2026-01-02T03:04:06Z", "outcome": outcome,
+        "forced": (kind == "flip").then_some("rehearsed twice <i>without</i> trouble"),
+        "steps": [step("preparing", 120.5, false), step("probing", 15.25, false), step("holding", 12.0, true), step("fencing", 1.5, true), step("draining", 20.0, true), step("decided", 3.0, true), step("turned", 0.0, false)],
+        "held_ms": held_ms, "sessions_carried": 48, "sessions_ended": 1, "in_the_way": [], "fenced_out": ["pid 99 on db-proxy-2"],
+    })
+}
+
 async fn report(directory: &Path) -> Report {
     let log = MismatchLog {
         path: directory.join("mismatches.jsonl"),
@@ -134,19 +148,32 @@ async fn report(directory: &Path) -> Report {
         ),
         (events::MISMATCH, mismatch(3, "missing_row")),
         (
+            events::SLOWER,
+            json!({
+                "database": "shop", "kind": "slower", "fingerprint": fingerprint(2)["fingerprint"], "statement": fingerprint(2)["text"], "reads": 1333,
+                "legacy": { "p50_ms": 2.1, "p99_ms": 9.0 }, "new": { "p50_ms": 5.9, "p99_ms": 31.0 }, "ratio": 2.8, "rule": { "reads": 20, "ratio": 2.0, "p50_ms": 1.0 },
+                "plans": {
+                    "legacy": { "fingerprint": "1f2e3d4c5b6a7988", "nodes": ["Aggregate", "  ->  Index Scan using products_category on products"] },
+                    "new": { "fingerprint": "8899aabbccddeeff", "nodes": ["Aggregate", "  ->  Seq Scan on products"] },
+                    "same": false,
+                },
+            }),
+        ),
+        (
             events::STATISTICS,
             json!({
                 "database": "shop", "since": "2026-01-01T00:00:00Z", "fingerprints": fingerprints,
                 "ignores": [{ "fingerprint": null, "table": "sessions", "column": "seen_at", "owner": "bob", "reason": "a clock", "expires": "2027-01-31", "expired": false }],
             }),
         ),
-        (
-            events::SWITCHOVER,
-            json!({ "to": "new", "outcome": "done", "forced": "rehearsed twice", "held_ms": 41.5 }),
-        ),
+        (events::SWITCHOVER, flip("0f3a", "flip", "done", 41.5)),
         (
             events::PHASE,
             json!({ "phase": "switchover", "primary": "new", "epoch": 2 }),
+        ),
+        (
+            events::STRAYS_ACKNOWLEDGED,
+            json!({ "by": "bob", "reason": "a nightly job, ticket 9", "strays": [{ "database": "shop", "side": "new", "role": "batch", "application": "psql", "table": "public.orders", "operation": "UPDATE", "writes": 7, "last": "2026-01-02T03:04:05Z" }] }),
         ),
     ];
     for (event, body) in lines {
@@ -159,6 +186,40 @@ async fn report(directory: &Path) -> Report {
         slower_ratio: 2.0,
     };
     let mut report = gather(&log, &Default::default(), None, &wanted).await.unwrap();
+    for (id, kind, outcome, line) in [
+        ("0e11", "rehearsal", "rehearsed", None),
+        (
+            "0d22",
+            "flip",
+            "abandoned: transactions were still open after 5s (switchover.drain_timeout)",
+            Some(2),
+        ),
+    ] {
+        report.flips.push(RecordedFlip {
+            flip: serde_json::from_value(flip(id, kind, outcome, 12.0)).unwrap(),
+            in_databases: true,
+            line,
+        });
+    }
+    report.verifications.push(VerificationFile {
+        file: "verify.json".into(),
+        sha256: "5f".repeat(32),
+        equal: false,
+        databases: vec![VerifiedDatabase {
+            database: "shop".into(),
+            equal: false,
+            began: "2026-01-02T03:04:05Z".into(),
+            ended: "2026-01-02T03:14:05Z".into(),
+            tables_equal: 3,
+            tables_different: 1,
+            tables_not_compared: 0,
+            rows: 1_234_567,
+            rows_differing: 3,
+            sequences: 4,
+            sequences_different: 1,
+            cuts: 12,
+        }],
+    });
     let shop = &mut report.databases[0];
     shop.legacy = SideHistory {
         server_version: Some("15.13".into()),
@@ -170,6 +231,20 @@ async fn report(directory: &Path) -> Report {
         server_version: Some("18.1".into()),
         role: Some("primary".into()),
         epoch: Some(2),
+        quarantine: vec![Entry {
+            id: 17,
+            xid: Some("4711".into()),
+            held_at: "2026-01-02T03:04:05Z".into(),
+            tables: vec!["public.orders".into(), "public.order_lines".into()],
+            keys: Vec::new(),
+            changes: 12,
+            statements: Vec::new(),
+            sqlstate: Some("23514".into()),
+            error: "new row for relation \"orders\" violates check constraint \"total_positive\"".into(),
+            detail: None,
+            follows: None,
+            attempts: 2,
+        }],
         divergences: vec![Divergence {
             table: "public.orders".into(),
             kind: "missing".into(),
@@ -214,6 +289,7 @@ async fn the_page_opens_without_network_and_can_be_read() {
             [
                 "Database shop",
                 "Verifications",
+                "Switchovers",
                 "What happened",
                 "The log that this report rests on"
             ]

@@ -260,6 +260,42 @@ fn a_torn_last_line_is_set_aside_and_recorded() {
     assert_eq!(fs::read_to_string(kept).unwrap(), torn);
 }
 
+/// Wherever a crash of the machine has cut the last line off.
+#[test]
+fn a_line_may_end_anywhere() {
+    let log = Log::new();
+    log.write(2);
+    let whole = fs::read(log.path()).unwrap();
+    let head = fs::read(log.directory.path().join("mismatches.jsonl.head")).unwrap();
+    let last = whole[..whole.len() - 1]
+        .iter()
+        .rposition(|&byte| byte == b'\n')
+        .unwrap()
+        + 1;
+    for end in last..whole.len() {
+        fs::write(log.path(), &whole[..end]).unwrap();
+        fs::write(log.directory.path().join("mismatches.jsonl.head"), &head).unwrap();
+        // Until a writer has looked at it: the file beside the log knows of a line that is not there.
+        let before = log.verify();
+        assert_eq!(
+            (before.head_file, before.torn_bytes),
+            (HeadFile::Ahead, (end - last) as u64),
+            "{end}: {before}"
+        );
+
+        log.write(1);
+        let after = log.verify();
+        assert!(after.intact && after.torn_bytes == 0, "{end}: {after}");
+        // The line is gone, and the chain says so: what is left of it is kept, or nothing was.
+        let told: Vec<_> = after.incidents.iter().map(|incident| incident.event.as_str()).collect();
+        let expected: &[&str] = match end - last {
+            0 => &[events::LINES_MISSING],
+            _ => &[events::TORN, events::LINES_MISSING],
+        };
+        assert!(expected.iter().all(|event| told.contains(event)), "{end}: {told:?}");
+    }
+}
+
 #[test]
 fn lines_that_went_missing_are_recorded_at_the_next_start() {
     let log = Log::new();

@@ -187,7 +187,12 @@ async fn a_migration_as_an_auditor_sees_it() {
     }
     until_compared(&rig, again + 10, 0).await;
     let compared = known + 21 + again + 10;
-    rig.check(&["switchover", "--to", "new"], 0, "switchover to new");
+    rig.check(
+        &["switchover", "--rehearse", "--force", "--reason", "a first look"],
+        0,
+        "rehearsal of a switchover",
+    );
+    rig.check(&["switchover", "--to", "new", "--by", "ann"], 0, "ordered by ann");
 
     let page = rig.directory.path().join("report.html");
     rig.check(
@@ -199,6 +204,8 @@ async fn a_migration_as_an_auditor_sees_it() {
     for says in [
         &format!("Of {compared} reads compared, 1 differed"),
         "planted",
+        "flip to new, epoch 2",
+        "a first look",
         "switchover to new: done",
         "phase dual_read, legacy is primary",
         &fingerprint,
@@ -210,6 +217,37 @@ async fn a_migration_as_an_auditor_sees_it() {
         "values are hidden"
     );
     rig.check(&["report", "--md"], 0, "# Migration report");
+    // As the databases record it, with who and why; one that was given up besides.
+    let flips = report(&rig, 0, &[])["flips"].clone();
+    assert_eq!(flips.as_array().unwrap().len(), 2, "{flips}");
+    let (done, tried) = (&flips[0], &flips[1]);
+    assert_eq!(
+        (&done["outcome"], &done["to"], &done["forced"]),
+        (&"done".into(), &"new".into(), &Value::Null)
+    );
+    assert_eq!(
+        (&done["by"], &done["in_databases"]),
+        (&"ann".into(), &true.into()),
+        "{done}"
+    );
+    assert!(
+        done["line"].as_u64().is_some() && done["coordinator"].as_str().unwrap().starts_with("pid "),
+        "{done}"
+    );
+    assert!(
+        done["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|step| step["name"] == "decided"),
+        "{done}"
+    );
+    assert_eq!(
+        (&tried["kind"], &tried["forced"]),
+        (&"rehearsal".into(), &"a first look".into()),
+        "{tried}"
+    );
+
     let later = report(&rig, 0, &[]);
     assert!(later["log"]["chain"]["head"]["seq"].as_u64() > head["seq"].as_u64());
     assert!(later["log"]["chain"]["signed"].as_u64().unwrap() > 10);
@@ -254,4 +292,60 @@ async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
     // With the phase, which could not be told either.
     assert!(told["log"]["lost"].as_u64().unwrap() >= 1, "{told}");
     assert_eq!(told["overall"]["mismatched"], 2);
+}
+
+/// Killed again and again while mismatches and statistics are being written, over many rotations.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_is_killed_while_it_writes_leaves_a_whole_chain() {
+    let mut rig = Rig::new();
+    rig.extra = "reads: { shadow_percent: 100 }\nmismatch_log: { max_size: 64KiB, statistics_every: 1s }\n".into();
+    rig.serve(Phase::DualRead).await;
+    let client = rig.client().await;
+    client
+        .batch_execute("CREATE TABLE item (id int PRIMARY KEY, name text); INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, 20) n")
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    until_known(&rig, &client).await;
+    on_new(&rig, "UPDATE item SET name = 'other'").await;
+    let path = rig.directory.path().join("mismatches.jsonl");
+    for turn in 0..4 {
+        let readers: Vec<_> = (0..4)
+            .map(|reader| {
+                let url = rig.url();
+                tokio::spawn(async move {
+                    let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+                    tokio::spawn(connection);
+                    // Until the proxy is killed.
+                    for n in 0.. {
+                        let sql = format!("SELECT name, id FROM item WHERE id = {}", (reader * 5 + n) % 20 + 1);
+                        if client.simple_query(&sql).await.is_err() {
+                            return;
+                        }
+                    }
+                })
+            })
+            .collect();
+        rig.until(|status| status.databases[0].shadow_reads.mismatched >= 20 + 5 * turn)
+            .await;
+        let told = rig.status().await.unwrap().mismatch_log.unwrap().head;
+        rig.kill_proxy();
+        futures_util::future::join_all(readers).await;
+
+        // What the proxy said it had written is there, in a chain that does not break.
+        rig.check(&["mismatches", "--verify-log"], 0, "intact");
+        let line = pgtandem::chain::lines(&path, None)
+            .unwrap()
+            .map(|line| line.unwrap().bytes)
+            .find(|bytes| serde_json::from_slice::<Value>(bytes).is_ok_and(|line| line["seq"] == told.seq));
+        assert_eq!(pgtandem::chain::sha256(&line.unwrap()), told.hash);
+        rig.serve(Phase::DualRead).await;
+        let client = rig.client().await;
+        // Known again.
+        while rig.status().await.unwrap().databases[0].shadow_reads.mismatched == 0 {
+            client.simple_query("SELECT name, id FROM item").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    assert!(pgtandem::chain::files(&path).unwrap().len() > 1);
 }

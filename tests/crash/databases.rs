@@ -121,6 +121,7 @@ impl Two {
                 dry_run: false,
                 rehearse: false,
                 force: None,
+                by: None,
             };
             admin.post("/api/v1/switchover", &request).await
         })

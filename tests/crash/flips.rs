@@ -179,6 +179,7 @@ pub(crate) async fn switchover(port: u16, to: Side, rehearse: bool) -> Result<Fl
         dry_run: false,
         rehearse,
         force: None,
+        by: None,
     };
     let answer: SwitchoverAnswer = admin(port).post("/api/v1/switchover", &request).await?;
     answer

@@ -80,4 +80,34 @@ async fn reported_by_every_proxy() {
     rig.wait_caught_up().await;
     assert_eq!(rig.value(Side::New, "SELECT v FROM t WHERE id = 1").await, "7");
     assert_eq!(mirroring(&rig.status().await.unwrap()).stray_writes, 3);
+
+    // Somebody looked at them: on record with name and reason, and neither a problem nor a closed
+    // gate any more.
+    rig.check(&["strays"], 1, "new: app, 2 INSERT on public.t");
+    rig.check(&["strays", "ack"], 2, "--reason");
+    rig.check(
+        &["strays", "ack", "--reason", " ", "--by", "ann"],
+        2,
+        "needs a name and a reason",
+    );
+    rig.check(
+        &["strays", "ack", "--reason", "a batch job, ticket 9", "--by", "ann"],
+        0,
+        "by ann",
+    );
+    rig.check(&["strays"], 0, "no stray writers");
+    rig.check(&["strays", "ack", "--reason", "again"], 0, "no stray writers");
+    rig.until(|status| mirroring(status).stray_writes == 0).await;
+    assert_eq!(rig.command(&["status"]).status.code(), Some(0));
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 0, "none recorded");
+    let acknowledged =
+        "SELECT concat_ws(' ', actor, reason, sum(writes)) FROM pgtandem.stray_acknowledged GROUP BY actor, reason";
+    assert_eq!(rig.value(Side::New, acknowledged).await, "ann a batch job, ticket 9 3");
+    let log = std::fs::read_to_string(rig.directory.path().join("mismatches.jsonl")).unwrap();
+    assert!(log.contains("strays_acknowledged") && log.contains("ticket 9"), "{log}");
+    // What comes later is open again.
+    stray.batch_execute("UPDATE t SET v = 1 WHERE id = 4").await.unwrap();
+    rig.until(|status| mirroring(status).stray_writes == 1).await;
+    rig.check(&["strays"], 1, "1 UPDATE on public.t");
+    rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "none within 60 min");
 }

@@ -188,6 +188,7 @@ impl Bed {
             },
             writes: Writes::default(),
             transform: Arc::default(),
+            awaited: Default::default(),
         }
     }
 

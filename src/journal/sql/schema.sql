@@ -164,6 +164,19 @@ CREATE TABLE IF NOT EXISTS pgtandem.stray (
     PRIMARY KEY (role, application, relation, operation)
 );
 
+-- Those that somebody looked at, and why they may stand.
+CREATE TABLE IF NOT EXISTS pgtandem.stray_acknowledged (
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    role text NOT NULL,
+    application text NOT NULL,
+    relation text NOT NULL,
+    operation text NOT NULL,
+    writes bigint NOT NULL,
+    last timestamptz NOT NULL,
+    actor text NOT NULL,
+    reason text NOT NULL
+);
+
 -- Gone when a crash has emptied this side's unlogged tables.
 CREATE UNLOGGED TABLE IF NOT EXISTS pgtandem.intact (
     one boolean PRIMARY KEY DEFAULT true CHECK (one)
