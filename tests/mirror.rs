@@ -4,6 +4,8 @@
 
 #[path = "mirror/reads.rs"]
 mod reads;
+#[path = "mirror/rehearsals.rs"]
+mod rehearsals;
 mod rig;
 
 use pgtandem::control::{Phase, Side};

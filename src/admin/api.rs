@@ -11,6 +11,7 @@ use crate::apply::{Entry, Healed, Outcome, Verified};
 use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
 use crate::reconcile::backfill::{BackfillStatus, Order};
+use crate::shadow::rehearsal::{RehearsalReport, Rehearsed};
 use crate::shadow::{Acknowledgement, Kind as Difference, LogStatus, ShadowReport};
 pub use crate::switchover::machine::{Kind, Step};
 
@@ -87,6 +88,9 @@ pub struct DatabaseStatus {
     /// Absent where the phase mirrors nothing.
     pub mirroring: Option<Mirroring>,
     pub shadow_reads: ShadowReads,
+    /// Absent where none are wanted (`writes.rehearse_percent`) and none have been.
+    #[serde(default)]
+    pub rehearsed_writes: Option<Rehearsed>,
     /// Absent where commits are acknowledged by the primary (`writes.acknowledge`).
     pub acknowledge: Option<AcknowledgeStatus>,
     /// Of the last backfill since the proxy started, or one that was interrupted before.
@@ -501,6 +505,9 @@ pub struct BackfillAnswer {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ShadowsAnswer {
     pub databases: BTreeMap<String, ShadowReport>,
+    /// Of the rehearsed writes.
+    #[serde(default)]
+    pub rehearsals: BTreeMap<String, RehearsalReport>,
 }
 
 /// `GET /api/v1/explain?sql=…`

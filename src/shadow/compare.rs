@@ -151,6 +151,10 @@ pub enum Kind {
     Order,
     /// The same rows, which a text column sorts otherwise.
     Collation,
+    /// A rehearsed write: one side failed, or both with different SQLSTATEs.
+    WriteError,
+    /// A rehearsed write: another command tag, or another number of rows.
+    WriteTag,
 }
 
 impl Kind {
@@ -169,7 +173,16 @@ impl Kind {
             Self::Rows => "rows",
             Self::Order => "order",
             Self::Collation => "collation",
+            Self::WriteError => "write_error",
+            Self::WriteTag => "write_tag",
         }
+    }
+}
+
+impl Kind {
+    /// Of a rehearsed write, not of a read.
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self::WriteError | Self::WriteTag)
     }
 }
 

@@ -23,6 +23,7 @@ mod log;
 mod log_reader;
 mod plans;
 mod read;
+pub mod rehearsal;
 mod rules;
 mod sample;
 mod shown;

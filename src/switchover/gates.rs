@@ -336,6 +336,7 @@ mod tests {
                 stray_writes: 0,
                 quarantine: Quarantine::default(),
             }),
+            rehearsed_writes: None,
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
             backfill: None,

@@ -84,7 +84,11 @@ async fn what_has_the_mark_may_write_and_never_commits() {
             0,
         ),
     ] {
-        assert_eq!(proxy.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), expected, "{sql}");
+        assert_eq!(
+            proxy.query_one(sql, &[]).await.unwrap().get::<_, i64>(0),
+            expected,
+            "{sql}"
+        );
     }
     assert_eq!(client.query_one(told, &[]).await.unwrap().get::<_, i64>(0), 1);
     bed.app(Side::Legacy)
@@ -123,7 +127,11 @@ async fn nobody_else_gets_the_mark() {
         "BEGIN ISOLATION LEVEL SERIALIZABLE; INSERT INTO t (v) VALUES (1)",
         "BEGIN; SET LOCAL pgtandem.rehearsing = on; INSERT INTO t (v) VALUES (1)",
     ] {
-        assert_eq!(refused(&client, sql).await, SqlState::READ_ONLY_SQL_TRANSACTION, "{sql}");
+        assert_eq!(
+            refused(&client, sql).await,
+            SqlState::READ_ONLY_SQL_TRANSACTION,
+            "{sql}"
+        );
     }
     // On the primary nothing is rehearsed.
     let primary = bed.app(Side::Legacy).await;
