@@ -122,6 +122,10 @@ impl Rehearsing {
             Part::LeftOut(why) => Some(why),
             _ => None,
         });
+        if done.steps.iter().any(|step| step.part == Part::Control) {
+            // The settings are those of before.
+            self.transaction.left_out.get_or_insert(LeftOut::UnknownSettings);
+        }
         done.committed = self.committed.take().unwrap_or(!self.erred);
         self.erred = false;
         // What was skipped after an error, neither side has run.

@@ -98,21 +98,6 @@ impl Connection {
         }
     }
 
-    /// Runs the proxy's own words, the last of which give one value.
-    pub(super) async fn value(&mut self, what: &'static str, text: &[u8]) -> Result<Option<String>, ConnectionError> {
-        let mut frames = Vec::new();
-        frontend::put_query(&mut frames, text);
-        let mut heard = Heard::default();
-        self.exchange(&frames, &mut heard).await?;
-        match heard.refused {
-            None => Ok(heard.value),
-            Some(refused) => Err(ConnectionError::Refused {
-                what,
-                error: refused.text,
-            }),
-        }
-    }
-
     /// Runs one statement, by Parse, Bind and Execute, so that it can be no more than one.
     pub(super) async fn perform(
         &mut self,

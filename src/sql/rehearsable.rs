@@ -399,13 +399,31 @@ const CLOCK_WORDS: &[&str] = &[
     "today",
 ];
 
-/// Whether two runs on one state must come to the same: no clock, no chance, nothing of the session.
+/// Words that stand for where rows lie on a server, and which of them are left open.
+const PLACE_WORDS: &[&str] = &[
+    "ctid",
+    "xmin",
+    "xmax",
+    "cmin",
+    "cmax",
+    "tableoid",
+    "limit",
+    "fetch",
+    "offset",
+    "tablesample",
+    "skip",
+    "distinct",
+];
+
+/// Whether two servers in one state must come to the same: no clock, no chance, nothing of the
+/// server itself.
 pub fn is_steady(text: &[u8], lex: LexSettings, catalog: &dyn FunctionCatalog) -> bool {
     !names(text, lex).any(|word| {
         CLOCK_WORDS.contains(&word.as_str())
-            || word == "limit"
-            || word == "tablesample"
-            || word == "skip"
+            || PLACE_WORDS.contains(&word.as_str())
+            || word.starts_with("pg_")
+            || word.starts_with("inet_")
+            || word == "version"
             || catalog.volatility(&QualifiedName::new(None, &word)) == Some(Volatility::Volatile)
     }) && !text.windows(5).any(|part| part.eq_ignore_ascii_case(b"'now'"))
 }
@@ -445,7 +463,7 @@ mod tests {
             ("set local work_mem = '1MB'", Control),
             ("select set_config('app.tenant', $1, true)", Control),
             ("select 1", Nothing),
-            ("select 1 for update", Nothing),
+            ("select * from t for update", Nothing),
             ("", Nothing),
             ("notify a", Nothing),
             ("call p()", out(LeftOut::Procedure)),
@@ -463,6 +481,30 @@ mod tests {
             ("execute p", out(LeftOut::SqlExecute)),
         ] {
             assert_eq!(part(&analyze(text.as_bytes()), text.as_bytes()), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_must_come_to_the_same() {
+        let mut catalog = super::super::FunctionVolatility::default();
+        catalog.add_function("pg_catalog".into(), "random".into(), "v");
+        catalog.add_function("pg_catalog".into(), "lower".into(), "i");
+        for (text, expected) in [
+            ("update t set a = lower(b) where c = 5", true),
+            ("insert into t values ('limit')", true),
+            ("update t set a = random()", false),
+            ("delete from t where at < now()", false),
+            ("delete from t where at < 'now'", false),
+            ("delete from t where at < current_date", false),
+            ("delete from t where ctid = '(0,1)'", false),
+            ("delete from t where id in (select id from t limit 1)", false),
+            ("delete from t where a = pg_backend_pid()", false),
+        ] {
+            assert_eq!(
+                is_steady(text.as_bytes(), LexSettings::default(), &catalog),
+                expected,
+                "{text}"
+            );
         }
     }
 

@@ -107,15 +107,21 @@ async fn begin(worker: &Worker, connection: &mut Connection, side: Side) -> Resu
     let key = worker.desk.key(side).await.map_err(refused)?;
     let begin = format!(
         "begin isolation level read committed read write; set local lock_timeout = {LOCK_TIMEOUT_MS}; \
-         set local statement_timeout = {}; set local idle_in_transaction_session_timeout = 5000; \
-         select pgtandem.rehearse('{key}')",
+         set local statement_timeout = {}; set local idle_in_transaction_session_timeout = 5000",
         worker.deadline.as_millis().max(1)
     );
-    match connection.value("open the rehearsal", begin.as_bytes()).await {
-        Ok(round) => Ok(round.and_then(|round| round.parse().ok())),
-        Err(error) => {
+    connection.command("open the rehearsal", begin.as_bytes()).await?;
+    // As a parameter: the text of a statement is shown to all sessions of its user.
+    let mut bind = b"\0\0\0\x01".to_vec();
+    bind.extend_from_slice(&u32::try_from(key.len()).unwrap_or_default().to_be_bytes());
+    bind.extend_from_slice(key.as_bytes());
+    bind.extend_from_slice(b"\0\0");
+    let (heard, _) = connection.perform(b"select pgtandem.rehearse($1)", &[], &bind).await?;
+    match heard.refused {
+        None => Ok(heard.value.and_then(|round| round.parse().ok())),
+        Some(error) => {
             worker.desk.forget_key().await;
-            Err(error)
+            Err(refused(error.text))
         }
     }
 }

@@ -250,7 +250,12 @@ impl Worker {
         let round = if by_definitions {
             Some(self.shared.pace.applied_round())
         } else {
-            self.proven_by_state(transaction, run, at).await
+            let proven = self.proven_by_state(transaction, run, at).await;
+            // Another rehearsal, or a lock that its statements skip, may have been in the way.
+            match proven {
+                Some(round) if self.comes_again(transaction, types, run, at).await? => Some(round),
+                _ => None,
+            }
         };
         Ok(match round {
             Some(round) => {
@@ -259,6 +264,19 @@ impl Worker {
             }
             None => Outcome::Unsettled,
         })
+    }
+
+    /// Whether the same comes out once more, in the same state.
+    async fn comes_again(
+        &self,
+        transaction: &Transaction,
+        types: &[Vec<u8>],
+        run: &Run,
+        at: usize,
+    ) -> Result<bool, ConnectionError> {
+        let again = self.run(transaction, types).await?;
+        let same = again.difference(transaction) == Some(at) && again.said[at].0 == run.said[at].0;
+        Ok(same && again.round == run.round)
     }
 
     fn count(&self, transaction: &Transaction, run: &Run, found: Option<(usize, Outcome)>) {
