@@ -186,6 +186,7 @@ fn assemble(
         shut: false,
         waker: None,
         standby: None,
+        footprinted: false,
         opening: None,
         preparing: None,
         context,
