@@ -6,6 +6,8 @@
 mod places;
 #[path = "mirror/reads.rs"]
 mod reads;
+#[path = "mirror/rehearsals.rs"]
+mod rehearsals;
 mod rig;
 
 use pgtandem::admin::api::Status;

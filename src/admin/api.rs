@@ -12,6 +12,7 @@ use crate::chain::Head;
 use crate::control::{Epoch, Phase, Side};
 use crate::journal::Stray;
 use crate::reconcile::backfill::{BackfillStatus, Order};
+use crate::shadow::rehearsal::{RehearsalReport, Rehearsed};
 use crate::shadow::{Acknowledgement, Kind as Difference, LogStatus, ShadowReport};
 pub use crate::switchover::machine::{Kind, Step};
 
@@ -105,6 +106,9 @@ pub struct DatabaseStatus {
     /// Absent where the phase mirrors nothing.
     pub mirroring: Option<Mirroring>,
     pub shadow_reads: ShadowReads,
+    /// Absent where none are wanted (`writes.rehearse_percent`) and none have been.
+    #[serde(default)]
+    pub rehearsed_writes: Option<Rehearsed>,
     /// Absent where commits are acknowledged by the primary (`writes.acknowledge`).
     pub acknowledge: Option<AcknowledgeStatus>,
     /// Of the last backfill since the proxy started, or one that was interrupted before.
@@ -606,6 +610,9 @@ pub struct BackfillAnswer {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ShadowsAnswer {
     pub databases: BTreeMap<String, ShadowReport>,
+    /// Of the rehearsed writes.
+    #[serde(default)]
+    pub rehearsals: BTreeMap<String, RehearsalReport>,
 }
 
 /// `GET /api/v1/explain?sql=…`

@@ -17,6 +17,7 @@ mod flips;
 mod gauges;
 mod operations;
 mod phases;
+mod rehearsals;
 mod shadows;
 mod world;
 

@@ -23,6 +23,7 @@ use crate::control::{Control, Phase, Side};
 use crate::journal::Stray;
 use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
+use crate::shadow::rehearsal::read_reach;
 use crate::shadow::{Plans, events};
 use crate::sql::{ExplainContext, explain};
 use crate::switchover::{Kind, Tandem, in_the_way};
@@ -383,7 +384,10 @@ impl Operations for World {
     }
 
     fn shadows(&self) -> ShadowsAnswer {
-        self.shadows.report()
+        ShadowsAnswer {
+            rehearsals: self.rehearsals.report(self.config.load().reads.slower_ratio),
+            ..self.shadows.report()
+        }
     }
 
     async fn plans(&self, fingerprint: &str) -> Result<Plans, String> {
@@ -397,9 +401,15 @@ impl Operations for World {
             Some(tandem) => Shadows::read_catalog(tandem, self.control_now()).await,
             None => None,
         };
+        let reach = match self.tandems().first() {
+            Some(tandem) => read_reach(tandem.targets(), self.control_now().secondary()).await.ok(),
+            None => None,
+        };
         let context = ExplainContext {
             phase: self.control_now().phase,
             shadow_percent: self.config.load().reads.shadow_percent,
+            rehearse_percent: self.config.load().rehearse.percent,
+            reach: reach.as_ref(),
             catalog: catalog.as_ref().map(|catalog| &catalog.functions as _),
         };
         let explanation = explain(sql.as_bytes(), &context);
@@ -424,6 +434,7 @@ impl World {
         for tandem in self.tandems().iter() {
             let mut status = tandem.status();
             status.shadow_reads = self.shadows.of_database(tandem.name());
+            status.rehearsed_writes = self.rehearsals.of_database(tandem.name());
             status.acknowledge = self.both_sides.status(tandem.name());
             databases.push(status);
         }

@@ -120,6 +120,11 @@ impl Shadows {
         });
     }
 
+    /// What a database's rehearsals share with its shadow reads.
+    pub(super) fn sink(&self, database: &str) -> Option<ShadowSink> {
+        self.databases.get(database).map(|intake| intake.sink.clone())
+    }
+
     pub(super) const fn log(&self) -> &MismatchLog {
         &self.log
     }
@@ -225,6 +230,7 @@ impl Shadows {
             databases: databases
                 .map(|database| (database.key().clone(), database.sink.report(**self.slower_ratio.load())))
                 .collect(),
+            ..ShadowsAnswer::default()
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::acknowledge::BothSides;
 use super::flips::Ordered;
+use super::rehearsals::Rehearsals;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
 use crate::apply::Awaited;
@@ -30,6 +31,7 @@ pub(super) struct World {
     pub(super) config: ArcSwap<Config>,
     pub(super) sessions: Arc<session::Context>,
     pub(super) shadows: Shadows,
+    pub(super) rehearsals: Rehearsals,
     pub(super) both_sides: Arc<BothSides>,
     pub(super) control: watch::Sender<Control>,
     /// One for each database; `"*"` stands for as many as its servers have.
@@ -95,6 +97,7 @@ impl World {
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
+        let rehearsals = Rehearsals::new(&config, receiver.clone());
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
         let leaving = Arc::new(Leaving {
@@ -116,6 +119,7 @@ impl World {
             }),
             shadow: Some(shadows.hook()),
             acknowledge: Some(both_sides.clone()),
+            rehearse: Some(rehearsals.hook()),
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
@@ -130,6 +134,7 @@ impl World {
             config: ArcSwap::from_pointee(config),
             sessions,
             shadows,
+            rehearsals,
             both_sides,
             control: sender,
             tandems: ArcSwap::default(),
@@ -166,6 +171,7 @@ impl World {
     fn attend(&self) {
         let tandems = self.tandems();
         self.shadows.attend(&tandems, &self.config.load());
+        self.rehearsals.attend(&tandems, &self.config.load(), &self.shadows);
         self.both_sides.attend(&tandems);
     }
 
@@ -418,6 +424,7 @@ impl World {
         self.tandems().iter().for_each(|tandem| tandem.go_on());
         self.sessions.reload(settings);
         self.shadows.reload(&new);
+        self.rehearsals.reload(&new);
         self.both_sides.reload(new.writes);
         for tandem in self.tandems().iter() {
             tandem.backfill().configure(new.backfill);

@@ -40,12 +40,19 @@ pub(super) struct Sequences {
     /// What the secondary has, as far as this session wrote or read it.
     copied: HashMap<(String, String), Value>,
     next: Option<Instant>,
+    /// Others have changed what the secondary has.
+    moved: bool,
     pub errors: Vec<String>,
 }
 
 impl Sequences {
     pub(super) fn count(&self) -> usize {
         self.names.len()
+    }
+
+    /// Others have changed what the secondary has.
+    pub(super) const fn moved(&mut self) {
+        self.moved = true;
     }
 
     /// The catalog changed: which ones there are must be asked again, and whether the secondary
@@ -94,6 +101,16 @@ impl Session {
                 .filter_map(|(name, theirs)| Some((name.clone(), *copied.get(theirs)?)))
                 .collect();
             self.sequences.names = names;
+        }
+        if std::mem::take(&mut self.sequences.moved) {
+            let there = |name: &(String, String)| self.sequences.renamed.get(name).unwrap_or(name).clone();
+            let names = self.sequences.names.clone();
+            let theirs: Vec<(String, String)> = names.iter().map(there).collect();
+            let found = read(&self.secondary, &theirs).await?;
+            let pairs = names.iter().zip(&theirs);
+            self.sequences.copied = pairs
+                .filter_map(|(name, theirs)| Some((name.clone(), *found.get(theirs)?)))
+                .collect();
         }
         let values = match read(&self.aside, &self.sequences.names).await {
             Ok(values) => values,

@@ -76,6 +76,15 @@ impl HeldCut {
     }
 }
 
+/// The sequences of the two sides are being compared.
+pub struct ComparedSequences(Arc<Shared>);
+
+impl Drop for ComparedSequences {
+    fn drop(&mut self) {
+        self.0.sequences_compared.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// What the handle, the task and the guard share.
 #[derive(Default)]
 pub(super) struct Shared {
@@ -85,6 +94,10 @@ pub(super) struct Shared {
     wanted_sequences: AtomicU64,
     /// What is recorded of the tables was changed by somebody else.
     tables_changed: AtomicBool,
+    /// Somebody else drew from the secondary's sequences.
+    sequences_moved: AtomicBool,
+    /// How many compare the sequences just now.
+    sequences_compared: AtomicU64,
     wake: Notify,
     stop: CancellationToken,
     /// The guard had no answer from the primary: connections to it are not worth waiting for.
@@ -199,6 +212,28 @@ impl Applier {
     pub fn tables_changed(&self) {
         self.shared.tables_changed.store(true, Ordering::SeqCst);
         self.shared.wake.notify_one();
+    }
+
+    /// The last round that is known to be applied; 0 for none.
+    pub fn applied_round(&self) -> u64 {
+        self.done.borrow().cut.as_ref().map_or(0, |cut| cut.round)
+    }
+
+    /// Somebody has drawn from the secondary's sequences: what they hold is looked at again before
+    /// the next copy.
+    pub fn sequences_moved(&self) {
+        self.shared.sequences_moved.store(true, Ordering::SeqCst);
+    }
+
+    /// While it lives, nobody shall draw from the secondary's sequences.
+    pub fn compare_sequences(&self) -> ComparedSequences {
+        self.shared.sequences_compared.fetch_add(1, Ordering::SeqCst);
+        ComparedSequences(self.shared.clone())
+    }
+
+    /// Whether the sequences are being compared.
+    pub fn sequences_are_compared(&self) -> bool {
+        self.shared.sequences_compared.load(Ordering::SeqCst) > 0
     }
 
     /// Stops at the end of a round that begins after this call, and holds there.
@@ -527,6 +562,9 @@ impl Task {
                 session.load_held(None).await?;
             }
             let (outcome, exported) = session.round(request.is_some() || mending.is_some()).await?;
+            if self.shared.sequences_moved.swap(false, Ordering::SeqCst) {
+                session.sequences.moved();
+            }
             let copied = session.copy_sequences(sequences_wanted > sequences_done).await?;
             let cut = Cut {
                 round: session.round,

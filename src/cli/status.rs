@@ -6,6 +6,7 @@ use super::{print_json, say};
 use crate::admin::api::{DatabaseStatus, Mirroring, ServerStatus, ShadowReads, Status};
 use crate::admin::client::AdminClient;
 use crate::reconcile::backfill::BackfillStatus;
+use crate::shadow::rehearsal::Rehearsed;
 
 /// Tables shown before the rest is only counted.
 const TABLES_MAX: usize = 20;
@@ -221,6 +222,9 @@ fn print_database(database: &DatabaseStatus) {
         ));
     }
     print_shadow_reads(&database.shadow_reads);
+    if let Some(writes) = &database.rehearsed_writes {
+        print_rehearsed(writes);
+    }
 }
 
 fn print_server(side: &str, server: &ServerStatus) {
@@ -322,6 +326,25 @@ fn print_shadow_reads(reads: &ShadowReads) {
     }
     for (reason, count) in &reads.failed {
         say(&format!("             failed: {count} {reason}"));
+    }
+}
+
+fn print_rehearsed(writes: &Rehearsed) {
+    let counts = &writes.counts;
+    let sum = |map: &std::collections::BTreeMap<String, u64>| map.values().sum::<u64>();
+    say(&format!(
+        "  rehearsed  {} matched, {} mismatched, {} unsettled, {} left out, {} dropped, {} failed",
+        counts.matched,
+        counts.mismatched,
+        counts.unsettled,
+        sum(&counts.left_out),
+        sum(&counts.dropped),
+        sum(&counts.failed)
+    ));
+    for (what, reasons) in [("left out", &counts.left_out), ("failed", &counts.failed)] {
+        for (reason, count) in reasons {
+            say(&format!("             {what}: {count} {reason}"));
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod gates;
 mod mismatch_log;
 mod raw;
 mod reads;
+mod rehearse;
 mod target;
 mod transform;
 
@@ -20,6 +21,7 @@ pub use gates::{Capacity, Gates};
 pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;
 pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
+pub use rehearse::Rehearse;
 pub use target::{Secret, SslMode, Target};
 pub use transform::{Name, Origin, Part, TableMap, Transform};
 
@@ -38,6 +40,7 @@ pub struct Config {
     pub tls: Option<ClientTls>,
     pub limits: Limits,
     pub writes: Writes,
+    pub rehearse: Rehearse,
     pub journal: Journal,
     pub reads: Reads,
     pub mismatch_log: MismatchLog,

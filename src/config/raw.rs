@@ -14,11 +14,12 @@ use serde::{Deserialize, de};
 
 use super::gates::RawGates;
 use super::mismatch_log::RawMismatchLog;
-use super::reads::RawReads;
+use super::reads::{RawReads, RawShadowRule};
+use super::rehearse::RawRehearse;
 use super::transform::RawTransform;
 use super::{
     Acknowledge, Admin, Auth, AuthMethod, Backfill, ClientTls, Config, Credential, DatabaseConfig, Journal, Limits,
-    MaxRate, Secret, Stragglers, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
+    MaxRate, Rehearse, Secret, Stragglers, StrayWriters, Switchover, Target, Verify, WhenFull, WhenLate, Writes,
 };
 use crate::control::{Phase, Side};
 
@@ -122,7 +123,7 @@ struct RawConfig {
 }
 
 impl RawConfig {
-    fn check(self, path: &Path) -> Result<Config, String> {
+    fn check(mut self, path: &Path) -> Result<Config, String> {
         let listen: Vec<SocketAddr> = self.listen.into_vec().into_iter().map(|address| address.0).collect();
         if listen.is_empty() {
             return Err("listen: names no address".into());
@@ -155,6 +156,7 @@ impl RawConfig {
             auth: self.auth.into(),
             tls: self.tls.map(|tls| tls.resolve(path)),
             limits: self.limits.into(),
+            rehearse: self.writes.rehearse()?,
             writes: Writes {
                 acknowledge: match self.writes.acknowledge {
                     RawAcknowledge::Primary => Acknowledge::Primary,
@@ -351,11 +353,32 @@ struct RawWrites {
     retry_attempts: u32,
     error_threshold: Percent,
     error_window: Seconds,
+    rehearse_percent: Percent,
+    rehearse_key: Text,
+    rehearse_rules: Vec<RawShadowRule>,
+    rehearse_max_concurrency: usize,
+    rehearse_queue: usize,
+    rehearse_timeout: Seconds,
+}
+
+impl RawWrites {
+    fn rehearse(&mut self) -> Result<Rehearse, String> {
+        let raw = RawRehearse {
+            percent: Percent(self.rehearse_percent.0),
+            key: Text(std::mem::take(&mut self.rehearse_key.0)),
+            rules: std::mem::take(&mut self.rehearse_rules),
+            max_concurrency: self.rehearse_max_concurrency,
+            queue: self.rehearse_queue,
+            timeout: Seconds(self.rehearse_timeout.0),
+        };
+        raw.check()
+    }
 }
 
 impl Default for RawWrites {
     fn default() -> Self {
         let usual = Writes::default();
+        let rehearse = Rehearse::default();
         Self {
             acknowledge: RawAcknowledge::Primary,
             both_timeout: Seconds(usual.both_timeout),
@@ -363,6 +386,12 @@ impl Default for RawWrites {
             retry_attempts: usual.retry_attempts,
             error_threshold: Percent(usual.error_threshold),
             error_window: Seconds(usual.error_window),
+            rehearse_percent: Percent(rehearse.percent),
+            rehearse_key: Text("statement".into()),
+            rehearse_rules: Vec::new(),
+            rehearse_max_concurrency: rehearse.max_concurrency,
+            rehearse_queue: rehearse.queue,
+            rehearse_timeout: Seconds(rehearse.timeout),
         }
     }
 }
@@ -702,6 +731,23 @@ databases:
     }
 
     #[test]
+    fn which_writes_are_rehearsed() {
+        assert_eq!(check(MINIMAL).unwrap().rehearse, Rehearse::default());
+        assert!(!Rehearse::default().any());
+        let text = format!(
+            "{MINIMAL}writes: {{ rehearse_percent: 5, rehearse_key: user, rehearse_rules: [{{ table: orders, percent: 100 }}], \
+             rehearse_max_concurrency: 3, rehearse_queue: 7, rehearse_timeout: 2s }}\n"
+        );
+        let found = check(&text).unwrap().rehearse;
+        assert!(found.any());
+        assert_eq!((found.percent, found.rules.len()), (5.0, 1));
+        assert_eq!((found.max_concurrency, found.queue), (3, 7));
+        assert_eq!(found.timeout, Duration::from_secs(2));
+        assert_eq!(found.rules[0].which.table.as_deref(), Some("orders"));
+        assert_eq!(found.rules[0].key, found.key);
+    }
+
+    #[test]
     fn the_file_in_the_repository_is_right() {
         let text = include_str!("../../proxy.yaml").replace("${APP_PASSWORD}", "x");
         check(&text).unwrap();
@@ -719,6 +765,20 @@ databases:
             (format!("{MINIMAL}reads: {{ shadow_percent: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ error_threshold: 101 }}\n"), "0 to 100"),
             (format!("{MINIMAL}writes: {{ retry_attempts: -1 }}\n"), ":7:27: "),
+            (format!("{MINIMAL}writes: {{ rehearse_percent: 101 }}\n"), "0 to 100"),
+            (format!("{MINIMAL}writes: {{ rehearse: 1 }}\n"), "unknown field"),
+            (
+                format!("{MINIMAL}writes: {{ rehearse_max_concurrency: 0 }}\n"),
+                "at least 1",
+            ),
+            (
+                format!("{MINIMAL}writes: {{ rehearse_rules: [{{ percent: 5 }}] }}\n"),
+                "writes: rehearse_rules: entry 1: names no",
+            ),
+            (
+                format!("{MINIMAL}writes: {{ rehearse_key: tenant }}\n"),
+                "writes: rehearse_key: ",
+            ),
             (format!("{MINIMAL}switchover: {{ drain_timeout: 5 }}\n"), "500ms"),
             (format!("{MINIMAL}switchover: {{ gates: {{ lag: 2 }} }}\n"), "500ms"),
             (

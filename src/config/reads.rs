@@ -173,7 +173,7 @@ impl Default for RawReads {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawShadowRule {
+pub(super) struct RawShadowRule {
     #[serde(default)]
     fingerprint: Option<Text>,
     #[serde(default)]
@@ -266,7 +266,7 @@ fn each<R, T>(list: &str, raw: Vec<R>, check: impl Fn(R) -> Result<T, String>) -
 }
 
 impl RawShadowRule {
-    fn check(self, usual: SampleKey) -> Result<ShadowRule, String> {
+    pub(super) fn check(self, usual: SampleKey) -> Result<ShadowRule, String> {
         let which = which(self.fingerprint, self.table)?;
         if which == Which::default() && self.user.is_none() && self.application_name.is_none() {
             return Err("names no reads; give fingerprint, table, user or application_name".into());
@@ -344,7 +344,7 @@ fn which(fingerprint: Option<Text>, table: Option<Text>) -> Result<Which, String
     })
 }
 
-fn key(text: &Text) -> Result<SampleKey, String> {
+pub(super) fn key(text: &Text) -> Result<SampleKey, String> {
     let parameter = |text: &str| {
         text.strip_prefix('$')?
             .parse()

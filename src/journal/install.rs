@@ -11,9 +11,9 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 9;
+const VERSION: i32 = 10;
 
-const SCRIPTS: [&str; 8] = [
+const SCRIPTS: [&str; 9] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     include_str!("sql/transform.sql"),
@@ -22,6 +22,7 @@ const SCRIPTS: [&str; 8] = [
     include_str!("sql/quarantine.sql"),
     include_str!("sql/backfill.sql"),
     include_str!("sql/switchover.sql"),
+    include_str!("sql/rehearse.sql"),
 ];
 
 /// Where the query of catalog::objects becomes a function.

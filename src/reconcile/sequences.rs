@@ -43,6 +43,7 @@ pub(super) async fn compare(
     primary: &Client,
     secondary: &Client,
 ) -> Result<Vec<SequenceReport>, VerifyError> {
+    let _nobody_draws = applier.compare_sequences();
     let mut reports = Vec::new();
     let renamed = renamed(primary, secondary).await?;
     for _ in 0..ATTEMPTS {

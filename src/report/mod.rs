@@ -33,6 +33,7 @@ use crate::chain::{self, Verification};
 use crate::config::{MismatchLog, Target};
 use crate::control::Side;
 use crate::reconcile::report::{TableResult, VerificationReport};
+use crate::shadow::rehearsal::RehearsalReport;
 use crate::shadow::{Acknowledgement, FingerprintSummary, Kind, Mismatch, ShadowReport, SlowerOnNew, by_fingerprint};
 use crate::switchover::told;
 
@@ -124,6 +125,8 @@ pub struct Database {
     pub kinds: BTreeMap<&'static str, u64>,
     /// The period's counts, coverage and latencies.
     pub reads: ShadowReport,
+    /// Rehearsed writes, since the running proxy's start; absent where there were none.
+    pub writes: Option<RehearsalReport>,
     pub mismatches: Vec<FingerprintSummary>,
     /// As the log tells it, once a statement and window: no part of any rate.
     pub slower: Vec<SlowerOnNew>,
@@ -176,6 +179,8 @@ pub struct Wanted {
     /// How many times as slow as legacy a statement is on new to be named
     /// (`reads.slower_ratio`).
     pub slower_ratio: f64,
+    /// What the running proxy knows of its rehearsed writes, by database.
+    pub rehearsals: BTreeMap<String, RehearsalReport>,
 }
 
 /// Reads everything and puts it together.
@@ -278,7 +283,8 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
     let since = wanted.since;
     let reads = tale.reads(&name, wanted.slower_ratio);
     let found: Vec<Mismatch> = tale.mismatches_of(&name).cloned().collect();
-    let (rate, rates) = rates(&reads, &found);
+    let of_reads: Vec<Mismatch> = found.iter().filter(|one| !one.kind.is_write()).cloned().collect();
+    let (rate, rates) = rates(&reads, &of_reads);
     let mut kinds: BTreeMap<&'static str, u64> = BTreeMap::new();
     for mismatch in &found {
         *kinds.entry(Kind::as_str(mismatch.kind)).or_default() += 1;
@@ -297,6 +303,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         slower: tale.slower_in(&name),
         mismatches: by_fingerprint(&found, &tale.acknowledgements),
         reads,
+        writes: wanted.rehearsals.get(&name).cloned(),
         legacy,
         new,
         name,

@@ -8,6 +8,7 @@ use askama::Template;
 use super::plot::{self, Pairs, Steps, short_time};
 use super::{Database, Rate, Report, SideHistory};
 use crate::admin::api::Flip;
+use crate::shadow::rehearsal::{RehearsalReport, RehearsedStatement, WriteCounts};
 use crate::shadow::{FingerprintReport, ReadCounts};
 
 /// Rows of a table; the JSON has all.
@@ -198,6 +199,43 @@ impl Say {
 
     fn most_read(self, database: &Database) -> Vec<&FingerprintReport> {
         database.reads.fingerprints.iter().take(ROWS_MAX).collect()
+    }
+
+    fn written(self, writes: &RehearsalReport) -> Vec<&RehearsedStatement> {
+        writes.statements.iter().take(ROWS_MAX).collect()
+    }
+
+    /// Group, reason, count of the writes that were not compared.
+    fn write_reasons(self, writes: &RehearsalReport) -> Vec<(&'static str, String, u64)> {
+        let counts = &writes.totals.counts;
+        let groups = [
+            ("left out", &counts.left_out),
+            ("skipped", &counts.skipped),
+            ("dropped", &counts.dropped),
+            ("failed", &counts.failed),
+        ];
+        groups
+            .into_iter()
+            .flat_map(|(group, reasons)| {
+                reasons
+                    .iter()
+                    .map(move |(reason, count)| (group, self.words(reason), *count))
+            })
+            .collect()
+    }
+
+    /// Of those compared and settled.
+    fn write_rate(self, counts: &WriteCounts) -> String {
+        self.match_rate(&Rate::new(counts.matched + counts.mismatched, counts.mismatched))
+    }
+
+    /// New's median of legacy's.
+    fn write_ratio(self, one: &RehearsedStatement) -> String {
+        if one.legacy.p50_ms > 0.0 {
+            self.ratio(&(one.new.p50_ms / one.legacy.p50_ms))
+        } else {
+            "–".to_owned()
+        }
     }
 
     fn measured(self, database: &Database) -> Vec<(&FingerprintReport, &crate::shadow::Latency)> {

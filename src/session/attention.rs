@@ -148,8 +148,10 @@ impl Session {
             }
             return true;
         };
-        if awaited.mark == Mark::Observed {
-            self.observe_frame(kind, body, whole, reply.terminal);
+        match awaited.mark {
+            Mark::Observed => self.observe_frame(kind, body, whole, reply.terminal),
+            Mark::Rehearsed => self.rehearsal_frame(kind, body),
+            Mark::None | Mark::Withheld => {}
         }
         match awaited.owner {
             Owner::Client => self.attend_client(kind, body, awaited.mark, gather),

@@ -61,6 +61,7 @@ impl Session {
                 b'E' => {
                     self.server_fatal |= backend::is_fatal(body);
                     self.shadowing.failed();
+                    self.rehearsal_failed();
                 }
                 _ => {}
             }

@@ -11,6 +11,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::control::Control;
 pub use crate::shadow::Asked;
+use crate::shadow::rehearsal::Transaction;
 use crate::shadow::{Outcome, Timing};
 use crate::sql::{ReadFacts, Script, StatementCache};
 use crate::upstream::Login;
@@ -23,6 +24,7 @@ pub struct Hooks {
     pub ddl: Option<DdlHooks>,
     pub shadow: Option<Arc<dyn Shadow>>,
     pub acknowledge: Option<Arc<dyn Acknowledge>>,
+    pub rehearse: Option<Arc<dyn Rehearse>>,
     pub connections: Option<Arc<dyn OwnConnections>>,
     pub mirrored: Option<Mirrored>,
 }
@@ -86,6 +88,30 @@ pub trait Acknowledge: Send + Sync {
 }
 
 pub type Applied = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+/// Where transactions are left that are to be rehearsed on the secondary.
+pub trait Rehearse: Send + Sync {
+    /// Whether any write of any database is wanted now. Asked for every statement: one load.
+    fn wanted(&self) -> bool;
+
+    /// Whether a transaction whose first write this is is in the sample.
+    fn sampled(&self, asked: &Asked<'_>, script: &Script) -> bool;
+
+    /// A write of a transaction that is not.
+    fn pass_over(&self, database: &str, script: &Script, text: &[u8]);
+
+    /// Whether a read may do what its transaction's rehearsal would lack.
+    fn may_write(&self, database: &str, script: &Script) -> bool;
+
+    /// A schema change has been committed, or may have been.
+    fn schema_changed(&self, database: &str);
+
+    /// The last round that is known to be applied.
+    fn applied_round(&self, database: &str) -> u64;
+
+    /// A transaction is over. Must be quick, and never waits.
+    fn offer(&self, database: &str, transaction: Transaction);
+}
 
 /// Where reads are shown to.
 pub trait Shadow: Send + Sync {

@@ -26,6 +26,7 @@ mod open;
 mod orders;
 mod outbox;
 mod registry;
+mod rehearse;
 mod relay;
 mod reported;
 mod sniff;

@@ -138,10 +138,12 @@ impl Session {
     /// Takes note of a Bind: of which values are kept.
     pub(super) fn note_bind(&mut self, body: &[u8]) {
         let shadow = self.context.hooks.shadow.as_ref().filter(|_| self.shadow_wanted());
-        let all = shadow.is_some() || self.acknowledges_both().is_some();
+        let rehearsed = self.rehearsal_wanted();
+        let all = shadow.is_some() || rehearsed || self.acknowledges_both().is_some();
         let (database, user, application) = (&self.pair.name, &self.login.user, &self.registered.shared.application);
         self.statements
             .bound(body, all, |known, values| match known.sniff.word {
+                _ if rehearsed && (known.sniff.write || known.sniff.setting) => true,
                 Word::Read | Word::Copy => shadow.is_some_and(|shadow| {
                     shadow.sampled(&Asked {
                         database,

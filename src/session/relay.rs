@@ -28,6 +28,7 @@ use super::open::refuse_own_role;
 use super::orders::Opening;
 use super::outbox::{Gather, Outbox};
 use super::registry::{Asked, PreparedOne, Registered, State, order};
+use super::rehearse::Rehearsing;
 use super::reported::Reported;
 use crate::control::{Control, Side};
 use crate::routing::Pair;
@@ -116,6 +117,12 @@ pub(super) struct Session {
     /// Set while a commit's answer will have to wait for a round.
     pub acknowledging: Option<Box<Acknowledging>>,
     pub shadowing: Shadowing,
+    /// What the open transaction writes, where that is rehearsed.
+    pub rehearsing: Option<Box<Rehearsing>>,
+    /// The round that was known to be applied when it began.
+    pub begun_at_round: Option<u64>,
+    /// It changes a schema.
+    pub changes_schema: bool,
     pub client_done: bool,
     pub terminated: bool,
     /// The server has said why it goes.
@@ -353,6 +360,7 @@ impl Session {
 
     /// A ReadyForQuery has passed.
     pub(super) fn ready(&mut self) {
+        self.rehearsal_ready();
         self.settle();
         if self.active && self.tracker.at_rest() && self.tracker.status() != Status::Idle {
             self.registered.shared.publish(State::InTransaction);

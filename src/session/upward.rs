@@ -102,7 +102,10 @@ impl Session {
             b'Q' | b'P' => header.total <= UNDERSTOOD_MAX,
             b'B' | b'E' => {
                 header.total <= UNDERSTOOD_MAX
-                    && (self.statements.may_be_ddl() || self.shadow_wanted() || self.acknowledges_both().is_some())
+                    && (self.statements.may_be_ddl()
+                        || self.shadow_wanted()
+                        || self.acknowledges_both().is_some()
+                        || self.rehearsal_wanted())
             }
             b'C' => self.statements.any() || self.has_suspended(),
             // Something is put behind them.
@@ -149,8 +152,8 @@ impl Session {
             b'P' => {
                 // Named ones are used for long: a later phase may want to know them.
                 let (shadow, both) = (self.context.hooks.shadow.is_some(), self.acknowledges_both().is_some());
-                self.statements
-                    .parsed(body, shadow || both, shadow && self.control.phase.shadows() || both);
+                let unnamed = shadow && self.control.phase.shadows() || both || self.rehearsal_wanted();
+                self.statements.parsed(body, shadow || both, unnamed);
                 Plan::Pass(Mark::None)
             }
             b'B' => {
@@ -176,8 +179,9 @@ impl Session {
     fn plan_query(&mut self, text: &[u8]) -> Plan {
         let sniff = sniff(text);
         self.statements.queried(text, sniff);
+        let rehearsed = self.note_rehearsal(text, None, sniff);
         if !self.mirrors_ddl(sniff) {
-            return Plan::Pass(self.observe_query(text, sniff));
+            return Plan::Pass(self.observe_query(text, sniff).or(rehearsed));
         }
         let script = self.context.hooks.statements.get_as(text, self.lex);
         let is = |wanted: DdlKind| move |class: &Class| matches!(class, Class::Ddl(ddl) if ddl.kind == wanted);
@@ -200,7 +204,7 @@ impl Session {
             self.attention().steps = Some(Box::new(steps));
             return Plan::Steps;
         }
-        Plan::Pass(self.observe_query(text, sniff))
+        Plan::Pass(self.observe_query(text, sniff).or(rehearsed))
     }
 
     /// For `writes.acknowledge: both`.
@@ -218,6 +222,7 @@ impl Session {
             return Plan::Pass(Mark::None);
         };
         let known = &portal.statement;
+        let rehearsed = self.note_rehearsal(&known.text, Some(&portal), known.sniff);
         if self.mirrors_ddl(known.sniff) {
             let script = self.context.hooks.statements.get_as(&known.text, self.lex);
             self.note_temporary(&script);
@@ -236,7 +241,7 @@ impl Session {
             }
         }
         let name = frontend::execute_portal(body).unwrap_or_default();
-        Plan::Pass(self.observe_execute(&portal, name))
+        Plan::Pass(self.observe_execute(&portal, name).or(rehearsed))
     }
 
     /// A database that the proxy itself is connected to could not be dropped.

@@ -102,10 +102,14 @@ pub enum Kind {
     /// No wrong answer, and no part of any rate of them: new clearly takes longer. Told by
     /// [lines of their own](super::slower), once a statement and window.
     Slower,
+    /// A rehearsed write: one side failed, or both with different SQLSTATEs.
+    WriteError,
+    /// A rehearsed write: another command tag, or another number of rows.
+    WriteTag,
 }
 
 impl Kind {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Error,
         Self::Columns,
         Self::ColumnName,
@@ -120,6 +124,8 @@ impl Kind {
         Self::Order,
         Self::Collation,
         Self::Slower,
+        Self::WriteError,
+        Self::WriteTag,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -138,7 +144,16 @@ impl Kind {
             Self::Order => "order",
             Self::Collation => "collation",
             Self::Slower => "slower",
+            Self::WriteError => "write_error",
+            Self::WriteTag => "write_tag",
         }
+    }
+}
+
+impl Kind {
+    /// Of a rehearsed write, not of a read.
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self::WriteError | Self::WriteTag)
     }
 }
 

@@ -58,7 +58,7 @@ const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Changes with every definition that a read may rest on, and with every TRUNCATE; read in a
 /// transaction it is as of its snapshot.
-const DEFINITIONS: &[u8] = b"\
+pub(super) const DEFINITIONS: &[u8] = b"\
 SELECT (SELECT concat(count(*), ':', sum(hashint8(c.oid::bigint * 4294967296 + c.xmin::text::bigint)::bigint)) FROM pg_catalog.pg_class c
          WHERE c.relpersistence <> 't' AND c.relkind <> 't' AND c.oid >= 16384
            AND c.relnamespace IS DISTINCT FROM (SELECT n.oid FROM pg_catalog.pg_namespace n WHERE n.nspname = 'pgtandem')),

@@ -33,6 +33,9 @@ pub(super) enum ConnectionError {
 }
 
 pub(super) struct Connection {
+    /// For a request to cancel what it runs.
+    pub(super) pid: i32,
+    pub(super) secret: Box<[u8]>,
     stream: Stream,
     /// Read from the stream; consumed up to `at`.
     buffer: Vec<u8>,
@@ -63,6 +66,8 @@ impl Connection {
         };
         let backend = upstream::login(target, &login).await?;
         let mut connection = Self {
+            pid: backend.pid,
+            secret: backend.key,
             stream: backend.stream,
             buffer: backend.leftover,
             at: 0,
@@ -91,6 +96,23 @@ impl Connection {
             None => Ok(()),
             Some(error) => Err(ConnectionError::Refused { what, error }),
         }
+    }
+
+    /// Runs one statement, by Parse, Bind and Execute, so that it can be no more than one.
+    pub(super) async fn perform(
+        &mut self,
+        text: &[u8],
+        types: &[u8],
+        bind: &[u8],
+    ) -> Result<(Heard, Duration), ConnectionError> {
+        let call = Call::Extended {
+            parameter_types: Bytes::copy_from_slice(types),
+            bind: Bytes::copy_from_slice(bind),
+        };
+        let begun = Instant::now();
+        let mut heard = Heard::default();
+        self.exchange(&request(text, &call, 0, true), &mut heard).await?;
+        Ok((heard, begun.elapsed()))
     }
 
     /// Repeats a read as the client asked it and digests the answer: of its first `rows`, or of all
@@ -329,6 +351,59 @@ impl Sees for Gather {
             _ => self.others.frame(self.kind, &self.body),
         }
     }
+}
+
+/// What came of a statement, without its rows.
+#[derive(Default)]
+pub(super) struct Heard {
+    pub(super) tag: String,
+    pub(super) refused: Option<Refused>,
+    /// The first column of the last row.
+    pub(super) value: Option<String>,
+    kind: u8,
+    body: Vec<u8>,
+}
+
+pub(super) struct Refused {
+    pub(super) sqlstate: String,
+    pub(super) text: String,
+}
+
+/// Of a row no more is looked at.
+const VALUE_BYTES_MAX: usize = 256;
+
+impl Sees for Heard {
+    fn begin(&mut self, kind: u8) {
+        self.kind = kind;
+        self.body.clear();
+    }
+
+    fn piece(&mut self, body: &[u8]) {
+        let room = match self.kind {
+            b'C' | b'E' => body.len(),
+            b'D' => VALUE_BYTES_MAX.saturating_sub(self.body.len()).min(body.len()),
+            _ => 0,
+        };
+        self.body.extend_from_slice(&body[..room]);
+    }
+
+    fn end(&mut self) {
+        match self.kind {
+            b'C' => self.tag = backend::tag(&self.body),
+            b'D' => self.value = backend::columns(&self.body).next().flatten().map(lossy),
+            b'E' if self.refused.is_none() => {
+                self.refused = Some(Refused {
+                    sqlstate: backend::error_field(&self.body, b'C').map(lossy).unwrap_or_default(),
+                    text: backend::error_text(&self.body),
+                });
+            }
+            _ => {}
+        }
+    }
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[derive(Default)]

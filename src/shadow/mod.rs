@@ -25,6 +25,7 @@ mod log_reader;
 mod plans;
 mod read;
 mod rows;
+pub mod rehearsal;
 mod rules;
 mod sample;
 mod shown;

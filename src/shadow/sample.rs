@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::fingerprints::Entry;
 use super::read::BindValues;
-use crate::config::{Reads, SampleKey, Which};
+use crate::config::{Reads, SampleKey, ShadowRule, Which};
 
 /// A read that may be in the sample.
 #[derive(Clone, Copy)]
@@ -44,7 +44,11 @@ struct Share {
 
 impl Sample {
     pub(super) fn new(reads: &Reads) -> Self {
-        let rules = reads.shadow_rules.iter().map(|rule| Rule {
+        Self::by(reads.shadow_percent, reads.shadow_key, &reads.shadow_rules)
+    }
+
+    pub(super) fn by(percent: f64, key: SampleKey, rules: &[ShadowRule]) -> Self {
+        let rules = rules.iter().map(|rule| Rule {
             which: rule.which.clone(),
             user: rule.user.clone(),
             application: rule.application_name.clone(),
@@ -56,8 +60,8 @@ impl Sample {
         Self {
             rules: rules.collect(),
             overall: Share {
-                threshold: threshold(reads.shadow_percent),
-                key: reads.shadow_key,
+                threshold: threshold(percent),
+                key,
             },
         }
     }
@@ -69,15 +73,20 @@ impl Sample {
 
     /// Whether a read of this statement is in it.
     pub(super) fn holds(&self, statement: &Entry, asked: &Asked<'_>) -> bool {
-        let rule = self.rules.iter().find(|rule| rule.fits(statement, asked));
+        self.holds_what(|which| statement.is_meant(which), asked)
+    }
+
+    /// The same of a statement of which it is said what rules of proxy.yaml mean it.
+    pub(super) fn holds_what(&self, is_meant: impl Fn(&Which) -> bool, asked: &Asked<'_>) -> bool {
+        let rule = self.rules.iter().find(|rule| rule.fits(&is_meant, asked));
         rule.map_or(self.overall, |rule| rule.share).holds(asked)
     }
 }
 
 impl Rule {
-    fn fits(&self, statement: &Entry, asked: &Asked<'_>) -> bool {
+    fn fits(&self, is_meant: impl Fn(&Which) -> bool, asked: &Asked<'_>) -> bool {
         self.user.as_deref().is_none_or(|user| user == asked.user)
-            && statement.is_meant(&self.which)
+            && is_meant(&self.which)
             && self
                 .application
                 .as_deref()
@@ -132,7 +141,6 @@ fn threshold(percent: f64) -> u64 {
 mod tests {
     use super::super::fingerprints::Fingerprints;
     use super::*;
-    use crate::config::ShadowRule;
 
     struct Samples {
         sample: Sample,

@@ -4,8 +4,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::class::{Class, DdlKind, ReadFacts};
-use super::comparable::{FunctionCatalog, NotComparable, shadowable, single_read};
+use super::class::{Class, DdlKind, QualifiedName, ReadFacts, Statement};
+use super::comparable::{FunctionCatalog, NotComparable, RelationKind, shadowable, single_read};
+use super::lexer::LexSettings;
+use super::rehearsable::{Part, Reach, part};
 use super::{Script, analyze};
 use crate::control::Phase;
 
@@ -13,6 +15,10 @@ use crate::control::Phase;
 pub struct ExplainContext<'a> {
     pub phase: Phase,
     pub shadow_percent: f64,
+    /// Of the writes that no rule is about.
+    pub rehearse_percent: f64,
+    /// What the secondary's functions and tables reach; without it, no write is looked at so closely.
+    pub reach: Option<&'a Reach>,
     /// The primary's catalog; without one, functions and views stay unknown.
     pub catalog: Option<&'a dyn FunctionCatalog>,
 }
@@ -31,8 +37,62 @@ pub struct ExplainedStatement {
     /// Tables and views it names, as far as its class is read by names.
     pub tables: Vec<String>,
     pub shadowed: bool,
+    /// Whether it is also tried on the secondary, and why not; absent for what writes nothing.
+    pub rehearsed: Option<Rehearsal>,
     pub mirrored: Mirrored,
     pub why: String,
+}
+
+/// What `writes.rehearse_percent` does about a statement.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Rehearsal {
+    pub rehearsed: bool,
+    pub why: String,
+}
+
+fn rehearsal(statement: &Statement, text: &[u8], context: &ExplainContext<'_>) -> Option<Rehearsal> {
+    let sql = statement.of(text);
+    let no = |why: &str| {
+        Some(Rehearsal {
+            rehearsed: false,
+            why: why.to_owned(),
+        })
+    };
+    match part(&analyze(sql), sql) {
+        Part::LeftOut(reason) => return no(reason.explanation()),
+        Part::Nothing | Part::Boundary | Part::Control => return None,
+        Part::Write { .. } => {}
+    }
+    let transformed = |word: &str| {
+        let name = QualifiedName::new(None, word);
+        context
+            .catalog
+            .is_some_and(|catalog| catalog.relation(&name) == Some(&RelationKind::Transformed))
+    };
+    if let Some(reason) = context
+        .reach
+        .and_then(|reach| reach.judge(sql, LexSettings::default(), &[], transformed))
+    {
+        return no(reason.explanation());
+    }
+    if !context.phase.mirrors() {
+        return no(&format!("it could be rehearsed, but not in phase {}", context.phase));
+    }
+    if context.rehearse_percent <= 0.0 {
+        return no("it could be rehearsed, but writes.rehearse_percent is 0");
+    }
+    let unknown = if context.reach.is_none() {
+        "; what it reaches was not looked up"
+    } else {
+        ""
+    };
+    Some(Rehearsal {
+        rehearsed: true,
+        why: format!(
+            "{}% of such writes, rolled back on the secondary{unknown}",
+            context.rehearse_percent
+        ),
+    })
 }
 
 /// How a statement's effects reach the secondary.
@@ -78,6 +138,7 @@ pub fn explain(text: &[u8], context: &ExplainContext<'_>) -> Explanation {
                 fingerprint: super::fingerprint(sql).id,
                 tables: tables(&statement.class),
                 shadowed,
+                rehearsed: rehearsal(statement, text, context),
                 mirrored: if context.phase.mirrors() {
                     mirrored
                 } else {
@@ -225,6 +286,10 @@ impl fmt::Display for Explanation {
                 writeln!(f, "  tables    {}", statement.tables.join(", "))?;
             }
             writeln!(f, "  shadowed  {}", if statement.shadowed { "yes" } else { "no" })?;
+            if let Some(rehearsal) = &statement.rehearsed {
+                let word = if rehearsal.rehearsed { "yes" } else { "no" };
+                writeln!(f, "  rehearsed {word}: {}", rehearsal.why)?;
+            }
             writeln!(f, "  mirrored  {}", statement.mirrored.as_words())?;
             writeln!(f, "  why       {}", statement.why)?;
         }

@@ -20,6 +20,7 @@ mod fingerprint;
 mod glance;
 mod limit;
 mod read;
+mod rehearsable;
 mod settings;
 mod split;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as, f
 pub use glance::{Glance, glance};
 pub use lexer::{Encoding, LexSettings};
 pub use limit::{Widened, widen_limit};
+pub use rehearsable::{LeftOut, Part, REACH_QUERY, Reach, is_steady, part, read_may_matter};
 pub use settings::{SettingChange, custom_setting_names, setting_changes};
 pub use writes::{Writes, facts_may_write, may_write};
 

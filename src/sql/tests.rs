@@ -733,6 +733,8 @@ fn explanations() {
         let context = ExplainContext {
             phase,
             shadow_percent: 10.0,
+            rehearse_percent: 0.0,
+            reach: None,
             catalog: Some(&catalog),
         };
         explain(sql.as_bytes(), &context)

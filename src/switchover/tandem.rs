@@ -456,6 +456,7 @@ impl Tandem {
             legacy,
             new,
             mirroring: self.applier().map(|applier| mirroring(&applier.status().borrow())),
+            rehearsed_writes: None,
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
             backfill: self.backfill.status(),

@@ -30,6 +30,11 @@ pub fn parameter(body: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((name, value))
 }
 
+/// The command tag of a CommandComplete.
+pub fn tag(body: &[u8]) -> String {
+    String::from_utf8_lossy(body.strip_suffix(b"\0").unwrap_or(body)).into_owned()
+}
+
 /// One field of an ErrorResponse's or NoticeResponse's body.
 pub fn error_field(body: &[u8], wanted: u8) -> Option<&[u8]> {
     error_fields(body)

@@ -51,6 +51,15 @@ pub enum Mark {
     Withheld,
     /// Its answer is shown to an observer.
     Observed,
+    /// What came of it is noted for its transaction's rehearsal.
+    Rehearsed,
+}
+
+impl Mark {
+    /// This one, or another where this is none.
+    pub fn or(self, other: Self) -> Self {
+        if self == Self::None { other } else { self }
+    }
 }
 
 /// One awaited reply.
@@ -118,6 +127,11 @@ impl Tracker {
     /// Everything asked has been answered (a Sync may still be owed by the sender).
     pub fn answered(&self) -> bool {
         self.awaited.is_empty()
+    }
+
+    /// How many requests with this mark are to be answered.
+    pub fn awaited_with(&self, mark: Mark) -> usize {
+        self.awaited.iter().filter(|awaited| awaited.mark == mark).count()
     }
 
     /// Whether the answer to a request with [`Mark::Withheld`] is still to come.

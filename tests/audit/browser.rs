@@ -180,6 +180,7 @@ async fn report(directory: &Path) -> Report {
         chain.append(event, keys(body)).unwrap();
     }
     let wanted = Wanted {
+        rehearsals: std::collections::BTreeMap::new(),
         since: None,
         by: "auditor".into(),
         verifications: Vec::new(),

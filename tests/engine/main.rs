@@ -14,6 +14,7 @@ mod failures;
 mod fence;
 mod keys;
 mod quarantine;
+mod rehearse;
 mod storm;
 mod transform;
 mod verify;

@@ -78,6 +78,10 @@ BEGIN
     IF role <> 0 AND session_user = current_user THEN
         RETURN;
     END IF;
+    -- A rehearsal, which is never committed (rehearse.sql): only its own transaction sees the row.
+    IF role IN (1, 2) AND EXISTS (SELECT FROM pgtandem.rehearsing) THEN
+        RETURN;
+    END IF;
     CASE role
     WHEN 0 THEN
         -- The primary, with a full journal.

@@ -38,6 +38,7 @@ fn healthy() -> DatabaseStatus {
             stray_writes: 0,
             quarantine: Quarantine::default(),
         }),
+        rehearsed_writes: None,
         shadow_reads: ShadowReads::default(),
         acknowledge: None,
         backfill: None,
