@@ -258,7 +258,7 @@ impl Operations for World {
     }
 
     async fn record_statistics(&self) -> Result<Recorded, String> {
-        let head = self.shadows.record_statistics().await?;
+        let head = self.record_reads().await?;
         Ok(Recorded { head })
     }
 
@@ -369,6 +369,7 @@ impl World {
             let mut status = tandem.status();
             status.shadow_reads = self.shadows.of_database(tandem.name());
             status.acknowledge = self.both_sides.status(tandem.name());
+            status.canary = self.canaries.status(tandem.name());
             databases.push(status);
         }
         databases

@@ -11,8 +11,10 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::acknowledge::BothSides;
+use super::canaries::Canaries;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
+use crate::chain::Head;
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
@@ -29,6 +31,7 @@ pub(super) struct World {
     pub(super) sessions: Arc<session::Context>,
     pub(super) shadows: Shadows,
     pub(super) both_sides: Arc<BothSides>,
+    pub(super) canaries: Arc<Canaries>,
     pub(super) control: watch::Sender<Control>,
     /// One for each database; `"*"` stands for as many as its servers have.
     tandems: ArcSwap<Vec<Arc<Tandem>>>,
@@ -93,6 +96,12 @@ impl World {
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
+        let canaries = Canaries::new(
+            &config.reads.canary,
+            shadows.catalogs(),
+            receiver.clone(),
+            shadows.log().clone(),
+        );
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
         let leaving = Arc::new(Leaving {
@@ -114,6 +123,7 @@ impl World {
             }),
             shadow: Some(shadows.hook()),
             acknowledge: Some(both_sides.clone()),
+            canary: Some(canaries.clone()),
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
@@ -129,6 +139,7 @@ impl World {
             sessions,
             shadows,
             both_sides,
+            canaries,
             control: sender,
             tandems: ArcSwap::default(),
             names: tandem_names,
@@ -165,6 +176,7 @@ impl World {
         let tandems = self.tandems();
         self.shadows.attend(&tandems, &self.config.load());
         self.both_sides.attend(&tandems);
+        self.canaries.attend(&tandems);
     }
 
     pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
@@ -387,6 +399,7 @@ impl World {
         self.sessions.reload(settings);
         self.shadows.reload(&new);
         self.both_sides.reload(new.writes);
+        self.canaries.reload(&new.reads.canary);
         for tandem in self.tandems().iter() {
             tandem.backfill().configure(new.backfill);
         }
@@ -458,16 +471,25 @@ impl World {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;
         }
-        if let Err(error) = self.shadows.record_statistics().await {
+        if let Err(error) = self.record_reads().await {
             tracing::warn!(error, "the mismatch log does not tell of the last reads");
         }
+    }
+
+    /// Writes what the shadow and canary reads came to since the last such lines.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_reads(&self) -> Result<Head, String> {
+        self.canaries.record_statistics().await?;
+        self.shadows.record_statistics().await
     }
 
     /// The log's lines of statistics, as long as the process lives.
     pub(super) async fn keep_statistics(self: Arc<Self>) {
         loop {
             tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
-            if let Err(error) = self.shadows.record_statistics().await {
+            if let Err(error) = self.record_reads().await {
                 tracing::warn!(error, "statistics could not be written to the mismatch log");
             }
         }

@@ -27,7 +27,7 @@ pub use bound::{CONFIDENCE, upper_bound};
 pub use history::{Divergence, QuarantineEvent, SideHistory, VerifiedTable};
 pub use tale::Happening;
 
-use self::tale::Tale;
+use self::tale::{CanaryPeriod, Tale};
 use crate::admin::api::Status;
 use crate::chain::{self, Verification};
 use crate::config::{MismatchLog, Target};
@@ -109,6 +109,8 @@ pub struct Database {
     pub kinds: BTreeMap<&'static str, u64>,
     /// The period's counts, coverage and latencies.
     pub reads: ShadowReport,
+    /// Absent where the secondary was not asked to answer any.
+    pub canary: Option<CanaryPeriod>,
     pub mismatches: Vec<FingerprintSummary>,
     pub legacy: SideHistory,
     pub new: SideHistory,
@@ -247,6 +249,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         rate,
         rates,
         kinds,
+        canary: tale.canary(&name),
         mismatches: by_fingerprint(&found, &tale.acknowledgements),
         reads,
         legacy,

@@ -13,6 +13,8 @@
 mod acknowledge;
 mod attention;
 mod auth;
+mod batch;
+mod canary;
 mod carry;
 mod context;
 mod cursors;
@@ -29,6 +31,7 @@ mod relay;
 mod reported;
 mod sniff;
 mod tls;
+mod turn;
 mod upward;
 mod verifiers;
 

@@ -184,6 +184,7 @@ fn assemble(
         waker: None,
         standby: None,
         opening: None,
+        canary: None,
         preparing: None,
         context,
     }

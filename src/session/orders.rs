@@ -73,6 +73,11 @@ impl Session {
             return;
         }
         self.standby = None;
+        if let Some(lane) = self.give_up_lane(side) {
+            self.standby = Some(lane);
+            self.registered.shared.order(order::STANDBY);
+            return;
+        }
         let result = Rc::new(RefCell::new(None));
         let (slot, shared) = (result.clone(), self.registered.shared.clone());
         let (pair, login) = (self.pair.clone(), self.login.clone());

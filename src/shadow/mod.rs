@@ -10,6 +10,8 @@
 //! Nothing here writes to either database.
 
 mod alike;
+mod budget;
+mod canary;
 mod catalog;
 mod compare;
 mod confirm;
@@ -38,6 +40,8 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use budget::{Spent, Window, exceeded};
+pub use canary::{CanaryCounts, CanaryEvent, CanaryLine, CanaryNews, Fallback, Fallbacks, FingerprintCanary};
 pub use catalog::Catalog;
 pub use compare::Kind;
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
@@ -61,6 +65,7 @@ use crate::config::{DatabaseConfig, Reads};
 use crate::control::Control;
 use stats::Counters;
 use worker::Worker;
+pub(crate) use worker::now;
 
 /// What the shadow reads of one database need.
 pub struct Shadow {

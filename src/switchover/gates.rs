@@ -7,7 +7,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::admin::api::{DatabaseStatus, Gate, Mirroring, Proxy, ServerStatus, ShadowReads, TableStatus};
+use crate::admin::api::{CanaryStatus, DatabaseStatus, Gate, Mirroring, Proxy, ServerStatus, ShadowReads, TableStatus};
 use crate::config::Gates;
 use crate::control::Side;
 
@@ -72,6 +72,7 @@ fn of_database(measured: &Measured<'_>, database: &DatabaseStatus) -> Vec<Gate> 
                 verification(&mirroring.tables, thresholds.verified_within, measured.now),
                 shadow_coverage(&database.shadow_reads, thresholds.shadow_coverage),
                 shadow_match_rate(&database.shadow_reads, thresholds.shadow_match_rate),
+                canary(database.canary.as_ref(), thresholds.canary),
                 prepared(primary, thresholds.prepared),
                 strays(secondary, thresholds.no_strays_for),
             ]);
@@ -245,6 +246,38 @@ fn share_gate(name: &str, part: u64, all: u64, of: &str, least: Option<f64>) -> 
     gate(name, measured, required, open)
 }
 
+/// Clients have been served by the side that is to become primary.
+fn canary(canary: Option<&CanaryStatus>, least: Option<Duration>) -> Gate {
+    let measured = match canary {
+        None => "no read was meant for the secondary".to_owned(),
+        Some(canary) => {
+            let counts = &canary.counts;
+            let state = if canary.turned_off_by_budget {
+                "turned itself off".to_owned()
+            } else {
+                format!("on for {}", span(canary.on_seconds))
+            };
+            format!(
+                "{state}; {} reads, {} failed, {} of {} compared were mismatches",
+                counts.served,
+                counts.failures(),
+                counts.mismatched,
+                counts.compared
+            )
+        }
+    };
+    let required = least.map_or_else(
+        || NOTHING.to_owned(),
+        |least| format!("on for {}, and not turned off since", span(least.as_secs_f64())),
+    );
+    let proved = |least: Duration| {
+        canary.is_some_and(|canary| {
+            !canary.turned_off_by_budget && canary.counts.served > 0 && canary.on_seconds >= least.as_secs_f64()
+        })
+    };
+    gate("canary", measured, required, least.is_none_or(proved))
+}
+
 /// One that has written holds the fence open: the flip would wait for it and be given up.
 fn prepared(primary: &ServerStatus, most: Duration) -> Gate {
     let required = format!("none for longer than {}", span(most.as_secs_f64()));
@@ -309,6 +342,7 @@ mod tests {
     use crate::admin::api::{Journal, Lag, LastStray, OldestPrepared, Quarantine};
     use crate::apply::Verified;
     use crate::control::Epoch;
+    use crate::shadow::CanaryCounts;
 
     fn healthy() -> DatabaseStatus {
         DatabaseStatus {
@@ -338,6 +372,7 @@ mod tests {
             }),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            canary: None,
             backfill: None,
         }
     }
@@ -516,6 +551,57 @@ mod tests {
             "nothing is proved by no reads"
         );
         assert!(!says("shadow match rate", &asked, |_| {}).2);
+    }
+
+    #[test]
+    fn a_canary_must_have_been_on_where_that_is_asked_for() {
+        let asked = Gates {
+            canary: Some(Duration::from_secs(3600)),
+            ..Gates::default()
+        };
+        let canary = |on_seconds, turned_off_by_budget| {
+            move |database: &mut DatabaseStatus| {
+                database.canary = Some(CanaryStatus {
+                    on: !turned_off_by_budget,
+                    turned_off_by_budget,
+                    on_seconds,
+                    counts: CanaryCounts {
+                        served: 900,
+                        errors: 2,
+                        compared: 800,
+                        mismatched: 1,
+                        ..CanaryCounts::default()
+                    },
+                    ..CanaryStatus::default()
+                });
+            }
+        };
+        let required = "on for 60 min, and not turned off since";
+        check(
+            says("canary", &asked, canary(7201.0, false)),
+            "on for 2 h; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+            required,
+            true,
+        );
+        check(
+            says("canary", &asked, canary(600.0, false)),
+            "on for 10 min; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+            required,
+            false,
+        );
+        check(
+            says("canary", &asked, canary(7201.0, true)),
+            "turned itself off; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+            required,
+            false,
+        );
+        check(
+            says("canary", &asked, |_| {}),
+            "no read was meant for the secondary",
+            required,
+            false,
+        );
+        assert!(says("canary", &Gates::default(), |_| {}).2);
     }
 
     #[test]

@@ -396,6 +396,7 @@ impl Tandem {
             mirroring: self.applier().map(|applier| mirroring(&applier.status().borrow())),
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            canary: None,
             backfill: self.backfill.status(),
         }
     }
