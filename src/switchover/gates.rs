@@ -559,7 +559,7 @@ mod tests {
             canary: Some(Duration::from_secs(3600)),
             ..Gates::default()
         };
-        let canary = |on_seconds, turned_off_by_budget| {
+        let canary = |on_seconds: f64, turned_off_by_budget: bool| {
             move |database: &mut DatabaseStatus| {
                 database.canary = Some(CanaryStatus {
                     on: !turned_off_by_budget,
