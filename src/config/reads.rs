@@ -418,7 +418,7 @@ canary_key: user
 canary_rules: [{table: orders, percent: 50}]
 canary_wait: 1s
 canary_max_lag: 2s
-canary_budget: {window: 1m, min_reads: 10, errors: 2, mismatches: 0, latency_ratio: 1.5}
+canary_budget: {window: 1min, min_reads: 10, errors: 2, mismatches: 0, latency_ratio: 1.5}
 columns:
 - {column: total, table: orders, float_tolerance: 1e-9}
 - {column: at, timestamp_precision: 1ms}
