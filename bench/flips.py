@@ -117,6 +117,17 @@ def seconds(text):
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
+def within_hold(told):
+    """What the proxies did while they held: waited for open transactions, then moved the sessions."""
+    parts = {"drain_ms": [], "carry_ms": []}
+    for one in told:
+        holding = next((step["measured"] for step in one["steps"] if step["name"] == "fencing"), {})
+        said = [proxy for proxy in holding.values() if isinstance(proxy, dict)]
+        for name, values in parts.items():
+            values.append(max((proxy.get(name, 0.0) for proxy in said), default=0.0))
+    return parts
+
+
 def report(bench, told, waits, failures, dropped, different):
     longest, others = waits
     held = [flip["held_ms"] for flip in told]
@@ -125,6 +136,7 @@ def report(bench, told, waits, failures, dropped, different):
         for step in one["steps"]:
             steps[step["name"]].append(step["ms"])
     print(f"  clients held: median {statistics.median(held):.0f} ms, worst {max(held):.0f} ms; sessions carried {told[-1]['sessions_carried']}")
+    print("  of holding: " + ", ".join(f"{name} {statistics.median(ms):.0f}" for name, ms in within_hold(told).items()) + " (median ms, the slower proxy)")
     print("  by step, median ms: " + ", ".join(f"{name} {statistics.median(ms):.0f}" for name, ms in steps.items()))
     print(
         f"  longest transaction around a flip: median {statistics.median(longest):.0f} ms, worst {max(longest):.0f} ms "

@@ -33,12 +33,35 @@ pub async fn begin_direction(
     primary_side: Side,
     epoch: Epoch,
 ) -> Result<(), BeginError> {
-    begin(primary, secondary, primary_side, epoch)
-        .await
-        .map_err(BeginError::from)
+    let begun = begin(primary, secondary, primary_side, epoch, Trial::No).await;
+    begun.map_err(BeginError::from)
 }
 
-async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epoch: Epoch) -> Result<(), ApplyError> {
+/// As [`begin_direction`], and takes it back: finds what would be in its way while nobody waits, and
+/// leaves both servers with what they need for it at hand.
+pub async fn try_direction(
+    primary: &Client,
+    secondary: &mut Client,
+    primary_side: Side,
+    epoch: Epoch,
+) -> Result<(), BeginError> {
+    let begun = begin(primary, secondary, primary_side, epoch, Trial::Yes).await;
+    begun.map_err(BeginError::from)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trial {
+    Yes,
+    No,
+}
+
+async fn begin(
+    primary: &Client,
+    secondary: &mut Client,
+    primary_side: Side,
+    epoch: Epoch,
+    trial: Trial,
+) -> Result<(), ApplyError> {
     primary
         .batch_execute(PINNED_SETTINGS)
         .await
@@ -124,7 +147,11 @@ async fn begin(primary: &Client, secondary: &mut Client, primary_side: Side, epo
         )
         .await
         .map_err(doing("store the first watermark"))?;
-    transaction.commit().await.map_err(doing("begin the new direction"))
+    let ended = match trial {
+        Trial::Yes => transaction.rollback().await,
+        Trial::No => transaction.commit().await,
+    };
+    ended.map_err(doing("begin the new direction"))
 }
 
 /// A row of `pgtandem.seeding` for the new direction, from what the old one knew of the table.

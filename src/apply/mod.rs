@@ -56,7 +56,7 @@ mod walk;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use direction::{BeginError, begin_direction};
+pub use direction::{BeginError, begin_direction, try_direction};
 pub use heal::{HealOrder, Healed};
 pub(crate) use lease::{depose, this_proxy};
 pub use mend::{Mend, MendRows, Mended};

@@ -1,5 +1,8 @@
 //! Moving an idle session to the other side: its state is read from the server it is on, and
-//! brought about on a connection to the other one.
+//! brought about on a connection to the other one. That is done before a switchover holds
+//! anybody; what a session has run since is followed by one short question to its server
+//! ([`super::footprint`]), and only where that finds a change is its state copied once more. The
+//! move itself asks nobody: the two connections change places.
 //!
 //! Everything is asked by extended messages under names of our own: a simple Query would drop the
 //! client's unnamed statement. What comes unasked meanwhile (notifications, notices) goes to the
@@ -9,6 +12,7 @@ use std::future::poll_fn;
 use std::task::Poll;
 use std::time::Duration;
 
+use super::footprint::{self, Digest, Footprint};
 use super::registry::BackendKey;
 use super::relay::{Direction, End, Session};
 use super::reported::Reported;
@@ -33,8 +37,7 @@ pub(super) struct Standby {
     pub key: Box<[u8]>,
     reported: Reported,
     pub pending: Vec<u8>,
-    /// How many transactions the session had begun when its state was copied here.
-    copied_at: Option<u64>,
+    copied: Option<Copied>,
     /// Holds state that a new copy has to clear first.
     used: bool,
 }
@@ -49,7 +52,7 @@ impl Standby {
             reported,
             stream: backend.stream,
             pending: backend.leftover,
-            copied_at: None,
+            copied: None,
             used: false,
         }
     }
@@ -99,6 +102,9 @@ pub(super) struct State {
     role: Vec<u8>,
     prepared: Vec<Prepared>,
     listens: Vec<Vec<u8>>,
+    /// Names of all settings that it may change, with commas.
+    settable: Vec<u8>,
+    footprint: Option<Digest>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -110,9 +116,18 @@ struct Prepared {
     types: Vec<(u32, Vec<u8>)>,
 }
 
+/// As of when a session's state lies on its standby.
+struct Copied {
+    /// How many transactions the session had begun.
+    transactions: u64,
+    /// What can be told of its state in short; nothing where it could not be asked for.
+    footprint: Option<Footprint>,
+}
+
 impl Session {
-    /// Moves to `side`. The inner error says why the session stays.
-    pub(super) async fn carry_over(&mut self, side: Side) -> Result<Result<(), String>, End> {
+    /// Sees to it that a connection to `side` has this session's state, so that it can move there.
+    /// The inner error says why it cannot.
+    pub(super) async fn make_ready(&mut self, side: Side) -> Result<Result<(), String>, End> {
         if self.side == side {
             return Ok(Ok(()));
         }
@@ -122,19 +137,114 @@ impl Session {
         if self.standby.as_ref().is_none_or(|standby| standby.side != side) {
             let limit = self.context.settings.load().limits.connect_timeout;
             let target = self.pair.config.target(side);
+            let _permit = self.registered.registry.opening().acquire_owned().await;
             match crate::upstream::within(limit, target, &self.login).await {
                 Ok(backend) => self.standby = Some(Box::new(Standby::new(side, backend))),
                 Err(error) => return Ok(Err(error.to_string())),
             }
         }
-        let copied = self.standby.as_ref().and_then(|standby| standby.copied_at);
-        if copied != Some(self.transactions)
-            && let Err(reason) = self.copy_state().await?
-        {
-            return Ok(Err(reason));
+        if self.is_ready(side) || self.follow_footprint().await? {
+            self.registered.shared.set_ready(true);
+            return Ok(Ok(()));
         }
-        self.swap();
-        Ok(Ok(()))
+        self.copy_state().await
+    }
+
+    /// Nothing has been run since the state was copied.
+    fn is_ready(&self, side: Side) -> bool {
+        let standby = self.standby.as_ref().filter(|standby| standby.side == side);
+        let copied = standby.and_then(|standby| standby.copied.as_ref());
+        copied.is_some_and(|copied| copied.transactions == self.transactions)
+    }
+
+    /// Moves to the primary, which is on the other side.
+    ///
+    /// # Errors
+    /// The session cannot move: its statements must not reach the side that is not the primary.
+    pub(super) fn move_to_primary(&mut self) -> Result<(), End> {
+        if self.is_ready(self.control.primary) {
+            self.swap();
+            return Ok(());
+        }
+        Err(End::Ordered(format!(
+            "terminating connection: the primary is now {}, and this session could not be moved there",
+            self.control.primary
+        )))
+    }
+
+    /// What has changed since the state was copied, if that is no more than the unnamed statement.
+    /// False: it has to be copied anew.
+    async fn follow_footprint(&mut self) -> Result<bool, End> {
+        let copied = self.standby.as_ref().and_then(|standby| standby.copied.as_ref());
+        let Some(before) = copied.and_then(|copied| copied.footprint.clone()) else {
+            return Ok(false);
+        };
+        if before.settings != self.statements.settings_noted() {
+            return Ok(false);
+        }
+        let Some(state) = self.ask_footprint().await? else {
+            return Ok(false);
+        };
+        let now = Footprint::new(state, &self.statements);
+        let Some(standby) = &mut self.standby else {
+            return Ok(false);
+        };
+        if now.state != before.state {
+            return Ok(false);
+        }
+        if now.unnamed != before.unnamed {
+            let unnamed = self.statements.unnamed();
+            let told = tokio::time::timeout(ANSWER_TIMEOUT, standby.prepare_unnamed(unnamed)).await;
+            if !matches!(told, Ok(Ok(()))) {
+                self.standby = None;
+                return Ok(false);
+            }
+        }
+        standby.copied = Some(Copied {
+            transactions: self.transactions,
+            footprint: Some(now),
+        });
+        Ok(true)
+    }
+
+    async fn ask_footprint(&mut self) -> Result<Option<Digest>, End> {
+        let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
+            let mut wire = Wire {
+                stream: &mut self.server,
+                pending: &mut self.down.pending,
+                reported: &mut self.reported,
+            };
+            wire.send(&footprint::question()).await?;
+            wire.answer(self.down.outbox.bytes()).await
+        });
+        match answered.await {
+            // Its statement has gone with a DISCARD, say.
+            Ok(Ok(answer)) => Ok(answer.error.is_none().then(|| footprint::digest(&answer.rows))),
+            Ok(Err(Trouble::Refused(_))) => Ok(None),
+            Ok(Err(Trouble::Gone(cause))) => Err(End::ServerGone(cause)),
+            Err(_) => Err(End::ServerGone("no answer to a question about the session".into())),
+        }
+    }
+
+    /// Leaves nothing of ours on the client's server connection.
+    pub(super) async fn forget_footprint(&mut self) -> Result<(), End> {
+        if !std::mem::take(&mut self.footprinted) {
+            return Ok(());
+        }
+        let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
+            let mut wire = Wire {
+                stream: &mut self.server,
+                pending: &mut self.down.pending,
+                reported: &mut self.reported,
+            };
+            wire.send(&footprint::goodbye()).await?;
+            wire.answer(self.down.outbox.bytes()).await
+        });
+        match answered.await {
+            Ok(Err(Trouble::Gone(cause))) => Err(End::ServerGone(cause)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(End::ServerGone("no answer to a question about the session".into())),
+        }
     }
 
     /// The client's statements go to the other connection from here on.
@@ -154,9 +264,14 @@ impl Session {
             reported,
             pending: std::mem::take(&mut self.down.pending),
             // Until the session does anything, the way back is open.
-            copied_at: Some(self.transactions),
+            copied: Some(Copied {
+                transactions: self.transactions,
+                footprint: None,
+            }),
             used: true,
         };
+        self.footprinted = false;
+        self.registered.shared.set_ready(false);
         let new = BackendKey {
             target: self.pair.config.target(standby.side).clone(),
             pid: standby.pid,
@@ -197,7 +312,12 @@ impl Session {
         let replayed = tokio::time::timeout(ANSWER_TIMEOUT, standby.replay(&state, unnamed, &self.login.user));
         let result = match replayed.await {
             Ok(Ok(())) => {
-                standby.copied_at = Some(self.transactions);
+                let footprint = state.footprint.map(|digest| Footprint::new(digest, &self.statements));
+                standby.copied = Some(Copied {
+                    transactions: self.transactions,
+                    footprint,
+                });
+                self.registered.shared.set_ready(true);
                 return Ok(Ok(()));
             }
             Ok(Err(Trouble::Refused(reason))) => Err(reason),
@@ -245,12 +365,26 @@ impl Session {
         if let Some(error) = answer.error {
             return Err(Trouble::Refused(format!("read the session's state: {error}")));
         }
-        State::read(answer.rows)
+        let mut state = State::read(answer.rows)?;
+        // One more round trip now, for a short one when clients wait.
+        wire.send(&footprint::introduction(&state.settable, self.statements.custom()))
+            .await?;
+        let answer = wire.answer(self.down.outbox.bytes()).await?;
+        if answer.error.is_none() {
+            self.footprinted = true;
+            state.footprint = Some(footprint::digest(&answer.rows));
+        }
+        Ok(state)
     }
 }
 
-/// One row for each thing that a session can have. `$1`: names of custom settings.
+/// One row for each thing that a session can have, and the names of all settings that it may
+/// change. `$1`: names of custom settings.
 const INSPECT: &str = "\
+select 'settable', pg_catalog.string_agg(name, ','), null, null, null, null from pg_catalog.pg_settings \
+ where context in ('user', 'superuser') and name not in \
+ ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable') \
+union all \
 select 'setting', name, setting, null, null, null from pg_catalog.pg_settings \
  where source = 'session' and name not in \
  ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role') \
@@ -283,6 +417,7 @@ impl State {
                 .try_into()
                 .map_err(|_| Trouble::Refused("unreadable answer about the session's state".into()))?;
             match &kind[..] {
+                b"settable" => state.settable = first,
                 b"setting" => state.settings.push((first, second)),
                 b"user" => (state.session_user, state.role) = (first, second),
                 b"prepared" => state.prepared.push(Prepared {
@@ -486,23 +621,30 @@ impl Standby {
         items.push(("close".into(), out));
         self.run(items).await?;
 
-        // Last, since a simple Query would drop it. It may be one that never worked: then the
-        // client finds no unnamed statement, as before.
-        if let Some(parse) = unnamed {
-            let mut oids = parse.types.to_vec();
-            for oid in oids.chunks_exact_mut(4) {
-                // The type's OID here is not known: the server infers it again.
-                if u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]) >= FIRST_CUSTOM_OID {
-                    oid.fill(0);
+        // Last, since a simple Query would drop it.
+        self.prepare_unnamed(unnamed).await
+    }
+
+    /// It may be one that never worked: then the client finds no unnamed statement, as before.
+    async fn prepare_unnamed(&mut self, unnamed: Option<Parse<'_>>) -> Result<(), Trouble> {
+        let mut out = Vec::new();
+        match unnamed {
+            Some(parse) => {
+                let mut oids = parse.types.to_vec();
+                for oid in oids.chunks_exact_mut(4) {
+                    // The type's OID here is not known: the server infers it again.
+                    if u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]) >= FIRST_CUSTOM_OID {
+                        oid.fill(0);
+                    }
                 }
+                frontend::put_parse(&mut out, b"", parse.text, &oids);
             }
-            let mut out = Vec::new();
-            frontend::put_parse(&mut out, b"", parse.text, &oids);
-            out.extend_from_slice(frontend::SYNC);
-            let mut wire = self.wire();
-            wire.send(&out).await?;
-            wire.answer(&mut Vec::new()).await?;
+            None => frontend::put_close_statement(&mut out, b""),
         }
+        out.extend_from_slice(frontend::SYNC);
+        let mut wire = self.wire();
+        wire.send(&out).await?;
+        wire.answer(&mut Vec::new()).await?;
         Ok(())
     }
 

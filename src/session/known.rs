@@ -45,6 +45,7 @@ pub(super) struct Statements {
     /// By far the most frequent portal.
     unnamed_portal: Option<Portal>,
     custom: Vec<String>,
+    settings_noted: u64,
 }
 
 impl Statements {
@@ -53,7 +54,7 @@ impl Statements {
         let Some(parse) = Parse::read(body) else { return };
         let sniff = sniff(parse.text);
         if sniff.setting {
-            self.note_custom(parse.text);
+            self.note_setting(parse.text);
         }
         let all = if parse.name.is_empty() { all_unnamed } else { all_named };
         let known = (sniff.ddl || all).then(|| {
@@ -85,7 +86,7 @@ impl Statements {
         self.unnamed.clear();
         self.unnamed_known = None;
         if sniff.setting {
-            self.note_custom(text);
+            self.note_setting(text);
         }
     }
 
@@ -187,7 +188,13 @@ impl Statements {
         &self.custom
     }
 
-    fn note_custom(&mut self, text: &[u8]) {
+    /// How many texts have come that may set something.
+    pub(super) const fn settings_noted(&self) -> u64 {
+        self.settings_noted
+    }
+
+    fn note_setting(&mut self, text: &[u8]) {
+        self.settings_noted += 1;
         for name in custom_setting_names(text) {
             if self.custom.len() < CUSTOM_MAX && !self.custom.contains(&name) {
                 self.custom.push(name);

@@ -183,6 +183,7 @@ fn assemble(
         shut: false,
         waker: None,
         standby: None,
+        footprinted: false,
         opening: None,
         canary: None,
         preparing: None,

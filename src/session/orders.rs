@@ -30,12 +30,18 @@ impl Session {
                 "terminating connection due to administrator command".to_owned()
             })));
         }
-        if orders & order::SETTLE != 0 {
+        if orders & order::FOLLOW != 0 && !self.active {
+            shared.clear(order::FOLLOW);
+            self.follow()?;
+        }
+        if orders & order::SETTLE != 0 && !self.active {
             shared.clear(order::SETTLE);
+            shared.set_ready(false);
             self.opening = None;
             if let Some(standby) = self.standby.take() {
                 standby.close().await;
             }
+            self.forget_footprint().await?;
         }
         if orders & order::PREPARE != 0 {
             shared.clear(order::PREPARE);
@@ -49,12 +55,12 @@ impl Session {
             shared.clear(order::STANDBY);
             self.standby_opened().await?;
         }
-        if orders & order::CARRY != 0 {
-            shared.clear(order::CARRY);
-            let asked = shared.asked().carry.take();
+        if orders & order::READY != 0 && !self.active {
+            shared.clear(order::READY);
+            let asked = shared.asked().ready.take();
             if let Some((side, answer)) = asked {
-                let carried = self.carry_over(side).await?;
-                answer.send(carried).ok();
+                let ready = self.make_ready(side).await?;
+                answer.send(ready).ok();
             }
         }
         Ok(())
@@ -82,9 +88,7 @@ impl Session {
         let (slot, shared) = (result.clone(), self.registered.shared.clone());
         let (pair, login) = (self.pair.clone(), self.login.clone());
         let limit = self.context.settings.load().limits.connect_timeout;
-        let permits = self.registered.registry.opening();
         let task = tokio::task::spawn_local(async move {
-            let _permit = permits.acquire_owned().await;
             let opened = within(limit, pair.config.target(side), &login).await;
             *slot.borrow_mut() = Some(opened);
             shared.order(order::STANDBY);

@@ -5,14 +5,16 @@
 //! and *then* looks for a hold, whoever holds sets the hold and *then* looks at the sessions, both
 //! sequentially consistent. So one of the two always sees the other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::time::Duration;
 
 use dashmap::DashMap;
 use serde::Serialize;
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::Instant;
 
@@ -78,12 +80,17 @@ pub(super) mod order {
     pub(crate) const END_NOW: u32 = 2;
     /// Open a connection to the other side.
     pub(crate) const PREPARE: u32 = 4;
-    /// Move to the other side.
-    pub(crate) const CARRY: u32 = 8;
-    /// Close the connection to the other side.
+    /// See to it that the session can move to the other side, as soon as no transaction is open.
+    pub(crate) const READY: u32 = 8;
+    /// Close the connection to the side that is not the session's, as soon as no transaction is open.
     pub(crate) const SETTLE: u32 = 16;
     /// The connection to the other side is there, or has failed.
     pub(crate) const STANDBY: u32 = 32;
+    /// Move to where the primary is, as soon as no transaction is open.
+    pub(crate) const FOLLOW: u32 = 64;
+
+    /// What waits for the end of a transaction.
+    pub(crate) const WHEN_IDLE: u32 = END_WHEN_IDLE | READY | SETTLE | FOLLOW;
 }
 
 /// Where a session's statements run now.
@@ -105,7 +112,7 @@ pub(super) struct PreparedOne {
 #[derive(Default)]
 pub(super) struct Asked {
     pub prepare: Option<(Side, oneshot::Sender<PreparedOne>)>,
-    pub carry: Option<(Side, oneshot::Sender<Result<(), String>>)>,
+    pub ready: Option<(Side, oneshot::Sender<Result<(), String>>)>,
     pub end_because: Option<String>,
 }
 
@@ -118,6 +125,12 @@ pub(super) struct Shared {
     pub peer: SocketAddr,
     pub started: Instant,
     state: AtomicU8,
+    /// Its state lies on a connection to the other side.
+    ready: AtomicBool,
+    /// It waits for the end of a hold.
+    in_line: AtomicBool,
+    /// It may begin one transaction in spite of a hold.
+    admitted: AtomicBool,
     orders: AtomicU32,
     asked: Mutex<Asked>,
     waker: Mutex<Option<Waker>>,
@@ -138,6 +151,29 @@ impl Shared {
 
     pub(super) fn publish(&self, state: State) {
         self.state.store(state as u8, Ordering::SeqCst);
+    }
+
+    pub(super) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::SeqCst);
+    }
+
+    /// Whether it can move as it stands. Its state is looked at first: a session that begins a
+    /// transaction publishes that, and then is ready no more.
+    fn is_ready(&self) -> bool {
+        self.state() == State::Idle && self.ready.load(Ordering::SeqCst)
+    }
+
+    /// Whether it may begin a transaction in spite of a hold; once.
+    pub(super) fn take_admission(&self) -> bool {
+        self.admitted.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether a hold has to wait for it. Who has been admitted publishes that it is active before
+    /// it takes the admission back, so that it is seen by one or the other.
+    fn is_busy(&self) -> bool {
+        let admitted = self.admitted.load(Ordering::SeqCst);
+        let state = self.state();
+        !state.quiet() || admitted && state != State::Ended
     }
 
     pub(super) fn orders(&self) -> u32 {
@@ -228,6 +264,15 @@ pub struct Uncarried {
 /// As many sessions open their connection to the other side at once, so that a thousand do not
 /// fall upon a server in one instant.
 const OPENING_AT_ONCE: usize = 16;
+/// One is enough to call a switchover off; with as many it is not a session's own trouble.
+const FAILED_MAX: usize = 3;
+/// A connection that took longer to open was held up by something that resting does not help.
+const REST_MAX: Duration = Duration::from_millis(20);
+/// Idle sessions that move in one go: each is a few system calls.
+const FOLLOWING_AT_ONCE: usize = 16;
+const BETWEEN_PORTIONS: Duration = Duration::from_millis(5);
+/// Between two connections that are closed: for a server that is as much work as opening them.
+const BETWEEN_CLOSINGS: Duration = Duration::from_millis(20);
 
 struct Inner {
     sessions: DashMap<SessionId, Arc<Shared>>,
@@ -239,6 +284,8 @@ struct Inner {
     quiet: Notify,
     /// The last hold was released.
     released: Notify,
+    /// Sessions whose transaction a hold keeps from beginning, in the order they came.
+    line: Mutex<VecDeque<Arc<Shared>>>,
     draining: AtomicBool,
     opening: Arc<Semaphore>,
 }
@@ -256,6 +303,7 @@ impl Default for Registry {
             holds: AtomicUsize::new(0),
             quiet: Notify::new(),
             released: Notify::new(),
+            line: Mutex::default(),
             draining: AtomicBool::new(false),
             opening: Arc::new(Semaphore::new(OPENING_AT_ONCE)),
         }))
@@ -270,7 +318,11 @@ impl Drop for Hold {
     fn drop(&mut self) {
         if self.0.0.holds.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.0.released.notify_waiters();
-            self.0.each(|session| session.wake());
+            let line = std::mem::take(&mut *lock(&self.0.0.line));
+            for session in line {
+                session.in_line.store(false, Ordering::SeqCst);
+                session.wake();
+            }
         }
     }
 }
@@ -305,6 +357,10 @@ impl Registry {
 
     /// From now on no session begins a transaction; open ones go on.
     pub fn hold(&self) -> Hold {
+        if !self.held() {
+            // Of an earlier hold, which ended before they were used.
+            self.each(|session| session.admitted.store(false, Ordering::SeqCst));
+        }
         self.0.holds.fetch_add(1, Ordering::SeqCst);
         Hold(self.clone())
     }
@@ -332,14 +388,13 @@ impl Registry {
     fn busy(&self) -> Vec<Straggler> {
         let mut busy = Vec::new();
         self.each(|session| {
-            let state = session.state();
-            if !state.quiet() {
+            if session.is_busy() {
                 busy.push(Straggler {
                     id: session.id,
                     user: session.user.clone(),
                     application: lock(&session.application).clone(),
                     pid: session.backend().map_or(0, |backend| backend.pid),
-                    state,
+                    state: session.state(),
                 });
             }
         });
@@ -347,20 +402,21 @@ impl Registry {
     }
 
     /// Opens a connection to `to` for every session, as its user, and where the session is idle
-    /// brings it to the session's state. Sessions go on meanwhile.
+    /// brings it to the session's state. Sessions go on meanwhile, and so that they hardly feel it,
+    /// it is done one after the other, with rests: a thousand connections opened at once would keep
+    /// a server from everything else for seconds.
     pub async fn prepare(&self, to: Side) -> Prepared {
-        let mut answers = Vec::new();
-        self.each(|session| {
+        let mut prepared = Prepared::default();
+        for session in self.all() {
             if !session.state().is_open() {
-                return;
+                continue;
             }
+            let began = Instant::now();
             let (answer, answered) = oneshot::channel();
             session.asked().prepare = Some((to, answer));
-            session.order(order::PREPARE);
-            answers.push((session.clone(), answered));
-        });
-        let mut prepared = Prepared::default();
-        for (session, answered) in answers {
+            // What the last switchover left to be done is overtaken, but for being where it led.
+            session.clear(order::SETTLE);
+            session.order(order::FOLLOW | order::PREPARE);
             // A session that ended meanwhile has dropped its sender.
             let Ok(one) = answered.await else { continue };
             let uncarried = |reason| uncarried(&session, reason);
@@ -369,36 +425,52 @@ impl Registry {
                 None => prepared.opened += 1,
             }
             prepared.uncarriable.extend(one.uncarriable.map(uncarried));
+            if prepared.failed.len() >= FAILED_MAX {
+                break;
+            }
+            tokio::time::sleep(began.elapsed().min(REST_MAX)).await;
         }
         prepared
     }
 
-    /// Moves every session to `to`: settings, role, prepared statements, LISTEN; then its
-    /// statements go there. Returns those that stay where they are.
-    pub async fn carry_over(&self, _hold: &Hold, to: Side) -> Vec<Uncarried> {
+    /// Sees to it that every session can move to `to` with its settings, role, prepared statements
+    /// and LISTEN; each as soon as it has no transaction open. Returns those that cannot. Sessions
+    /// have been told when this returns its future.
+    pub fn make_ready(&self, _hold: &Hold, to: Side) -> impl Future<Output = Vec<Uncarried>> + use<> {
         let mut answers = Vec::new();
         self.each(|session| {
-            if !session.state().is_open() {
+            if !session.state().is_open() || session.is_ready() {
                 return;
             }
             let (answer, answered) = oneshot::channel();
-            session.asked().carry = Some((to, answer));
-            session.order(order::CARRY);
+            session.asked().ready = Some((to, answer));
+            session.order(order::READY);
             answers.push((session.clone(), answered));
         });
-        let mut stay = Vec::new();
-        for (session, answered) in answers {
-            if let Ok(Err(reason)) = answered.await {
-                stay.push(uncarried(&session, reason));
+        async move {
+            let mut stay = Vec::new();
+            for (session, answered) in answers {
+                if let Ok(Err(reason)) = answered.await {
+                    stay.push(uncarried(&session, reason));
+                }
             }
+            stay
         }
-        stay
     }
 
-    /// Closes the connections that [`Self::prepare`] opened, or that a carry-over left behind on
-    /// the old side.
-    pub fn settle(&self) {
-        self.each(|session| session.order(order::SETTLE));
+    /// After a switchover, or one that was given up: idle sessions go where the primary is (the
+    /// others have, with their next transaction), and the connections that are not needed any more
+    /// are closed. In small portions: clients that have waited go first.
+    pub async fn settle(&self) {
+        let sessions = self.all();
+        for portion in sessions.chunks(FOLLOWING_AT_ONCE) {
+            portion.iter().for_each(|session| session.order(order::FOLLOW));
+            tokio::time::sleep(BETWEEN_PORTIONS).await;
+        }
+        for session in sessions {
+            session.order(order::SETTLE);
+            tokio::time::sleep(BETWEEN_CLOSINGS).await;
+        }
     }
 
     /// Ends the named sessions with FATAL 57P01 and `reason`.
@@ -460,6 +532,42 @@ impl Registry {
         self.0.quiet.notify_waiters();
     }
 
+    /// A hold keeps this session's transaction from beginning; it is woken when the hold ends.
+    pub(super) fn wait_in_line(&self, session: &Arc<Shared>) {
+        if !session.in_line.swap(true, Ordering::SeqCst) {
+            lock(&self.0.line).push_back(session.clone());
+        }
+        if !self.held() {
+            // It ended in between, and may have looked at the line before.
+            session.wake();
+        }
+    }
+
+    /// Lets up to `count` of those that wait begin, in the order they came; returns how many.
+    pub(super) fn admit(&self, _hold: &Hold, count: usize) -> usize {
+        let admitted: Vec<_> = {
+            let mut line = lock(&self.0.line);
+            let count = count.min(line.len());
+            line.drain(..count).collect()
+        };
+        for session in &admitted {
+            session.admitted.store(true, Ordering::SeqCst);
+            session.in_line.store(false, Ordering::SeqCst);
+            session.wake();
+        }
+        admitted.len()
+    }
+
+    /// How many sessions a hold has to wait for.
+    pub(super) fn under_way(&self) -> usize {
+        self.0.sessions.iter().filter(|session| session.is_busy()).count()
+    }
+
+    /// Ends when a session comes to rest during a hold.
+    pub(super) fn rest_of_one(&self) -> Notified<'_> {
+        self.0.quiet.notified()
+    }
+
     /// Waits until there is no hold.
     pub(super) async fn until_released(&self) {
         loop {
@@ -487,6 +595,9 @@ impl Registry {
             peer,
             started: Instant::now(),
             state: AtomicU8::new(State::Opening as u8),
+            ready: AtomicBool::new(false),
+            in_line: AtomicBool::new(false),
+            admitted: AtomicBool::new(false),
             orders: AtomicU32::new(0),
             asked: Mutex::new(Asked::default()),
             waker: Mutex::new(None),
@@ -502,10 +613,14 @@ impl Registry {
     }
 
     /// Every session, in the order of their arrival.
-    fn each(&self, act: impl FnMut(&Arc<Shared>)) {
+    fn all(&self) -> Vec<Arc<Shared>> {
         let mut sessions: Vec<Arc<Shared>> = self.0.sessions.iter().map(|entry| entry.value().clone()).collect();
         sessions.sort_by_key(|session| session.id);
-        sessions.iter().for_each(act);
+        sessions
+    }
+
+    fn each(&self, act: impl FnMut(&Arc<Shared>)) {
+        self.all().iter().for_each(act);
     }
 }
 

@@ -127,6 +127,8 @@ pub(super) struct Session {
     pub shut: bool,
     pub waker: Option<Waker>,
     pub standby: Option<Box<Standby>>,
+    /// The question of a switchover stands prepared on the server connection.
+    pub footprinted: bool,
     /// The other side's connection is being opened.
     pub opening: Option<Opening>,
     pub preparing: Option<oneshot::Sender<PreparedOne>>,
@@ -187,7 +189,7 @@ impl Session {
     }
 
     fn must_obey(&self, orders: u32) -> bool {
-        orders & !order::END_WHEN_IDLE != 0 || !self.active
+        orders & !order::WHEN_IDLE != 0 || !self.active
     }
 
     /// Server to client. Returns whether anything moved.
@@ -320,27 +322,34 @@ impl Session {
         let registry = &self.registered.registry;
         // First said, then looked: see the registry.
         self.registered.shared.publish(State::Active);
-        if registry.held() {
+        if registry.held() && !self.registered.shared.take_admission() {
             self.registered.shared.publish(State::Idle);
             registry.came_to_rest();
+            registry.wait_in_line(&self.registered.shared);
             return Ok(false);
         }
+        self.follow()?;
+        if self.standby.is_some() {
+            // From here on its copy there is an old one.
+            self.registered.shared.set_ready(false);
+        }
+        self.active = true;
+        self.transactions += 1;
+        Ok(true)
+    }
+
+    /// Takes note of a change of the phase, and goes where the primary is.
+    pub(super) fn follow(&mut self) -> Result<(), End> {
         if self.updates.has_changed().unwrap_or(false) {
             self.control = *self.updates.borrow_and_update();
             if let Some(error) = refuse_own_role(&self.pair, self.control, &self.login.user) {
                 return Err(End::Refused(error));
             }
         }
-        if self.control.primary != self.side {
-            // Not carried over. Its statements must not reach the side that is not the primary.
-            return Err(End::Ordered(format!(
-                "terminating connection: the primary is now {}, and this session could not be moved there",
-                self.control.primary
-            )));
+        if self.control.primary == self.side {
+            return Ok(());
         }
-        self.active = true;
-        self.transactions += 1;
-        Ok(true)
+        self.move_to_primary()
     }
 
     /// Publishes that the session is idle, if it is.

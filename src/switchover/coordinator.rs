@@ -21,8 +21,11 @@ use crate::control::Control;
 use crate::journal::{LOCK_CLASS, LOCK_FLIP};
 use crate::upstream::control::{Control as Connection, connect, connect_hearing, error_chain};
 
-/// How long all proxies may take to open their sessions' connections to the other side.
-const PREPARE_MAX: Duration = Duration::from_secs(60);
+/// How long all proxies may take to open their sessions' connections to the other side: they do it
+/// gently, and nobody waits.
+const PREPARE_MAX: Duration = Duration::from_secs(600);
+/// A proxy that fell silent before this has no part in a switchover.
+const LONG_GONE: Duration = Duration::from_secs(60);
 /// How long the clients' release may take before the flip is told without it.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// Beyond what a step may take, before others may take it for left alone.
@@ -193,9 +196,9 @@ impl<'a> Lead<'a> {
             Step::Preparing => self.answers("prepared", PREPARE_MAX).await,
             Step::Probing => {
                 let mut measured = json!({});
-                for crossing in &self.crossings {
-                    let name = crossing.tandem.name();
+                for crossing in &mut self.crossings {
                     let probed = crossing.probe().await;
+                    let name = crossing.tandem.name();
                     measured[name] = probed
                         .map_err(|cause| format!("database {name}: the reverse direction does not work: {cause}"))?;
                 }
@@ -280,7 +283,7 @@ impl<'a> Lead<'a> {
                 if answered {
                     given[&proxy.name] = proxy.detail.clone().unwrap_or_default();
                 } else if proxy.silent > SILENCE_MAX {
-                    if proxy.silent < PREPARE_MAX && self.silent.insert(proxy.name.clone()) {
+                    if proxy.silent < LONG_GONE && self.silent.insert(proxy.name.clone()) {
                         tracing::warn!(proxy = proxy.name, step = %self.flip.step, "does not answer and is fenced out");
                     }
                 } else {

@@ -99,9 +99,15 @@ impl Crossing {
         })
     }
 
-    /// Has a change travel the reverse way.
-    pub(super) async fn probe(&self) -> Result<Value, String> {
-        probe::send(&self.new, &self.old).await
+    /// Has a change travel the reverse way, and does what will be done when clients wait once
+    /// before.
+    pub(super) async fn probe(&mut self) -> Result<Value, String> {
+        let measured = probe::send(&self.new, &self.old).await?;
+        self.check_capture().await?;
+        apply::try_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(measured)
     }
 
     /// Waits until no writer is in flight on the old side and lets none begin.
@@ -170,20 +176,25 @@ impl Crossing {
     /// Makes sure that every table of the new primary is captured, and stores on the old side from
     /// where its changes are to be applied; nobody writes on either side now.
     async fn arm_reverse(&mut self) -> Result<(), String> {
+        self.check_capture().await?;
+        apply::begin_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    async fn check_capture(&self) -> Result<(), String> {
         let report = journal::capture_tables(&self.new)
             .await
             .map_err(|error| error.to_string())?;
         let failed = report.failed.iter().map(|(table, _)| table);
         let missing: Vec<&String> = report.busy.iter().chain(failed).collect();
-        if !missing.is_empty() {
-            return Err(format!(
-                "on {} these tables could not be captured: {missing:?}",
-                self.to.primary
-            ));
+        if missing.is_empty() {
+            return Ok(());
         }
-        apply::begin_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
-            .await
-            .map_err(|error| error.to_string())
+        Err(format!(
+            "on {} these tables could not be captured: {missing:?}",
+            self.to.primary
+        ))
     }
 
     /// Makes the old side secondary; with `record`, only if that says true, and both or neither.

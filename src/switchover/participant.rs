@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
 use super::records::{self, FlipRow, Look, Member, ProxyRow};
@@ -136,7 +137,7 @@ impl Participant {
             standing: Standing::Serving,
             hold: None,
             exclusive: None,
-            on: host.control().primary,
+            settling: None,
         };
         loop {
             let tick = if part.hold.is_some() { TICK_HELD } else { TICK };
@@ -155,8 +156,8 @@ struct Part<'a, H> {
     standing: Standing<FlipId>,
     hold: Option<(Hold, Instant)>,
     exclusive: Option<OwnedMutexGuard<()>>,
-    /// Where the sessions are.
-    on: Side,
+    /// What follows a flip without hurry.
+    settling: Option<AbortOnDropHandle<()>>,
 }
 
 /// What was found, and what it was found by.
@@ -184,9 +185,6 @@ impl<H: Host> Part<'_, H> {
         if !control.phase.mirrors() {
             self.links = Default::default();
             return;
-        }
-        if self.hold.is_none() {
-            self.on = control.primary;
         }
         let Some(found) = self.look(control).await else { return };
         if found.uninstalled && self.hold.is_none() && self.is_completed(control).await {
@@ -382,8 +380,13 @@ impl<H: Host> Part<'_, H> {
             return;
         }
         self.standing = Standing::Prepared(flip.id.clone());
+        self.settling = None;
         let began = Instant::now();
-        let prepared = self.host.registry().prepare(flip.to.primary).await;
+        let host = self.host;
+        let prepared = tokio::select! {
+            prepared = host.registry().prepare(flip.to.primary) => prepared,
+            () = self.given_up(flip) => return,
+        };
         let waits = self.host.policy().stragglers == Stragglers::Wait && flip.kind == Kind::Flip;
         let mut detail = json!({
             "opened": prepared.opened,
@@ -418,10 +421,14 @@ impl<H: Host> Part<'_, H> {
         if !self.exclude(flip) {
             return;
         }
-        let began = Instant::now();
         let hold = self.host.registry().hold();
+        let tapered = self.host.registry().taper(&hold).await;
+        let began = Instant::now();
         self.standing = Standing::Held(flip.id.clone());
         self.hold = Some((hold, began));
+        let Some((hold, _)) = &self.hold else { return };
+        // Those that have come to rest see to it while others are still waited for.
+        let ready = self.host.registry().make_ready(hold, flip.to.primary);
         let (mut ended, mut stayed) = (Vec::new(), Vec::new());
         let drain = self.drain(flip).await;
         let given_up = matches!(drain, Drain::GivenUp);
@@ -448,9 +455,7 @@ impl<H: Host> Part<'_, H> {
             return;
         }
         let drained = ms(began);
-        let Some((hold, _)) = &self.hold else { return };
-        let stay = self.host.registry().carry_over(hold, flip.to.primary).await;
-        self.on = flip.to.primary;
+        let stay = ready.await;
         if !stay.is_empty() {
             if flip.kind == Kind::Flip && !self.may_end(flip) {
                 let why = format!(
@@ -469,6 +474,7 @@ impl<H: Host> Part<'_, H> {
             }
         }
         let detail = json!({
+            "approach": tapered,
             "drain_ms": drained,
             "carry_ms": ms(began) - drained,
             "sessions": self.host.registry().len(),
@@ -493,12 +499,22 @@ impl<H: Host> Part<'_, H> {
             match self.host.registry().drained(hold, until).await {
                 Ok(()) => return Drain::Done,
                 Err(stragglers) if Instant::now() >= deadline => return Drain::Stragglers(stragglers),
-                Err(_) => {
-                    let seen = self.ask(flip.from, false).await.and_then(|look| look.flip);
-                    if seen.is_some_and(|seen| seen.id != flip.id || seen.step == Step::Aborted) {
-                        return Drain::GivenUp;
-                    }
-                }
+                Err(_) if self.is_given_up(flip).await => return Drain::GivenUp,
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn is_given_up(&mut self, flip: &FlipRow) -> bool {
+        let seen = self.ask(flip.from, false).await.and_then(|look| look.flip);
+        seen.is_some_and(|seen| seen.id != flip.id || seen.step == Step::Aborted)
+    }
+
+    async fn given_up(&mut self, flip: &FlipRow) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            if self.is_given_up(flip).await {
+                return;
             }
         }
     }
@@ -542,58 +558,45 @@ impl<H: Host> Part<'_, H> {
 
     /// Everything as before: nothing was decided.
     async fn release(&mut self) {
-        let primary = self.host.control().primary;
-        let mut held_ms = 0.0;
-        if let Some((hold, since)) = self.hold.take() {
-            if self.on != primary {
-                let lost = self.host.registry().carry_over(&hold, primary).await;
-                self.end_uncarried(&lost, primary);
-            }
-            drop(hold);
-            held_ms = ms(since);
-        }
+        let held_ms = self.hold.take().map_or(0.0, |(_, since)| ms(since));
         self.over(held_ms).await;
     }
 
     /// Clients belong on another side, or have for a while.
     async fn adopt(&mut self, control: Control) {
-        let since = match &self.hold {
-            Some((_, since)) => *since,
-            None => {
-                let hold = self.host.registry().hold();
-                let since = Instant::now();
-                let deadline = since + self.host.policy().drain_timeout;
-                if let Err(stragglers) = self.host.registry().drained(&hold, deadline).await {
-                    let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
-                    let reason = format!("terminating connection: the primary is {} now", control.primary);
-                    self.host.registry().end(&ids, &reason);
-                    self.host
-                        .registry()
-                        .drained(&hold, Instant::now() + ENDING_MAX)
-                        .await
-                        .ok();
-                }
-                self.hold = Some((hold, since));
-                since
-            }
+        let (hold, since) = match self.hold.take() {
+            Some(held) => held,
+            None => self.hold_for(control.primary).await,
         };
-        if self.on != control.primary
-            && let Some((hold, _)) = &self.hold
-        {
-            let stay = self.host.registry().carry_over(hold, control.primary).await;
-            self.end_uncarried(&stay, control.primary);
-        }
-        self.on = control.primary;
         self.host.adopt(control).await;
         tracing::info!(primary = %control.primary, epoch = %control.epoch, held_ms = ms(since), "clients belong there now");
-        self.hold = None;
+        drop(hold);
         self.over(ms(since)).await;
+    }
+
+    /// Nobody has prepared anything: whoever cannot move is ended.
+    async fn hold_for(&self, primary: Side) -> (Hold, Instant) {
+        let registry = self.host.registry();
+        let (hold, since) = (registry.hold(), Instant::now());
+        let ready = registry.make_ready(&hold, primary);
+        let deadline = since + self.host.policy().drain_timeout;
+        if let Err(stragglers) = registry.drained(&hold, deadline).await {
+            let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
+            registry.end(&ids, &format!("terminating connection: the primary is {primary} now"));
+            registry.drained(&hold, Instant::now() + ENDING_MAX).await.ok();
+        }
+        let stay = ready.await;
+        self.end_uncarried(&stay, primary);
+        (hold, since)
     }
 
     /// Connections that are not needed any more are closed, and the coordinator hears how long
     /// clients were held.
     async fn over(&mut self, held_ms: f64) {
-        self.host.registry().settle();
+        let registry = self.host.registry().clone();
+        self.settling = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            registry.settle().await;
+        })));
         self.exclusive = None;
         let standing = std::mem::replace(&mut self.standing, Standing::Serving);
         if let Standing::Prepared(id) | Standing::Held(id) = standing {

@@ -17,14 +17,23 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
-/// Hold, drain, carry over, tell, release: what a switchover does, without its databases.
+/// Prepare, hold, drain, tell, release: what a switchover does, without its databases.
 async fn flip(proxy: &Proxy, to: Side) -> Vec<String> {
-    let registry = &proxy.context.registry;
-    let prepared = registry.prepare(to).await;
+    prepare(proxy, to).await;
+    turn(proxy, to).await
+}
+
+async fn prepare(proxy: &Proxy, to: Side) {
+    let prepared = proxy.context.registry.prepare(to).await;
     assert!(prepared.failed.is_empty(), "{prepared:?}");
+}
+
+async fn turn(proxy: &Proxy, to: Side) -> Vec<String> {
+    let registry = &proxy.context.registry;
     let hold = registry.hold();
+    let stay = registry.make_ready(&hold, to);
     registry.drained(&hold, soon()).await.unwrap();
-    let stay = registry.carry_over(&hold, to).await;
+    let stay = stay.await;
     proxy.set(
         match to {
             Side::Legacy => Phase::DualWrite,
@@ -33,7 +42,7 @@ async fn flip(proxy: &Proxy, to: Side) -> Vec<String> {
         to,
     );
     drop(hold);
-    registry.settle();
+    registry.settle().await;
     stay.into_iter().map(|session| session.reason).collect()
 }
 
@@ -160,6 +169,120 @@ async fn a_session_takes_everything_along() {
     }
 }
 
+/// What a session does between preparing and the hold is found by its footprint, also where no text
+/// that passes tells of it.
+#[tokio::test]
+async fn what_is_changed_after_preparing_goes_along() {
+    let proxy = Proxy::start("footprints", Options::default()).await;
+    for side in [Side::Legacy, Side::New] {
+        let own = direct(side, APP, "footprints").await;
+        own.batch_execute(
+            "create function hidden(text) returns void language plpgsql as 'begin execute reverse($1); end'",
+        )
+        .await
+        .unwrap();
+    }
+    let hidden = |text: &str| {
+        let text: String = text.replace('\'', "''").chars().rev().collect();
+        format!("select hidden('{text}')")
+    };
+    let mut sessions = Vec::new();
+    for (text, question, answer) in [
+        (hidden("set work_mem = '9MB'"), "show work_mem", "9MB"),
+        (hidden("reset statement_timeout"), "show statement_timeout", "0"),
+        // To the value that it has on this side by itself.
+        (
+            "set lock_timeout = 0".into(),
+            "select source from pg_settings where name = 'lock_timeout'",
+            "session",
+        ),
+        (
+            hidden("listen hidden"),
+            "select string_agg(c, ',') from pg_listening_channels() c",
+            "hidden",
+        ),
+        (hidden("prepare hidden as select 5"), "execute hidden", "5"),
+        (
+            hidden("deallocate known"),
+            "select count(*) from pg_prepared_statements",
+            "0",
+        ),
+        ("discard all".into(), "show statement_timeout", "0"),
+        (
+            "insert into pg_temp.nowhere values (1)".into(),
+            "show statement_timeout",
+            "77s",
+        ),
+        ("select 1".into(), "execute known", "4"),
+    ] {
+        let mut raw = proxy.client().await;
+        raw.query("set statement_timeout = '77s'").await;
+        raw.query("prepare known as select 4").await;
+        sessions.push((raw, text, question, answer));
+    }
+    let mut uncarriable = Vec::new();
+    for text in [hidden("create temp table t ()"), hidden("select pg_advisory_lock(1)")] {
+        let mut raw = proxy.client().await;
+        raw.query("select 1").await;
+        uncarriable.push((raw, text));
+    }
+    let mut unnamed = proxy.client().await;
+    let parse = |text: &[u8]| {
+        let mut out = Vec::new();
+        frontend::put_parse(&mut out, b"", text, &[]);
+        out.extend_from_slice(frontend::SYNC);
+        out
+    };
+    unnamed.send(&parse(b"select 'before'")).await;
+    assert_eq!(unnamed.kinds().await, "1Z");
+
+    prepare(&proxy, Side::New).await;
+    for (raw, text, _, _) in &mut sessions {
+        raw.query(text).await;
+    }
+    for (raw, text) in &mut uncarriable {
+        raw.query(text).await;
+    }
+    unnamed.send(&parse(b"select 'after'")).await;
+    assert_eq!(unnamed.kinds().await, "1Z");
+    assert_eq!(
+        turn(&proxy, Side::New).await,
+        ["it has temporary tables", "it holds session advisory locks"]
+    );
+
+    for (raw, text, question, answer) in &mut sessions {
+        assert_eq!(raw.value("show server_version_num").await[..2], *"18");
+        assert_eq!(raw.value(question).await, *answer, "{text}");
+        assert_eq!(
+            raw.value("select count(*) from pg_prepared_statements where name like 'pgtandem%'")
+                .await,
+            "0"
+        );
+    }
+    let mut out = Vec::new();
+    frontend::put_bind(&mut out, b"", b"", &[]);
+    frontend::put_execute(&mut out, b"");
+    out.extend_from_slice(frontend::SYNC);
+    unnamed.send(&out).await;
+    assert_eq!(unnamed.answer().await[1].columns(), ["after"]);
+}
+
+/// A rehearsal leaves nothing behind on the side where everybody stays.
+#[tokio::test]
+async fn what_was_prepared_and_given_up_is_not_seen_by_clients() {
+    let proxy = Proxy::start("given_up", Options::default()).await;
+    let mut raw = proxy.client().await;
+    raw.query("select 1").await;
+    prepare(&proxy, Side::New).await;
+    let registry = &proxy.context.registry;
+    let hold = registry.hold();
+    assert_eq!(registry.make_ready(&hold, Side::New).await.len(), 0);
+    drop(hold);
+    registry.settle().await;
+    assert_eq!(raw.value("select count(*) from pg_prepared_statements").await, "0");
+    assert_eq!(raw.value("show server_version_num").await[..2], *"15");
+}
+
 #[tokio::test]
 async fn what_cannot_be_carried_is_named_and_may_be_ended() {
     let proxy = Proxy::start("cannot", Options::default()).await;
@@ -184,15 +307,14 @@ async fn what_cannot_be_carried_is_named_and_may_be_ended() {
     assert_eq!(prepared.uncarriable.len(), 4, "{prepared:?}");
     let hold = registry.hold();
     registry.drained(&hold, soon()).await.unwrap();
-    let stay = registry.carry_over(&hold, Side::New).await;
+    let stay = registry.make_ready(&hold, Side::New).await;
     assert_eq!(stay.len(), 4);
     for ((_, reason), session) in sessions.iter().zip(&stay) {
         assert!(session.reason.contains(reason), "{reason}: {}", session.reason);
     }
-    // Given up: the one that was moved goes back, and all are as before.
-    assert_eq!(registry.carry_over(&hold, Side::Legacy).await.len(), 0);
+    // Given up: nobody has moved.
     drop(hold);
-    registry.settle();
+    registry.settle().await;
     for (raw, _) in &mut sessions {
         assert_eq!(raw.value("show server_version_num").await[..2], *"15");
     }
