@@ -143,6 +143,8 @@ impl Session {
                 Err(error) => return Ok(Err(error.to_string())),
             }
         }
+        // What the client parsed on the secondary is told first, so that it is asked for, too.
+        self.pay_back().await?;
         if self.is_ready(side) || self.follow_footprint().await? {
             self.registered.shared.set_ready(true);
             return Ok(Ok(()));
@@ -408,6 +410,7 @@ impl State {
     pub(super) fn leave_statements(&mut self) {
         self.prepared.clear();
         self.listens.clear();
+        self.footprint = None;
     }
 
     fn read(rows: Vec<Vec<Vec<u8>>>) -> Result<Self, Trouble> {
