@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "mirror/canary.rs"]
+mod canary;
 #[path = "shadow/places.rs"]
 mod places;
 #[path = "mirror/reads.rs"]

@@ -241,6 +241,7 @@ impl Shadows {
                 first_row: None,
                 total: Duration::from_millis(1),
             },
+            canary: false,
         }
     }
 
@@ -726,6 +727,7 @@ async fn nobody_waits_for_a_shadow() {
         call: Call::Simple,
         digest: DigestBuilder::default().finish(),
         timing: Timing::default(),
+        canary: false,
     });
     while sink.stats().waiting > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -13,7 +13,7 @@ use crate::control::{Epoch, Phase, Side};
 use crate::journal::Stray;
 use crate::reconcile::backfill::{BackfillStatus, Order};
 use crate::shadow::rehearsal::{RehearsalReport, Rehearsed};
-use crate::shadow::{Acknowledgement, Kind as Difference, LogStatus, ShadowReport};
+use crate::shadow::{Acknowledgement, CanaryCounts, Kind as Difference, LogStatus, ShadowReport, Spent};
 pub use crate::switchover::machine::{Kind, Step};
 
 /// `GET /api/v1/status`
@@ -111,8 +111,44 @@ pub struct DatabaseStatus {
     pub rehearsed_writes: Option<Rehearsed>,
     /// Absent where commits are acknowledged by the primary (`writes.acknowledge`).
     pub acknowledge: Option<AcknowledgeStatus>,
+    /// Absent where no read was ever meant for the secondary (`reads.canary_percent`).
+    #[serde(default)]
+    pub canary: Option<CanaryStatus>,
     /// Of the last backfill since the proxy started, or one that was interrupted before.
     pub backfill: Option<BackfillStatus>,
+}
+
+/// Reads that the secondary really answers.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CanaryStatus {
+    pub on: bool,
+    /// Why not, where it is off.
+    pub off_because: Option<String>,
+    /// The budget was exceeded; a reload turns it on again.
+    pub turned_off_by_budget: bool,
+    /// `reads.canary_percent`, and how many rules beside it.
+    pub percent: f64,
+    pub rules: usize,
+    /// How long it has been on, in all, since the budget last turned it off, the roles were swapped,
+    /// or the proxy started.
+    pub on_seconds: f64,
+    /// Per cent of the reads considered that the secondary answered.
+    pub share: f64,
+    /// Since the proxy started.
+    pub counts: CanaryCounts,
+    /// Within the budget's window.
+    pub window_seconds: f64,
+    pub spent: Spent,
+    /// When and why the budget turned it off, since the proxy started, the last ones.
+    pub turned_off: Vec<CanaryTurnedOff>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CanaryTurnedOff {
+    pub at: String,
+    pub reason: String,
+    /// How long it had been on.
+    pub after_seconds: f64,
 }
 
 /// `writes.acknowledge: both`.

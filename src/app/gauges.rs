@@ -66,6 +66,20 @@ fn of_database(status: &DatabaseStatus) {
         gauge!("pgtandem_acknowledge_early", "database" => name()).set(both.answered_early as f64);
         gauge!("pgtandem_acknowledge_refused", "database" => name()).set(both.refused as f64);
     }
+    if let Some(canary) = &status.canary {
+        for (gauge_name, value) in [
+            ("pgtandem_canary_on", one_if(canary.on)),
+            ("pgtandem_canary_turned_off", one_if(canary.turned_off_by_budget)),
+            ("pgtandem_canary_share_percent", canary.share),
+            ("pgtandem_canary_window_errors_percent", canary.spent.errors),
+            ("pgtandem_canary_window_mismatches_percent", canary.spent.mismatches),
+            ("pgtandem_canary_window_latency_ratio", canary.spent.latency_ratio),
+            ("pgtandem_canary_waits", canary.counts.waits as f64),
+            ("pgtandem_canary_waited_seconds", canary.counts.waited_ms / 1000.0),
+        ] {
+            gauge!(gauge_name, "database" => name()).set(value);
+        }
+    }
     if let Some(mirroring) = &status.mirroring {
         of_mirroring(&status.name, mirroring);
     }
@@ -147,6 +161,32 @@ fn describe() {
             "pgtandem_acknowledge_refused",
             "commits whose client got an error for that",
         ),
+        ("pgtandem_canary_on", "1 while the secondary may answer reads"),
+        (
+            "pgtandem_canary_turned_off",
+            "1 since canary reads exceeded their budget, until a reload",
+        ),
+        (
+            "pgtandem_canary_share_percent",
+            "of the reads considered, answered by the secondary",
+        ),
+        (
+            "pgtandem_canary_window_errors_percent",
+            "canary reads that failed on the secondary alone, in the budget's window",
+        ),
+        (
+            "pgtandem_canary_window_mismatches_percent",
+            "canary reads that were confirmed mismatches, in the budget's window",
+        ),
+        (
+            "pgtandem_canary_window_latency_ratio",
+            "the secondary's time of the primary's for the same reads, in the budget's window",
+        ),
+        (
+            "pgtandem_canary_waits",
+            "reads that waited for their session's own writes",
+        ),
+        ("pgtandem_canary_waited_seconds", "how long they waited in all"),
         ("pgtandem_round", "the last applied round"),
         ("pgtandem_lag_seconds", "since the secondary last equalled the primary"),
         ("pgtandem_lag_bytes", "of the primary's log beyond the watermark"),

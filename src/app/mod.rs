@@ -13,6 +13,7 @@
 //! | signals (SIGHUP, SIGTERM, SIGINT) | control runtime | with the process |
 
 mod acknowledge;
+mod canaries;
 mod flips;
 mod gauges;
 mod operations;
@@ -95,6 +96,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
     }
     let gauges = AbortOnDropHandle::new(tokio::spawn(gauges::publish(world.clone())));
     let statistics = AbortOnDropHandle::new(tokio::spawn(world.clone().keep_statistics()));
+    let canaries = AbortOnDropHandle::new(tokio::spawn(world.canaries.clone().watch()));
     let part = world.participant.clone();
     let beating = AbortOnDropHandle::new(tokio::spawn(part.clone().beat(world.clone())));
     let taking_part = AbortOnDropHandle::new(tokio::spawn(part.clone().take_part(world.clone())));
@@ -108,6 +110,7 @@ async fn run(config: Config, options: ServeOptions) -> anyhow::Result<()> {
         tracing::warn!(cut_off, "transactions were still open and were ended");
     }
     drop(statistics);
+    drop(canaries);
     drop(beating);
     drop(taking_part);
     part.leave(&world.tandems()).await;

@@ -307,7 +307,7 @@ impl Operations for World {
 
     async fn record_statistics(&self) -> Result<Recorded, String> {
         self.shadows.record_slower().await?;
-        let head = self.shadows.record_statistics().await?;
+        let head = self.record_reads().await?;
         Ok(Recorded { head })
     }
 
@@ -436,6 +436,7 @@ impl World {
             status.shadow_reads = self.shadows.of_database(tandem.name());
             status.rehearsed_writes = self.rehearsals.of_database(tandem.name());
             status.acknowledge = self.both_sides.status(tandem.name());
+            status.canary = self.canaries.status(tandem.name());
             databases.push(status);
         }
         databases

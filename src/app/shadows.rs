@@ -29,7 +29,7 @@ use crate::upstream::control::connect;
 
 pub(super) struct Shadows {
     databases: Arc<DashMap<String, Intake>>,
-    /// Whether proxy.yaml wants any read shadowed.
+    /// Whether proxy.yaml wants any read shadowed, or answered by the secondary.
     wanted: Arc<AtomicBool>,
     /// How many times as slow as legacy a statement is on new to be named.
     slower_ratio: ArcSwap<f64>,
@@ -61,7 +61,7 @@ impl Shadows {
         let (log, log_writer) = MismatchLog::open(log.chain(), values);
         Ok(Self {
             databases: Arc::default(),
-            wanted: Arc::new(AtomicBool::new(config.reads.shadows_any())),
+            wanted: Arc::new(AtomicBool::new(config.reads.shows_any())),
             slower_ratio: ArcSwap::from_pointee(config.reads.slower_ratio),
             _log_writer: log_writer,
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
@@ -168,7 +168,7 @@ impl Shadows {
 
     /// After a reload.
     pub(super) fn reload(&self, config: &Config) {
-        self.wanted.store(config.reads.shadows_any(), Ordering::Relaxed);
+        self.wanted.store(config.reads.shows_any(), Ordering::Relaxed);
         self.slower_ratio.store(Arc::new(config.reads.slower_ratio));
         for database in self.databases.iter() {
             database.sink.configure(&config.reads);
@@ -248,10 +248,14 @@ async fn record_phases(log: MismatchLog, mut control: watch::Receiver<Control>) 
     }
 }
 
-/// Each primary's catalog, kept current for the shadow reads.
+/// Each database's intake: its primary's catalog, kept current, and its counters.
 pub(super) struct Catalogs(Arc<DashMap<String, Intake>>);
 
 impl Catalogs {
+    pub(super) fn sink(&self, database: &str) -> Option<ShadowSink> {
+        self.0.get(database).map(|database| database.sink.clone())
+    }
+
     /// Whether a text may change rows of a database.
     pub(super) fn may_write(&self, database: &str, script: &Script) -> bool {
         self.0
@@ -326,6 +330,7 @@ impl hooks::Shadow for Shown {
                 call,
                 digest: DigestBuilder::default().finish(),
                 timing: Timing::default(),
+                canary: read.canary,
             }),
             digest: DigestBuilder::default(),
         }))
@@ -375,6 +380,10 @@ impl Observer for Observed {
 
     fn give_up(mut self: Box<Self>, why: Outcome) {
         self.withdraw(why);
+    }
+
+    fn forget(mut self: Box<Self>) {
+        self.read = None;
     }
 }
 

@@ -11,11 +11,13 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::acknowledge::BothSides;
+use super::canaries::Canaries;
 use super::flips::Ordered;
 use super::rehearsals::Rehearsals;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
 use crate::apply::Awaited;
+use crate::chain::Head;
 use crate::config::{Config, EVERY_OTHER_DATABASE};
 use crate::control::{Control, Epoch, Phase};
 use crate::routing::{Databases, Pair};
@@ -33,6 +35,7 @@ pub(super) struct World {
     pub(super) shadows: Shadows,
     pub(super) rehearsals: Rehearsals,
     pub(super) both_sides: Arc<BothSides>,
+    pub(super) canaries: Arc<Canaries>,
     pub(super) control: watch::Sender<Control>,
     /// One for each database; `"*"` stands for as many as its servers have.
     tandems: ArcSwap<Vec<Arc<Tandem>>>,
@@ -98,6 +101,12 @@ impl World {
         let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
         let rehearsals = Rehearsals::new(&config, receiver.clone());
+        let canaries = Canaries::new(
+            &config.reads.canary,
+            shadows.catalogs(),
+            receiver.clone(),
+            shadows.log().clone(),
+        );
         let settings = session::Settings::from_config(&config)?;
         let (names, leaving_names) = mpsc::channel(LEAVING_MAX);
         let leaving = Arc::new(Leaving {
@@ -120,6 +129,7 @@ impl World {
             shadow: Some(shadows.hook()),
             acknowledge: Some(both_sides.clone()),
             rehearse: Some(rehearsals.hook()),
+            canary: Some(canaries.clone()),
             ..Hooks::default()
         };
         let sessions = session::Context::new(settings, receiver, hooks);
@@ -136,6 +146,7 @@ impl World {
             shadows,
             rehearsals,
             both_sides,
+            canaries,
             control: sender,
             tandems: ArcSwap::default(),
             names: tandem_names,
@@ -173,6 +184,7 @@ impl World {
         self.shadows.attend(&tandems, &self.config.load());
         self.rehearsals.attend(&tandems, &self.config.load(), &self.shadows);
         self.both_sides.attend(&tandems);
+        self.canaries.attend(&tandems);
     }
 
     pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
@@ -426,6 +438,7 @@ impl World {
         self.shadows.reload(&new);
         self.rehearsals.reload(&new);
         self.both_sides.reload(new.writes);
+        self.canaries.reload(&new.reads.canary);
         for tandem in self.tandems().iter() {
             tandem.backfill().configure(new.backfill);
         }
@@ -497,16 +510,25 @@ impl World {
         for tandem in self.tandems().iter() {
             tandem.stop_applier().await;
         }
-        if let Err(error) = self.shadows.record_statistics().await {
+        if let Err(error) = self.record_reads().await {
             tracing::warn!(error, "the mismatch log does not tell of the last reads");
         }
+    }
+
+    /// Writes what the shadow and canary reads came to since the last such lines.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_reads(&self) -> Result<Head, String> {
+        self.canaries.record_statistics().await?;
+        self.shadows.record_statistics().await
     }
 
     /// The log's lines of statistics, as long as the process lives.
     pub(super) async fn keep_statistics(self: Arc<Self>) {
         loop {
             tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
-            if let Err(error) = self.shadows.record_statistics().await {
+            if let Err(error) = self.record_reads().await {
                 tracing::warn!(error, "statistics could not be written to the mismatch log");
             }
             if let Err(error) = self.shadows.record_slower().await {

@@ -3,7 +3,7 @@
 use super::backfill::{table_line, total_line};
 use super::switchover::{print_flip, print_gates};
 use super::{print_json, say};
-use crate::admin::api::{DatabaseStatus, Mirroring, ServerStatus, ShadowReads, Status};
+use crate::admin::api::{CanaryStatus, DatabaseStatus, Mirroring, ServerStatus, ShadowReads, Status};
 use crate::admin::client::AdminClient;
 use crate::reconcile::backfill::BackfillStatus;
 use crate::shadow::rehearsal::Rehearsed;
@@ -47,6 +47,12 @@ fn problems(status: &Status) -> Vec<String> {
             problems.push(format!(
                 "{name}: {} mismatches could not be written to the log",
                 database.shadow_reads.log_lost
+            ));
+        }
+        if let Some(canary) = database.canary.as_ref().filter(|canary| canary.turned_off_by_budget) {
+            problems.push(format!(
+                "{name}: the canary turned itself off: {}; `pgtandem reload` turns it on again",
+                canary.off_because.as_deref().unwrap_or_default()
             ));
         }
         if let Some(seconds) = database.acknowledge.as_ref().and_then(|both| both.degraded_seconds) {
@@ -224,6 +230,41 @@ fn print_database(database: &DatabaseStatus) {
     print_shadow_reads(&database.shadow_reads);
     if let Some(writes) = &database.rehearsed_writes {
         print_rehearsed(writes);
+    }
+    if let Some(canary) = &database.canary {
+        print_canary(canary);
+    }
+}
+
+fn print_canary(canary: &CanaryStatus) {
+    let counts = &canary.counts;
+    let state = match &canary.off_because {
+        Some(_) if canary.turned_off_by_budget => "turned itself off".to_owned(),
+        Some(why) => format!("off: {why}"),
+        None => format!("on for {:.0} s", canary.on_seconds),
+    };
+    say(&format!(
+        "  canary     {state}; {} reads answered by the secondary ({:.1} % of {}), {} read-only transactions",
+        counts.served, canary.share, counts.considered, counts.transactions
+    ));
+    let fallbacks = &counts.fallbacks;
+    say(&format!(
+        "             {} errors, {} of both sides; the primary answered instead: {} no connection, {} broken, {} own writes late, {} session, {} types",
+        counts.errors,
+        counts.both_failed,
+        fallbacks.connection,
+        fallbacks.broken,
+        fallbacks.wait,
+        fallbacks.session,
+        fallbacks.types
+    ));
+    let spent = &canary.spent;
+    say(&format!(
+        "             in the last {:.0} s: {} reads, {:.2} % failed, {:.2} % mismatched, {:.2} times the primary's time",
+        canary.window_seconds, spent.reads, spent.errors, spent.mismatches, spent.latency_ratio
+    ));
+    for off in &canary.turned_off {
+        say(&format!("             turned off {}: {}", off.at, off.reason));
     }
 }
 

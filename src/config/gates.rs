@@ -21,6 +21,8 @@ pub struct Gates {
     pub shadow_match_rate: Option<f64>,
     /// The secondary has not seen a writer that is not pgtandem for so long.
     pub no_strays_for: Option<Duration>,
+    /// Canary reads have been on for so long, in all, since they last turned themselves off.
+    pub canary: Option<Duration>,
     /// Of any proxy's clock from the primary's.
     pub clock_offset: Option<Duration>,
     /// Connections that the new primary has left when all sessions are there.
@@ -46,6 +48,7 @@ impl Default for Gates {
             shadow_coverage: None,
             shadow_match_rate: None,
             no_strays_for: None,
+            canary: None,
             clock_offset: None,
             spare_connections: 0,
             direct_sessions: None,
@@ -63,6 +66,7 @@ pub(super) struct RawGates {
     shadow_coverage: Option<Percent>,
     shadow_match_rate: Option<Percent>,
     no_strays_for: Option<Seconds>,
+    canary: Option<Seconds>,
     clock_offset: Option<Seconds>,
     spare_connections: Option<u32>,
     direct_sessions: Option<u32>,
@@ -86,6 +90,7 @@ impl From<RawGates> for Gates {
             shadow_coverage: raw.shadow_coverage.map(|share| share.0),
             shadow_match_rate: raw.shadow_match_rate.map(|share| share.0),
             no_strays_for: raw.no_strays_for.map(|age| age.0),
+            canary: raw.canary.map(|time| time.0),
             clock_offset: raw.clock_offset.map(|offset| offset.0),
             spare_connections: raw.spare_connections.unwrap_or(usual.spare_connections),
             direct_sessions: raw.direct_sessions,

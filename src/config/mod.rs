@@ -3,6 +3,7 @@
 //!
 //! Each part of the proxy is handed the piece it needs and keeps no reference to the rest.
 
+mod canary;
 mod gates;
 mod mismatch_log;
 mod raw;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use canary::{Budget, Canary};
 pub use gates::{Capacity, Gates};
 pub use mismatch_log::{LoggedValues, MismatchLog};
 pub use raw::ConfigError;

@@ -137,9 +137,6 @@ impl RawConfig {
         if !self.admin.0.ip().is_loopback() && self.admin_token.is_none() {
             return Err("admin: an address that is not loopback needs admin_token".into());
         }
-        if self.reads.canary_percent.0 > 0.0 {
-            return Err("reads: canary_percent: canary reads are not in this version yet; use 0".into());
-        }
         let mut databases = BTreeMap::new();
         for (name, urls) in self.databases {
             databases.insert(name.clone(), urls.check(&name)?);
@@ -790,7 +787,7 @@ databases:
                 "0 to 100",
             ),
             (
-                format!("{MINIMAL}switchover: {{ gates: {{ canary: 1 }} }}\n"),
+                format!("{MINIMAL}switchover: {{ gates: {{ canaries: 1 }} }}\n"),
                 "unknown field",
             ),
             (
@@ -814,10 +811,7 @@ databases:
                 format!("{MINIMAL}writes: {{ acknowledge: both, when_late: shrug }}\n"),
                 "shrug",
             ),
-            (
-                format!("{MINIMAL}reads: {{ canary_percent: 5 }}\n"),
-                "not in this version",
-            ),
+            (format!("{MINIMAL}reads: {{ canary_percent: 500 }}\n"), "0 to 100"),
             (
                 format!("{MINIMAL}mismatch_log: {{ rotate: 1 }}\n"),
                 "expected one of path, values",

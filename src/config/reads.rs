@@ -7,6 +7,7 @@ use serde::Deserialize;
 use time::macros::format_description;
 use time::{Date, OffsetDateTime};
 
+use super::canary::{Canary, RawBudget};
 use super::raw::{Percent, Seconds, Text};
 use crate::sql::FingerprintId;
 
@@ -31,6 +32,7 @@ pub struct Reads {
     pub compare_notices: bool,
     pub columns: Vec<ColumnRule>,
     pub ignores: Vec<Ignore>,
+    pub canary: Canary,
 }
 
 impl Default for Reads {
@@ -46,13 +48,18 @@ impl Default for Reads {
             compare_notices: false,
             columns: Vec::new(),
             ignores: Vec::new(),
+            canary: Canary::default(),
         }
     }
 }
 
 impl Reads {
-    /// Whether any read may be in a sample.
-    pub fn shadows_any(&self) -> bool {
+    /// Whether any read may be shown to the shadow.
+    pub fn shows_any(&self) -> bool {
+        self.shadows_any() || self.canary.any()
+    }
+
+    fn shadows_any(&self) -> bool {
         self.shadow_percent > 0.0 || self.shadow_rules.iter().any(|rule| rule.percent > 0.0)
     }
 }
@@ -140,7 +147,12 @@ impl Ignore {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawReads {
     shadow_percent: Percent,
-    pub(super) canary_percent: Percent,
+    canary_percent: Percent,
+    canary_key: Text,
+    canary_rules: Vec<RawShadowRule>,
+    canary_wait: Seconds,
+    canary_max_lag: Seconds,
+    canary_budget: RawBudget,
     shadow_key: Text,
     shadow_rules: Vec<RawShadowRule>,
     shadow_max_concurrency: usize,
@@ -157,7 +169,12 @@ impl Default for RawReads {
         let usual = Reads::default();
         Self {
             shadow_percent: Percent(usual.shadow_percent),
-            canary_percent: Percent(0.0),
+            canary_percent: Percent(usual.canary.percent),
+            canary_key: Text("statement".into()),
+            canary_rules: Vec::new(),
+            canary_wait: Seconds(usual.canary.wait),
+            canary_max_lag: Seconds(usual.canary.max_lag),
+            canary_budget: RawBudget::default(),
             shadow_key: Text("statement".into()),
             shadow_rules: Vec::new(),
             shadow_max_concurrency: usual.shadow_max_concurrency,
@@ -243,7 +260,17 @@ impl RawReads {
             return Err("reads: slower_ratio: more than 1, such as 2.0".into());
         }
         let shadow_key = key(&self.shadow_key).map_err(|why| format!("reads: shadow_key: {why}"))?;
+        let canary_key = key(&self.canary_key).map_err(|why| format!("reads: canary_key: {why}"))?;
+        let canary = Canary {
+            percent: self.canary_percent.0,
+            key: canary_key,
+            rules: each("canary_rules", self.canary_rules, |rule| rule.check(canary_key))?,
+            wait: self.canary_wait.0,
+            max_lag: self.canary_max_lag.0,
+            budget: self.canary_budget.check()?,
+        };
         Ok(Reads {
+            canary,
             shadow_percent: self.shadow_percent.0,
             shadow_key,
             shadow_rules: each("shadow_rules", self.shadow_rules, |rule| rule.check(shadow_key))?,
@@ -386,6 +413,12 @@ shadow_queue: 10
 shadow_timeout: 5s
 slower_ratio: 1.5
 compare_notices: true
+canary_percent: 5
+canary_key: user
+canary_rules: [{table: orders, percent: 50}]
+canary_wait: 1s
+canary_max_lag: 2s
+canary_budget: {window: 1min, min_reads: 10, errors: 2, mismatches: 0, latency_ratio: 1.5}
 columns:
 - {column: total, table: orders, float_tolerance: 1e-9}
 - {column: at, timestamp_precision: 1ms}
@@ -400,6 +433,22 @@ ignores:
         assert_eq!(reads.shadow_rules[0].key, SampleKey::Parameter(2));
         assert_eq!(reads.shadow_rules[1].key, SampleKey::Parameter(1));
         assert_eq!(reads.shadow_rules[2].which.fingerprint, Some(FingerprintId(255)));
+        let canary = &reads.canary;
+        assert_eq!(
+            (canary.percent, canary.key, canary.rules.len()),
+            (5.0, SampleKey::User, 1)
+        );
+        assert_eq!(
+            (canary.wait, canary.max_lag),
+            (Duration::from_secs(1), Duration::from_secs(2))
+        );
+        assert_eq!(canary.rules[0].key, SampleKey::User);
+        let budget = canary.budget;
+        assert_eq!((budget.window, budget.min_reads), (Duration::from_secs(60), 10));
+        assert_eq!(
+            (budget.errors, budget.mismatches, budget.latency_ratio),
+            (2.0, 0.0, 1.5)
+        );
         assert_eq!(reads.columns[1].how, How::TimestampPrecision(Duration::from_millis(1)));
         let ignore = &reads.ignores[0];
         assert_eq!(ignore.expires, date!(2027 - 01 - 31));
@@ -417,6 +466,12 @@ ignores:
             ("shadow_rules: [{user: a, percent: 5, share: 1}]", "share"),
             ("shadow_rules: [{fingerprint: xyz, percent: 5}]", "16 hex digits"),
             ("shadow_key: tenant", "shadow_key"),
+            ("canary_key: tenant", "canary_key"),
+            ("canary_rules: [{percent: 5}]", "names no reads"),
+            ("canary_percent: 101", "0 to 100"),
+            ("canary_budget: {latency_ratio: 0}", "latency_ratio"),
+            ("canary_budget: {min_reads: 0}", "min_reads"),
+            ("canary_budget: {share: 1}", "share"),
             ("shadow_queue: 0", "at least 1"),
             ("slower_ratio: 1", "slower_ratio"),
             ("columns: [{column: a}]", "exactly one"),

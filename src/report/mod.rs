@@ -27,7 +27,7 @@ pub use bound::{CONFIDENCE, upper_bound};
 pub use history::{Divergence, QuarantineEvent, SideHistory, VerifiedTable};
 pub use tale::Happening;
 
-use self::tale::Tale;
+use self::tale::{CanaryPeriod, Tale};
 use crate::admin::api::{Flip, Status};
 use crate::chain::{self, Verification};
 use crate::config::{MismatchLog, Target};
@@ -127,6 +127,8 @@ pub struct Database {
     pub reads: ShadowReport,
     /// Rehearsed writes, since the running proxy's start; absent where there were none.
     pub writes: Option<RehearsalReport>,
+    /// Absent where the secondary was not asked to answer any.
+    pub canary: Option<CanaryPeriod>,
     pub mismatches: Vec<FingerprintSummary>,
     /// As the log tells it, once a statement and window: no part of any rate.
     pub slower: Vec<SlowerOnNew>,
@@ -301,6 +303,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         rates,
         kinds,
         slower: tale.slower_in(&name),
+        canary: tale.canary(&name),
         mismatches: by_fingerprint(&found, &tale.acknowledgements),
         reads,
         writes: wanted.rehearsals.get(&name).cloned(),

@@ -12,7 +12,10 @@ use time::format_description::well_known::Rfc3339;
 use super::{Database, RecordedFlip};
 use crate::admin::api::Flip;
 use crate::chain;
-use crate::shadow::{Acknowledgement, Interval, Mismatch, Parsed, Period, ShadowReport, SlowerOnNew, events, parse};
+use crate::shadow::{
+    Acknowledgement, CanaryCounts, CanaryLine, CanaryNews, Interval, Mismatch, Parsed, Period, ShadowReport,
+    SlowerOnNew, events, parse,
+};
 use crate::switchover::machine::Kind;
 
 #[derive(Default)]
@@ -27,6 +30,7 @@ pub(super) struct Tale {
     periods: BTreeMap<String, Period>,
     /// By the lines that tell of them.
     flips: BTreeMap<u64, Flip>,
+    canaries: BTreeMap<String, CanaryPeriod>,
     happenings: Vec<Happening>,
 }
 
@@ -39,6 +43,35 @@ pub struct Happening {
     pub why: Option<String>,
     /// Number of the log's line that tells of it; absent: a database does.
     pub line: Option<u64>,
+}
+
+/// What the canary reads of one database came to.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct CanaryPeriod {
+    /// `reads.canary_percent`, as last told.
+    pub percent: f64,
+    pub counts: CanaryCounts,
+    /// Of the reads considered, answered by the secondary.
+    pub share: f64,
+    /// How often the budget turned them off, and why it last did.
+    pub turned_off: u64,
+    pub last_reason: Option<String>,
+}
+
+impl CanaryPeriod {
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+    fn add(&mut self, line: CanaryLine) {
+        self.percent = line.percent;
+        self.counts = self.counts.plus(&line.counts);
+        if self.counts.considered > 0 {
+            let served = self.counts.served.min(self.counts.considered);
+            self.share = served as f64 / self.counts.considered as f64;
+        }
+        if line.what == CanaryNews::TurnedOff {
+            self.turned_off += 1;
+            self.last_reason = line.reason;
+        }
+    }
 }
 
 impl Tale {
@@ -108,6 +141,23 @@ impl Tale {
                         .entry(interval.database.clone())
                         .or_default()
                         .add(&interval);
+                }
+                return;
+            }
+            events::CANARY => {
+                let Ok(line) = serde_json::from_value::<CanaryLine>(value) else {
+                    return;
+                };
+                let (database, what, reason) = (line.database.clone(), line.what, line.reason.clone());
+                self.canaries.entry(database.clone()).or_default().add(line);
+                if what == CanaryNews::TurnedOff {
+                    self.happenings.push(Happening {
+                        at: envelope.time.clone(),
+                        what: format!("canary reads of {database} turned themselves off"),
+                        who: None,
+                        why: reason,
+                        line: Some(envelope.seq),
+                    });
                 }
                 return;
             }
@@ -197,6 +247,10 @@ impl Tale {
         self.periods
             .get(database)
             .map_or_else(ShadowReport::default, |period| period.report(slower))
+    }
+
+    pub(super) fn canary(&self, database: &str) -> Option<CanaryPeriod> {
+        self.canaries.get(database).cloned()
     }
 
     pub(super) fn mismatches_of(&self, database: &str) -> impl Iterator<Item = &Mismatch> {

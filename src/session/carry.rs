@@ -9,6 +9,7 @@
 //! client.
 
 use std::future::poll_fn;
+use std::task::Poll;
 use std::time::Duration;
 
 use super::footprint::{self, Digest, Footprint};
@@ -31,11 +32,11 @@ const CARRY_NAME: &[u8] = b"pgtandem_carry";
 /// A connection to the other side, opened beforehand; or the one that was left behind.
 pub(super) struct Standby {
     pub side: Side,
-    stream: Stream,
-    pid: i32,
-    key: Box<[u8]>,
+    pub stream: Stream,
+    pub pid: i32,
+    pub key: Box<[u8]>,
     reported: Reported,
-    pending: Vec<u8>,
+    pub pending: Vec<u8>,
     copied: Option<Copied>,
     /// Holds state that a new copy has to clear first.
     used: bool,
@@ -56,6 +57,33 @@ impl Standby {
         }
     }
 
+    /// Whether the server has not closed it meanwhile. What it said unasked is forgotten.
+    pub(super) async fn is_alive(&mut self) -> bool {
+        let mut buffer = [0; 4096];
+        let read = poll_fn(|cx| Poll::Ready(self.stream.poll_read(cx, &mut buffer))).await;
+        match read {
+            Poll::Pending => {}
+            Poll::Ready(Ok(read)) if read > 0 => self.pending.extend_from_slice(&buffer[..read]),
+            Poll::Ready(_) => return false,
+        }
+        let mut passed = 0;
+        while let Ok(Some(header)) = Header::backend(&self.pending[passed..])
+            && self.pending.len() >= passed + header.total
+        {
+            if header.kind == b'E' {
+                return false;
+            }
+            passed += header.total;
+        }
+        self.pending.drain(..passed);
+        true
+    }
+
+    /// Has the server answer frames with so many ReadyForQuery at their end.
+    pub(super) async fn ask(&mut self, frames: &[u8], ready: usize) -> Result<Asked, String> {
+        ask(self.wire(), frames, ready, &mut Vec::new()).await
+    }
+
     pub(super) async fn close(mut self) {
         let goodbye = async {
             self.stream.write_all(frontend::TERMINATE).await?;
@@ -67,8 +95,8 @@ impl Standby {
 }
 
 /// What a session has made of its server connection.
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct State {
     settings: Vec<(Vec<u8>, Vec<u8>)>,
     session_user: Vec<u8>,
     role: Vec<u8>,
@@ -79,7 +107,7 @@ struct State {
     footprint: Option<Digest>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct Prepared {
     name: Vec<u8>,
     text: Vec<u8>,
@@ -115,6 +143,8 @@ impl Session {
                 Err(error) => return Ok(Err(error.to_string())),
             }
         }
+        // What the client parsed on the secondary is told first, so that it is asked for, too.
+        self.pay_back().await?;
         if self.is_ready(side) || self.follow_footprint().await? {
             self.registered.shared.set_ready(true);
             return Ok(Ok(()));
@@ -222,6 +252,8 @@ impl Session {
     /// The client's statements go to the other connection from here on.
     fn swap(&mut self) {
         let Some(standby) = self.standby.take() else { return };
+        // Its other side is another now.
+        self.canary = None;
         let mut standby = *standby;
         let reported = std::mem::replace(&mut self.reported, standby.reported);
         reported.put_differences(&self.reported, self.down.outbox.bytes());
@@ -267,6 +299,7 @@ impl Session {
 
     /// Brings the standby to this session's state. The inner error says what cannot be.
     pub(super) async fn copy_state(&mut self) -> Result<Result<(), String>, End> {
+        self.pay_back().await?;
         let inspected = tokio::time::timeout(ANSWER_TIMEOUT, self.inspect()).await;
         let state = match inspected {
             Ok(Ok(state)) => state,
@@ -298,7 +331,24 @@ impl Session {
         Ok(result)
     }
 
-    async fn inspect(&mut self) -> Result<State, Trouble> {
+    /// Has the server that is in use answer frames with so many ReadyForQuery at their end.
+    pub(super) async fn ask_server(&mut self, frames: &[u8], ready: usize) -> Result<Asked, String> {
+        let (mut unheard, mut aside) = (Vec::new(), self.reported.clone());
+        let secondary = self.on_secondary();
+        let wire = Wire {
+            stream: &mut self.server,
+            pending: &mut self.down.pending,
+            reported: if secondary { &mut aside } else { &mut self.reported },
+        };
+        let unasked = if secondary {
+            &mut unheard
+        } else {
+            self.down.outbox.bytes()
+        };
+        ask(wire, frames, ready, unasked).await
+    }
+
+    pub(super) async fn inspect(&mut self) -> Result<State, Trouble> {
         let custom = format!("{{{}}}", self.statements.custom().join(","));
         let mut state = State::read(self.ask(INSPECT, &[Some(custom.as_bytes())]).await?)?;
         // One more round trip now, for a short one when clients wait.
@@ -390,6 +440,13 @@ union all ",
 );
 
 impl State {
+    /// What is left is what a connection needs to read as the session does.
+    pub(super) fn leave_statements(&mut self) {
+        self.prepared.clear();
+        self.listens.clear();
+        self.footprint = None;
+    }
+
     fn read(rows: Vec<Vec<Vec<u8>>>) -> Result<Self, Trouble> {
         let mut state = Self::default();
         for row in rows {
@@ -426,9 +483,34 @@ fn pair_types(oids: &[u8], names: &[u8]) -> Vec<(u32, Vec<u8>)> {
 }
 
 /// Why a question was not answered.
-enum Trouble {
+pub(super) enum Trouble {
     Gone(String),
     Refused(String),
+}
+
+/// What was learned by asking something whose answer is for nobody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// Some described column is of a user-defined type.
+    pub custom_types: bool,
+}
+
+/// Whether a RowDescription tells of types that the other side calls otherwise.
+pub(super) fn has_custom_types(description: &[u8]) -> bool {
+    backend::column_types(description).any(|oid| oid >= FIRST_CUSTOM_OID)
+}
+
+async fn ask(mut wire: Wire<'_>, frames: &[u8], ready: usize, unasked: &mut Vec<u8>) -> Result<Asked, String> {
+    let gone = |trouble| match trouble {
+        Trouble::Gone(cause) | Trouble::Refused(cause) => cause,
+    };
+    wire.send(frames).await.map_err(gone)?;
+    let mut asked = Asked { custom_types: false };
+    for _ in 0..ready {
+        // An error comes up again where it matters.
+        asked.custom_types |= wire.answer(unasked).await.map_err(gone)?.custom_types;
+    }
+    Ok(asked)
 }
 
 /// An answer up to its ReadyForQuery.
@@ -437,6 +519,7 @@ struct Answer {
     /// Nulls are empty.
     rows: Vec<Vec<Vec<u8>>>,
     error: Option<String>,
+    custom_types: bool,
 }
 
 /// A connection that is asked something by the proxy.
@@ -463,6 +546,7 @@ impl Wire<'_> {
                     answer.rows.push(row.collect());
                 }
                 b'E' if backend::is_fatal(&body) => return Err(Trouble::Gone(backend::error_text(&body))),
+                b'T' => answer.custom_types |= has_custom_types(&body),
                 b'E' => answer.error = Some(backend::error_text(&body)),
                 b'N' | b'A' => put_frame(unasked, kind, |out| out.extend_from_slice(&body)),
                 b'S' => {
@@ -502,7 +586,12 @@ impl Wire<'_> {
 
 impl Standby {
     /// Brings about `state`. Each item has its own Sync, so that an error names what it concerns.
-    async fn replay(&mut self, state: &State, unnamed: Option<Parse<'_>>, user: &str) -> Result<(), Trouble> {
+    pub(super) async fn replay(
+        &mut self,
+        state: &State,
+        unnamed: Option<Parse<'_>>,
+        user: &str,
+    ) -> Result<(), Trouble> {
         let lex = self.reported.lex();
         let mut items: Vec<(String, Vec<u8>)> = Vec::new();
         let name_of = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -1,6 +1,7 @@
 //! What becomes of each frame of the server's, decided as it passes.
 
 use super::acknowledge::Verdict;
+use super::canary;
 use super::outbox::Gather;
 use super::registry::lock;
 use super::relay::{End, Session};
@@ -46,6 +47,12 @@ impl Session {
                 true
             };
             let body = &rest[HEADER_LEN..header.total.min(rest.len())];
+            let said = if self.on_secondary() {
+                let frame = &rest[..header.total.min(rest.len())];
+                self.canary_frame(header.kind, body, frame, gather)? == canary::Verdict::Pass && said
+            } else {
+                said
+            };
             let keep = if self.attention.is_some() {
                 let whole = rest.len() >= header.total;
                 self.attend(header.kind, body, whole, gather)
@@ -57,8 +64,9 @@ impl Session {
                 true
             };
             match header.kind {
-                b'S' => self.parameter_changed(body),
+                b'S' if said => self.parameter_changed(body),
                 b'E' => {
+                    self.note_primary_error();
                     self.server_fatal |= backend::is_fatal(body);
                     self.shadowing.failed();
                     self.rehearsal_failed();
@@ -71,6 +79,7 @@ impl Session {
             }
             at += taken;
             if header.kind == b'Z' {
+                self.note_primary_ready();
                 self.ready();
             }
         }
@@ -90,7 +99,7 @@ impl Session {
                 self.attention.is_some() && self.tracker.front().is_some_and(|front| front.owner == Owner::Hook)
             }
             // May be held back or dropped.
-            _ => self.attention.is_some(),
+            _ => self.attention.is_some() || self.on_secondary(),
         }
     }
 

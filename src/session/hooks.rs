@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use crate::control::Control;
 pub use crate::shadow::Asked;
 use crate::shadow::rehearsal::Transaction;
-use crate::shadow::{Outcome, Timing};
+use crate::shadow::{CanaryEvent, Outcome, Timing};
 use crate::sql::{ReadFacts, Script, StatementCache};
 use crate::upstream::Login;
 
@@ -25,6 +25,7 @@ pub struct Hooks {
     pub shadow: Option<Arc<dyn Shadow>>,
     pub acknowledge: Option<Arc<dyn Acknowledge>>,
     pub rehearse: Option<Arc<dyn Rehearse>>,
+    pub canary: Option<Arc<dyn Canary>>,
     pub connections: Option<Arc<dyn OwnConnections>>,
     pub mirrored: Option<Mirrored>,
 }
@@ -154,6 +155,8 @@ pub struct Read<'a> {
     /// Statements that bring a fresh connection to the session's settings, in order; `None` where
     /// they are not known in full.
     pub settings: Option<&'a Arc<[Bytes]>>,
+    /// The secondary answers it, and the primary is to be asked for comparison.
+    pub canary: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -192,4 +195,51 @@ pub trait Observer {
     fn complete(self: Box<Self>, timing: Timing);
     /// It turns out that it cannot be compared.
     fn give_up(self: Box<Self>, why: Outcome);
+    /// The client gets another answer in its place, which is shown as a read of its own.
+    fn forget(self: Box<Self>) {}
+}
+
+/// What decides about reads that the secondary really answers, and counts them.
+pub trait Canary: Send + Sync {
+    /// Whether there may be any, of any database. Asked for every transaction: one load.
+    fn wanted(&self) -> bool;
+
+    /// Whether a database's secondary may answer reads now.
+    fn on(&self, database: &str) -> bool;
+
+    /// Whether a read is in the share, and the secondary can answer it.
+    fn chooses(&self, asked: &Asked<'_>, read: &CanaryRead<'_>) -> bool;
+
+    /// Whether a transaction is in the share that says that it only reads; `drawn` tells it from
+    /// others.
+    fn chooses_transaction(&self, asked: &Asked<'_>, drawn: u64) -> bool;
+
+    /// Whether the secondary can answer a read: one by itself, or inside a transaction that reads
+    /// only there.
+    fn servable(&self, read: &CanaryRead<'_>, inside: bool) -> bool;
+
+    /// The secondary's OIDs for those that a Parse gave; `None` where one has no counterpart.
+    fn types(&self, database: &str, types: &[u8]) -> Option<Vec<u8>>;
+
+    /// Done when a round that began after this call has been applied.
+    fn arrived(&self, database: &str) -> Applied;
+
+    /// How long a read may wait for that.
+    fn wait(&self) -> Duration;
+
+    /// A read has waited.
+    fn waited(&self, database: &str, time: Duration);
+
+    fn count(&self, database: &str, text: &[u8], event: CanaryEvent);
+}
+
+/// A read that the secondary may answer.
+#[derive(Debug, Clone, Copy)]
+pub struct CanaryRead<'a> {
+    /// As the client named it.
+    pub database: &'a str,
+    pub text: &'a [u8],
+    pub script: &'a Script,
+    /// Temporary relations that the session made.
+    pub temporary: &'a [String],
 }

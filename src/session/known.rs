@@ -133,6 +133,10 @@ impl Statements {
         }
     }
 
+    pub(super) fn named(&self, name: &[u8]) -> Option<&Rc<Known>> {
+        self.named.get(name)
+    }
+
     pub(super) fn portal(&self, name: &[u8]) -> Option<&Portal> {
         if name.is_empty() {
             self.unnamed_portal.as_ref()

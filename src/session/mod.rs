@@ -13,6 +13,8 @@
 mod acknowledge;
 mod attention;
 mod auth;
+mod batch;
+mod canary;
 mod carry;
 mod context;
 mod cursors;
@@ -32,6 +34,7 @@ mod reported;
 mod sniff;
 mod taper;
 mod tls;
+mod turn;
 mod upward;
 mod verifiers;
 

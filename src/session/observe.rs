@@ -119,6 +119,11 @@ impl Observation {
     pub(super) fn give_up(self, why: Outcome) {
         self.observer.give_up(why);
     }
+
+    /// The client gets another answer.
+    pub(super) fn forget(self) {
+        self.observer.forget();
+    }
 }
 
 const PIPELINED: Outcome = Outcome::Skipped(Skipped::Pipelined);
@@ -140,18 +145,20 @@ impl Session {
         let shadow = self.context.hooks.shadow.as_ref().filter(|_| self.shadow_wanted());
         let rehearsed = self.rehearsal_wanted();
         let all = shadow.is_some() || rehearsed || self.acknowledges_both().is_some();
+        let canary = self.on_secondary();
         let (database, user, application) = (&self.pair.name, &self.login.user, &self.registered.shared.application);
         self.statements
             .bound(body, all, |known, values| match known.sniff.word {
                 _ if rehearsed && (known.sniff.write || known.sniff.setting) => true,
                 Word::Read | Word::Copy => shadow.is_some_and(|shadow| {
-                    shadow.sampled(&Asked {
-                        database,
-                        user,
-                        application,
-                        text: &known.text,
-                        values,
-                    })
+                    canary
+                        || shadow.sampled(&Asked {
+                            database,
+                            user,
+                            application,
+                            text: &known.text,
+                            values,
+                        })
                 }),
                 // What they stand for decides.
                 Word::Cursor | Word::Prepared => shadow.is_some(),
@@ -199,6 +206,7 @@ impl Session {
         if sniff.word == Word::Prepared {
             self.note_prepared(text);
         }
+        self.note_for_canary(sniff.setting);
         if !self.shadow_wanted() {
             return Mark::None;
         }
@@ -220,7 +228,8 @@ impl Session {
             Word::Prepared => self.observe_prepared(text, now),
             Word::Other => Mark::None,
         };
-        if !self.shadowing.wrote && (in_transaction || portal.is_some()) {
+        let matters = in_transaction || portal.is_some() || self.canary.is_some();
+        if matters && !self.shadowing.wrote && !self.on_secondary() {
             self.shadowing.wrote = self.may_have_written(text, sniff);
         }
         mark
@@ -290,6 +299,7 @@ impl Session {
             in_transaction: now.in_transaction,
             after_write,
             settings: self.shadowing.settings.as_ref(),
+            canary: self.on_secondary(),
         });
         let Some(observer) = observer else {
             return Mark::None;
@@ -303,6 +313,10 @@ impl Session {
     }
 
     fn sampled(&self, text: &[u8], values: &[u8]) -> bool {
+        // What the secondary answers is always compared.
+        if self.on_secondary() {
+            return true;
+        }
         self.context.hooks.shadow.as_ref().is_some_and(|shadow| {
             shadow.sampled(&Asked {
                 database: &self.pair.name,

@@ -188,6 +188,7 @@ fn assemble(
         standby: None,
         footprinted: false,
         opening: None,
+        canary: None,
         preparing: None,
         context,
     }

@@ -58,7 +58,7 @@ impl Session {
         if orders & order::LOOK != 0 {
             shared.clear(order::LOOK);
             let asked = shared.asked().look.take();
-            self.look().await?;
+            self.find_obstacles().await?;
             // Whoever asked has gone on by now, or hears it.
             asked.map(|answer| answer.send(()).ok());
         }
@@ -86,6 +86,11 @@ impl Session {
             return;
         }
         self.standby = None;
+        if let Some(lane) = self.give_up_lane(side) {
+            self.standby = Some(lane);
+            self.registered.shared.order(order::STANDBY);
+            return;
+        }
         let result = Rc::new(RefCell::new(None));
         let (slot, shared) = (result.clone(), self.registered.shared.clone());
         let (pair, login) = (self.pair.clone(), self.login.clone());
@@ -134,7 +139,7 @@ impl Session {
 
     /// Asks the server what would keep the session where it is. Not while it is busy, and not under a
     /// hold, which would have to wait for the answer.
-    async fn look(&mut self) -> Result<(), End> {
+    async fn find_obstacles(&mut self) -> Result<(), End> {
         let shared = self.registered.shared.clone();
         let known = shared.looked().at == Some(self.transactions);
         if known || self.active || self.registered.registry.held() {

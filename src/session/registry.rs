@@ -147,6 +147,8 @@ pub(super) struct Shared {
     waker: Mutex<Option<Waker>>,
     backend: Mutex<Option<BackendKey>>,
     looked: Mutex<Looked>,
+    /// Requests to cancel that were sent on.
+    cancels: AtomicU32,
 }
 
 /// A panic elsewhere leaves nothing half-written behind these locks.
@@ -215,6 +217,10 @@ impl Shared {
 
     pub(super) fn set_backend(&self, backend: BackendKey) {
         *lock(&self.backend) = Some(backend);
+    }
+
+    pub(super) fn cancels(&self) -> u32 {
+        self.cancels.load(Ordering::SeqCst)
     }
 
     pub(super) fn backend(&self) -> Option<BackendKey> {
@@ -545,6 +551,7 @@ impl Registry {
     /// The backend that runs the statements of the client that holds this key.
     pub(super) fn cancel_target(&self, pid: i32, key: &[u8]) -> Option<BackendKey> {
         let session = self.0.cancel_keys.get(&(pid, Box::from(key)))?.clone();
+        session.cancels.fetch_add(1, Ordering::SeqCst);
         session.backend()
     }
 
@@ -632,6 +639,7 @@ impl Registry {
             waker: Mutex::new(None),
             backend: Mutex::new(None),
             looked: Mutex::default(),
+            cancels: AtomicU32::new(0),
         });
         self.0.sessions.insert(shared.id, shared.clone());
         Registered {

@@ -20,6 +20,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::acknowledge::Acknowledging;
 use super::attention::Attention;
+use super::canary::Canary;
 use super::carry::Standby;
 use super::context::Context;
 use super::known::Statements;
@@ -87,6 +88,8 @@ pub(super) enum End {
 /// Why the relay pauses.
 enum Pause {
     Orders,
+    /// Of the canary's.
+    Turn,
     End(End),
 }
 
@@ -136,6 +139,8 @@ pub(super) struct Session {
     /// The other side's connection is being opened.
     pub opening: Option<Opening>,
     pub preparing: Option<oneshot::Sender<PreparedOne>>,
+    /// While the secondary may answer reads of this session.
+    pub canary: Option<Box<Canary>>,
 }
 
 impl Session {
@@ -148,6 +153,16 @@ impl Session {
                         break end;
                     }
                 }
+                Pause::Turn => {
+                    if let Err(end) = Box::pin(self.take_turn()).await {
+                        break end;
+                    }
+                }
+                Pause::End(end @ End::ServerGone(_)) => match Box::pin(self.survives()).await {
+                    Ok(true) => {}
+                    Ok(false) => break end,
+                    Err(end) => break end,
+                },
                 Pause::End(end) => break end,
             }
         };
@@ -169,6 +184,9 @@ impl Session {
                     .pump_down(cx, scratch)
                     .and_then(|down| Ok(down | self.pump_up(cx, scratch)?));
                 match progress {
+                    Ok(_) if self.canary.as_ref().is_some_and(|canary| canary.turn.is_some()) => {
+                        return Poll::Ready(Pause::Turn);
+                    }
                     Ok(true) => {}
                     Ok(false) => return Poll::Pending,
                     Err(end) => return Poll::Ready(Pause::End(end)),
@@ -214,6 +232,9 @@ impl Session {
         self.down.outbox = outbox;
         let sent = self.down.outbox.poll_send_run(run, &mut self.client, cx);
         self.down.pending = rest_of(chunk, consumed?);
+        if self.canary.is_some() {
+            self.canary_settled();
+        }
         match sent {
             Poll::Ready(Err(_)) => Err(End::ClientGone),
             Poll::Ready(Ok(())) | Poll::Pending => Ok(true),
@@ -234,7 +255,8 @@ impl Session {
             }
             Poll::Pending => return Ok(false),
         }
-        let read = if self.up.blocked {
+        let was_blocked = self.up.blocked;
+        let read = if was_blocked {
             0
         } else if self.client_done {
             return self.shut_server(cx);
@@ -276,13 +298,16 @@ impl Session {
             self.server_is_deaf();
         }
         self.settle();
-        Ok(consumed > 0 || read > 0)
+        // Where nothing blocks any more, the client has not been asked for more yet.
+        Ok(consumed > 0 || read > 0 || was_blocked && !self.up.blocked)
     }
 
     fn server_is_deaf(&mut self) {
         self.server_deaf = true;
         self.up.outbox.clear();
-        self.up.pending = Vec::new();
+        if !self.on_secondary() {
+            self.up.pending = Vec::new();
+        }
     }
 
     /// The client will say nothing more.
@@ -339,6 +364,9 @@ impl Session {
         if !self.active || !self.tracker.idle() || !self.up.framer.at_boundary() {
             return;
         }
+        if self.canary.as_ref().is_some_and(|canary| canary.busy()) {
+            return;
+        }
         if let Some(attention) = &self.attention {
             if attention.busy() {
                 return;
@@ -348,6 +376,7 @@ impl Session {
             }
         }
         self.statements.transaction_over();
+        self.note_end();
         if self.context.hooks.shadow.is_some() {
             self.shadowing.transaction_over();
         }
@@ -409,6 +438,9 @@ impl Session {
             }
             self.server.write_all(frontend::TERMINATE).await.ok();
             self.server.shutdown().await.ok();
+            if let Some(lane) = self.canary.take().and_then(|canary| canary.lane) {
+                lane.close().await;
+            }
         };
         let goodbye_client = async {
             self.client.write_all(&last_words).await?;

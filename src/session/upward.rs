@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::attention::{Attention, Outside, Steps};
+use super::canary::Look;
 use super::known::Known;
 use super::outbox::Gather;
 use super::relay::{End, Session};
@@ -46,6 +47,16 @@ impl Session {
                 Ok(None) => break,
                 Err(error) => return Err(End::Violation(error)),
             };
+            if self.looks_for_canary() {
+                match self.look(rest)? {
+                    Look::Pass => {}
+                    Look::More => break,
+                    Look::Wait | Look::Turn => {
+                        self.up.blocked = true;
+                        break;
+                    }
+                }
+            }
             let understand = self.understands(header);
             if understand && rest.len() < header.total {
                 break;
@@ -56,6 +67,7 @@ impl Session {
             }
             if header.kind == b'F' || !understand && matches!(header.kind, b'Q' | b'E') {
                 self.note_write(None);
+                self.note_unknown();
             }
             let plan = if understand {
                 self.understand(header.kind, &rest[HEADER_LEN..header.total])
@@ -78,6 +90,7 @@ impl Session {
             let taken = self.up.framer.pass(header, rest.len());
             gather.keep(at..at + taken);
             at += taken;
+            self.note_passed(taken);
             if plan == Plan::HookBehind {
                 self.hook_behind(&rest[HEADER_LEN..header.total], gather.insert());
             }
@@ -154,6 +167,7 @@ impl Session {
                 let (shadow, both) = (self.context.hooks.shadow.is_some(), self.acknowledges_both().is_some());
                 let unnamed = shadow && self.control.phase.shadows() || both || self.rehearsal_wanted();
                 self.statements.parsed(body, shadow || both, unnamed);
+                self.note_statement(kind, body);
                 Plan::Pass(Mark::None)
             }
             b'B' => {
@@ -166,6 +180,7 @@ impl Session {
                     self.finish_portal(Some(name));
                 }
                 self.statements.closed(body);
+                self.note_statement(kind, body);
                 Plan::Pass(Mark::None)
             }
             _ => Plan::Pass(Mark::None),
@@ -183,6 +198,7 @@ impl Session {
         if !self.mirrors_ddl(sniff) {
             return Plan::Pass(self.observe_query(text, sniff).or(rehearsed));
         }
+        self.note_unknown();
         let script = self.context.hooks.statements.get_as(text, self.lex);
         let is = |wanted: DdlKind| move |class: &Class| matches!(class, Class::Ddl(ddl) if ddl.kind == wanted);
         if let Some(single) = script.single()
@@ -219,11 +235,13 @@ impl Session {
     fn plan_execute(&mut self, body: &[u8]) -> Plan {
         let portal = frontend::execute_portal(body).and_then(|name| self.statements.portal(name));
         let Some(portal) = portal.cloned() else {
+            self.note_unknown();
             return Plan::Pass(Mark::None);
         };
         let known = &portal.statement;
         let rehearsed = self.note_rehearsal(&known.text, Some(&portal), known.sniff);
         if self.mirrors_ddl(known.sniff) {
+            self.note_unknown();
             let script = self.context.hooks.statements.get_as(&known.text, self.lex);
             self.note_temporary(&script);
             if let Some(statement) = script.single()

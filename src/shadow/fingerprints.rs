@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dashmap::DashMap;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::canary::{CanaryEvent, FingerprintCanary};
 use super::catalog::Catalog;
 use super::histogram::Histogram;
 use super::read::ShadowRead;
@@ -38,10 +39,18 @@ pub(super) struct Entry {
     pub(super) counts: Counts,
     asked_twice: AtomicU64,
     disagreed: AtomicU64,
+    canary: CanaryOfOne,
     /// The first of its reads that was compared, to ask for plans with.
     example: Mutex<Option<Arc<ShadowRead>>>,
     /// Made with the first latency.
     latencies: Mutex<Option<Box<Latencies>>>,
+}
+
+#[derive(Debug, Default)]
+struct CanaryOfOne {
+    served: AtomicU64,
+    errors: AtomicU64,
+    fallbacks: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +118,16 @@ impl Entry {
         self.disagreed.fetch_add(u64::from(!agreed), Ordering::Relaxed);
     }
 
+    pub(super) fn count_canary(&self, event: CanaryEvent) {
+        let counter = match event {
+            CanaryEvent::Served => &self.canary.served,
+            CanaryEvent::Error => &self.canary.errors,
+            CanaryEvent::Fallback(_) => &self.canary.fallbacks,
+            _ => return,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn report(&self, id: FingerprintId) -> FingerprintReport {
         let latencies = self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
         FingerprintReport {
@@ -119,6 +138,11 @@ impl Entry {
                 self.asked_twice.load(Ordering::Relaxed),
                 self.disagreed.load(Ordering::Relaxed),
             ),
+            canary: FingerprintCanary {
+                served: self.canary.served.load(Ordering::Relaxed),
+                errors: self.canary.errors.load(Ordering::Relaxed),
+                fallbacks: self.canary.fallbacks.load(Ordering::Relaxed),
+            },
             latency: latencies.as_ref().map(|latencies| {
                 let side = |at: usize| SideLatency {
                     first_row: latencies.sides[at].first_row.report(),

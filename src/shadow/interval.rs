@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::canary::FingerprintCanary;
 use super::histogram::{Durations, Histogram, bucket_ending, upper_ms};
 use super::stats::{
     Coverage, FingerprintReport, IgnoreReport, Latency, Noise, ReadCounts, ShadowReport, ShadowStats, SideLatency,
@@ -255,6 +256,7 @@ impl Period {
                 text: summed.text.clone(),
                 counts: summed.counts.clone(),
                 noise: Noise::new(summed.asked_twice, summed.disagreed),
+                canary: FingerprintCanary::default(),
                 latency: summed.latency.as_ref().map(|sides| {
                     let side = |at: usize| SideLatency {
                         first_row: sides[at][0].report(),

@@ -32,6 +32,7 @@ pub mod events {
     pub const PHASE: &str = "phase";
     pub const SWITCHOVER: &str = "switchover";
     pub const STRAYS_ACKNOWLEDGED: &str = "strays_acknowledged";
+    pub const CANARY: &str = "canary";
 }
 
 /// A confirmed mismatch.
@@ -73,11 +74,19 @@ pub struct Mismatch {
     /// The first differing rows, a list of values each.
     #[serde(default, skip_serializing_if = "BothSides::is_empty")]
     pub first_rows: BothSides<Vec<Vec<Option<String>>>>,
-    /// Of the client's own read, and of its first shadow.
+    /// Of the client's own read, and of its first repetition on the other side.
     pub latency_ms: BothSides<f64>,
+    /// The secondary's answer is what the client got.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub canary: bool,
     /// The cut that both sides were asked at: a round of an epoch.
     pub epoch: Epoch,
     pub round: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -347,6 +347,7 @@ mod tests {
                 primary: 1.25,
                 secondary: 2.0,
             },
+            canary: false,
             epoch: Epoch::FIRST,
             round: 7,
         }

@@ -11,6 +11,8 @@
 
 mod alike;
 mod answer;
+mod budget;
+mod canary;
 mod catalog;
 mod compare;
 mod confirm;
@@ -24,8 +26,8 @@ mod log;
 mod log_reader;
 mod plans;
 mod read;
-mod rows;
 pub mod rehearsal;
+mod rows;
 mod rules;
 mod sample;
 mod shown;
@@ -42,6 +44,8 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use budget::{Spent, Window, exceeded};
+pub use canary::{CanaryCounts, CanaryEvent, CanaryLine, CanaryNews, Fallback, Fallbacks, FingerprintCanary};
 pub use catalog::Catalog;
 pub use compare::Kind;
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
@@ -67,6 +71,7 @@ use crate::config::{DatabaseConfig, Reads};
 use crate::control::Control;
 use stats::Counters;
 use worker::Worker;
+pub(crate) use worker::now;
 
 /// What the shadow reads of one database need.
 pub struct Shadow {

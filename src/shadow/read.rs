@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::digest::Digest;
 use super::stats::Timing;
-use crate::control::Control;
+use crate::control::{Control, Side};
 use crate::sql::{Fingerprint, Script};
 use crate::upstream::Login;
 
@@ -29,6 +29,8 @@ pub struct ShadowRead {
     pub digest: Digest,
     /// From the request on.
     pub timing: Timing,
+    /// The secondary answered the client; `digest` and `timing` are its own.
+    pub canary: bool,
 }
 
 /// In which form the client asked.
@@ -64,6 +66,15 @@ impl Call {
 }
 
 impl ShadowRead {
+    /// The side that answered the client.
+    pub(super) const fn answered_by(&self) -> Side {
+        if self.canary {
+            self.control.secondary()
+        } else {
+            self.control.primary
+        }
+    }
+
     pub(super) fn fingerprint(&self) -> &Fingerprint {
         self.script.fingerprint(&self.text)
     }

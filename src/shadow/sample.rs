@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::fingerprints::Entry;
 use super::read::BindValues;
-use crate::config::{Reads, SampleKey, ShadowRule, Which};
+use crate::config::{Canary, Reads, SampleKey, ShadowRule, Which};
 
 /// A read that may be in the sample.
 #[derive(Clone, Copy)]
@@ -22,7 +22,7 @@ pub struct Asked<'a> {
     pub values: &'a [u8],
 }
 
-/// `reads.shadow_percent` and its rules.
+/// `reads.shadow_percent` and its rules, or the canary's.
 pub(super) struct Sample {
     rules: Vec<Rule>,
     overall: Share,
@@ -45,6 +45,10 @@ struct Share {
 impl Sample {
     pub(super) fn new(reads: &Reads) -> Self {
         Self::by(reads.shadow_percent, reads.shadow_key, &reads.shadow_rules)
+    }
+
+    pub(super) fn of_canary(canary: &Canary) -> Self {
+        Self::by(canary.percent, canary.key, &canary.rules)
     }
 
     pub(super) fn by(percent: f64, key: SampleKey, rules: &[ShadowRule]) -> Self {
@@ -81,12 +85,32 @@ impl Sample {
         let rule = self.rules.iter().find(|rule| rule.fits(&is_meant, asked));
         rule.map_or(self.overall, |rule| rule.share).holds(asked)
     }
+
+    /// Whether a transaction is in it that says only that it reads. Rules about statements do not
+    /// fit it, and a key of the statement's is `drawn` for it.
+    pub(super) fn holds_transaction(&self, asked: &Asked<'_>, drawn: u64) -> bool {
+        let rule = self.rules.iter().find(|rule| rule.fits_any_statement(asked));
+        let share = rule.map_or(self.overall, |rule| rule.share);
+        match share.key {
+            SampleKey::User | SampleKey::ApplicationName => share.holds(asked),
+            SampleKey::Statement | SampleKey::Parameter(_) => {
+                share.threshold != 0 && xxh3_64(&drawn.to_be_bytes()) <= share.threshold
+            }
+        }
+    }
 }
 
 impl Rule {
     fn fits(&self, is_meant: impl Fn(&Which) -> bool, asked: &Asked<'_>) -> bool {
+        is_meant(&self.which) && self.fits_session(asked)
+    }
+
+    fn fits_any_statement(&self, asked: &Asked<'_>) -> bool {
+        self.which == Which::default() && self.fits_session(asked)
+    }
+
+    fn fits_session(&self, asked: &Asked<'_>) -> bool {
         self.user.as_deref().is_none_or(|user| user == asked.user)
-            && is_meant(&self.which)
             && self
                 .application
                 .as_deref()
@@ -250,6 +274,47 @@ mod tests {
             .sample
             .is_off()
         );
+    }
+
+    #[test]
+    fn transactions_are_drawn_or_go_by_who_begins_them() {
+        let application = Mutex::new("nightly".to_owned());
+        let asked = Asked {
+            database: "shop",
+            user: "app",
+            application: &application,
+            text: b"begin read only",
+            values: &[],
+        };
+        let sample = |canary: &Canary| Sample::of_canary(canary);
+        let half = sample(&Canary {
+            percent: 50.0,
+            ..Canary::default()
+        });
+        let inside = (0..2000).filter(|&drawn| half.holds_transaction(&asked, drawn)).count();
+        assert!((900..1100).contains(&inside), "{inside}");
+        let rule = |which: Which, application: Option<&str>, percent| ShadowRule {
+            which,
+            user: None,
+            application_name: application.map(str::to_owned),
+            percent,
+            key: SampleKey::ApplicationName,
+        };
+        let orders = Which {
+            table: Some("orders".into()),
+            fingerprint: None,
+        };
+        for (rules, expected) in [
+            (vec![rule(orders, None, 100.0)], false),
+            (vec![rule(Which::default(), Some("nightly"), 100.0)], true),
+            (vec![rule(Which::default(), Some("daily"), 100.0)], false),
+        ] {
+            let sample = sample(&Canary {
+                rules,
+                ..Canary::default()
+            });
+            assert_eq!(sample.holds_transaction(&asked, 7), expected);
+        }
     }
 
     #[test]

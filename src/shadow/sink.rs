@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
+use super::canary::{CanaryCounts, CanaryEvent};
 use super::catalog::Catalog;
 use super::read::ShadowRead;
 use super::rules::Rules;
@@ -27,6 +28,7 @@ pub struct ShadowSink(pub(super) Arc<Intake>);
 
 pub(super) struct Intake {
     sample: ArcSwap<Sample>,
+    canary: ArcSwap<Sample>,
     pub(super) rules: Arc<ArcSwap<Rules>>,
     pub(super) catalog: Arc<ArcSwap<Catalog>>,
     pub(super) catalog_changed: Arc<Notify>,
@@ -80,6 +82,7 @@ impl ShadowSink {
         let (queue, queued) = mpsc::channel(reads.shadow_queue);
         let sink = Self(Arc::new(Intake {
             sample: ArcSwap::from_pointee(Sample::new(reads)),
+            canary: ArcSwap::from_pointee(Sample::of_canary(&reads.canary)),
             rules: Arc::new(ArcSwap::from_pointee(Rules::new(reads))),
             catalog,
             catalog_changed: Arc::new(Notify::new()),
@@ -114,6 +117,55 @@ impl ShadowSink {
         false
     }
 
+    /// Whether a read is in the canary's share.
+    pub fn in_canary(&self, asked: &Asked<'_>) -> bool {
+        let statement = self.0.counters.fingerprints.of_text(asked.text);
+        statement.is_some_and(|statement| self.0.canary.load().holds(&statement, asked))
+    }
+
+    /// Whether a transaction that only reads is in the canary's share; `drawn` tells it from
+    /// others.
+    pub fn transaction_in_canary(&self, asked: &Asked<'_>, drawn: u64) -> bool {
+        self.0.canary.load().holds_transaction(asked, drawn)
+    }
+
+    /// Whether the secondary would answer a read as the primary does, as far as can be told
+    /// beforehand. `inside` a transaction that runs there, its clock and its session are what the
+    /// transaction has. Nothing is counted.
+    pub fn servable(&self, read: &Candidate<'_>, inside: bool) -> bool {
+        match self.judge(read) {
+            Ok(()) => true,
+            Err(NotComparable::Clock | NotComparable::Session) => inside,
+            Err(reason) => {
+                self.unknown(reason);
+                false
+            }
+        }
+    }
+
+    /// The secondary's OIDs of parameter types that a Parse gave.
+    pub fn types_on_secondary(&self, types: &[u8]) -> Option<Vec<u8>> {
+        self.0.catalog.load().map_types(types)
+    }
+
+    pub fn count_canary(&self, text: &[u8], event: CanaryEvent) {
+        self.0.counters.canary.count(event);
+        if !matches!(event, CanaryEvent::Considered)
+            && let Some(statement) = self.0.counters.fingerprints.of_text(text)
+        {
+            statement.count_canary(event);
+        }
+    }
+
+    /// A canary read waited for its session's own writes.
+    pub fn canary_waited(&self, time: std::time::Duration) {
+        self.0.counters.canary.waited(time);
+    }
+
+    pub fn canary(&self) -> CanaryCounts {
+        self.0.counters.canary.report()
+    }
+
     /// Whether a read of the sample can be compared, so that it shall be digested and offered. Reads
     /// that cannot are counted here.
     pub fn wants(&self, read: &Candidate<'_>) -> bool {
@@ -122,13 +174,17 @@ impl ShadowSink {
             // Writes, SET and the like were never meant to be compared.
             Err(NotComparable::NotARead) => false,
             Err(reason) => {
-                if matches!(reason, NotComparable::UnknownFunction | NotComparable::UnknownRelation) {
-                    // Perhaps it is new.
-                    self.schema_changed();
-                }
+                self.unknown(reason);
                 self.withdraw(read.script.fingerprint(read.text), Outcome::NotComparable(reason));
                 false
             }
+        }
+    }
+
+    fn unknown(&self, reason: NotComparable) {
+        if matches!(reason, NotComparable::UnknownFunction | NotComparable::UnknownRelation) {
+            // Perhaps it is new.
+            self.schema_changed();
         }
     }
 
@@ -216,6 +272,7 @@ impl ShadowSink {
     /// After a reload: sample, rules and ignores. Concurrency, queue and deadline stay.
     pub fn configure(&self, reads: &Reads) {
         self.0.sample.store(Arc::new(Sample::new(reads)));
+        self.0.canary.store(Arc::new(Sample::of_canary(&reads.canary)));
         self.0.rules.store(Arc::new(Rules::new(reads)));
     }
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 use metrics::Counter;
 use serde::{Deserialize, Serialize};
 
+use super::canary::{CanaryCounters, FingerprintCanary};
 use super::fingerprints::{Entry, Fingerprints};
 pub use super::histogram::Durations;
 use crate::control::Side;
@@ -250,6 +251,7 @@ pub(super) struct Counters {
     metrics: Vec<Counter>,
     log_lost: (AtomicU64, Counter),
     pub(super) fingerprints: Fingerprints,
+    pub(super) canary: CanaryCounters,
     since: String,
 }
 
@@ -269,6 +271,7 @@ impl Counters {
                 metrics::counter!("pgtandem_mismatch_log_lost_total", "database" => database.to_owned()),
             ),
             fingerprints: Fingerprints::default(),
+            canary: CanaryCounters::new(database),
             since: super::worker::now(),
         }
     }
@@ -354,6 +357,9 @@ pub struct FingerprintReport {
     pub noise: Noise,
     /// Absent until a shadow has run.
     pub latency: Option<Latency>,
+    /// What the secondary really answered.
+    #[serde(default)]
+    pub canary: FingerprintCanary,
 }
 
 /// How often the primary disagreed with itself, asked twice in one snapshot. It is asked twice

@@ -155,10 +155,13 @@ impl Worker {
         let Some(call) = self.call_for_secondary(&read.call) else {
             return Outcome::NotComparable(NotComparable::ParameterType);
         };
-        let key = self.key(read, read.control.secondary());
+        // The side that did not answer the client.
+        let other = read.answered_by().other();
+        let key = self.key(read, other);
+        let again = if read.canary { &read.call } else { &call };
         let asked = async {
             let mut connection = self.connection(&key).await?;
-            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, &call, read.first_rows()))
+            let answer = tokio::time::timeout(self.patience(), connection.digest(&read.text, again, read.first_rows()))
                 .await
                 .unwrap_or(Err(ConnectionError::Deadline))?;
             self.pool.give(key, connection);
@@ -171,6 +174,7 @@ impl Worker {
         self.record(read, timing);
         self.counters.of(read.fingerprint()).keep_example(read);
         if same(facts, rules.notices, &read.digest, &digest) {
+            self.counters.canary.compared(read, false);
             return Outcome::Matched;
         }
         match digest.sqlstate() {
@@ -196,7 +200,15 @@ impl Worker {
             confirmed
         };
         match confirmed {
-            Ok(Confirmed::Is(outcome)) => outcome,
+            Ok(Confirmed::Is(outcome)) => {
+                if matches!(
+                    outcome,
+                    Outcome::Transient | Outcome::OrderTies | Outcome::Tolerated | Outcome::Partly(_)
+                ) {
+                    self.counters.canary.compared(read, false);
+                }
+                outcome
+            }
             Ok(Confirmed::Again) => Outcome::Failed(Failed::NoCut),
             Ok(Confirmed::Mismatch {
                 round,
@@ -206,6 +218,7 @@ impl Worker {
                 sides,
             }) => {
                 self.log_mismatch(read, timing, round, columns, &keys, &found, &sides);
+                self.counters.canary.compared(read, true);
                 Outcome::Mismatched
             }
             Err(error) => self.failed(&error),
@@ -223,6 +236,7 @@ impl Worker {
         sides: &BothSides<Digest>,
     ) {
         let fingerprint = read.fingerprint();
+        let (primary, secondary) = in_order(read, timing);
         let values = &self.log.values;
         let first_rows = BothSides {
             primary: values.rows(&columns, &found.primary),
@@ -263,9 +277,10 @@ impl Worker {
             keys: apart.keys,
             first_rows,
             latency_ms: BothSides {
-                primary: read.timing.total.as_secs_f64() * 1000.0,
-                secondary: timing.total.as_secs_f64() * 1000.0,
+                primary: primary.total.as_secs_f64() * 1000.0,
+                secondary: secondary.total.as_secs_f64() * 1000.0,
             },
+            canary: read.canary,
             epoch: read.control.epoch,
             round,
         };
@@ -274,6 +289,7 @@ impl Worker {
             fingerprint = mismatch.fingerprint,
             statement = mismatch.statement,
             kind = mismatch.kind.as_str(),
+            canary = read.canary,
             round,
             "shadow read: mismatch"
         );
@@ -289,11 +305,15 @@ impl Worker {
         self.counters.of(read.fingerprint()).asked_twice(agreed);
     }
 
-    /// How long both sides took.
-    fn record(&self, read: &ShadowRead, secondary: Timing) {
+    /// How long both sides took; `other` did not answer the client.
+    fn record(&self, read: &ShadowRead, other: Timing) {
         let entry = self.counters.of(read.fingerprint());
+        let (primary, secondary) = in_order(read, other);
+        if read.canary {
+            self.counters.canary.took(primary.total, secondary.total);
+        }
         for (side, role, timing) in [
-            (read.control.primary, "primary", read.timing),
+            (read.control.primary, "primary", primary),
             (read.control.secondary(), "secondary", secondary),
         ] {
             entry.record(side, timing);
@@ -321,6 +341,16 @@ impl Worker {
                 bind: bind.clone(),
             },
         })
+    }
+}
+
+/// How long the primary and the secondary took, where the side that did not answer the client took
+/// `other`.
+const fn in_order(read: &ShadowRead, other: Timing) -> (Timing, Timing) {
+    if read.canary {
+        (other, read.timing)
+    } else {
+        (read.timing, other)
     }
 }
 
@@ -358,7 +388,7 @@ pub(super) fn is_circumstance(sqlstate: &str) -> bool {
 }
 
 /// RFC 3339, UTC.
-pub(super) fn now() -> String {
+pub(crate) fn now() -> String {
     time::OffsetDateTime::now_utc()
         .format(&time::format_description::well_known::Rfc3339)
         .unwrap_or_default()

@@ -459,6 +459,7 @@ impl Tandem {
             rehearsed_writes: None,
             shadow_reads: ShadowReads::default(),
             acknowledge: None,
+            canary: None,
             backfill: self.backfill.status(),
         }
     }

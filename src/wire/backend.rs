@@ -103,6 +103,18 @@ pub fn columns(body: &[u8]) -> impl Iterator<Item = Option<&[u8]>> {
     })
 }
 
+/// The types of a RowDescription's columns, by OID. A truncated one ends early.
+pub fn column_types(body: &[u8]) -> impl Iterator<Item = u32> {
+    let mut rest = body.get(2..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let (_, after) = split_cstr(rest)?;
+        // Table and column, the type, its length and modifier, the format.
+        let (fixed, after) = after.split_first_chunk::<18>()?;
+        rest = after;
+        Some(u32::from_be_bytes([fixed[6], fixed[7], fixed[8], fixed[9]]))
+    })
+}
+
 /// Process id and cancel key of a BackendKeyData's body.
 pub fn key_data(body: &[u8]) -> Option<(i32, &[u8])> {
     let (pid, key) = body.split_first_chunk::<4>()?;
@@ -135,6 +147,15 @@ mod tests {
         assert_eq!(read, [Some(&b"a"[..]), None, Some(&b""[..])]);
         assert_eq!(columns(b"\0\x01\0\0\0\x09ab").count(), 0);
         assert_eq!(columns(b"").count(), 0);
+    }
+
+    #[test]
+    fn types_of_columns() {
+        let body = b"\0\x02a\0\0\0\0\0\0\0\0\0\0\x17\0\x04\xff\xff\xff\xff\0\0\
+                     b\0\0\0\0\0\0\0\0\0\x40\x01\0\x04\xff\xff\xff\xff\0\0";
+        assert_eq!(column_types(body).collect::<Vec<_>>(), [23, 0x4001]);
+        assert_eq!(column_types(&body[..body.len() - 1]).count(), 1);
+        assert_eq!(column_types(b"").count(), 0);
     }
 
     #[test]

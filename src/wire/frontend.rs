@@ -117,6 +117,13 @@ pub fn put_describe_portal(out: &mut Vec<u8>, portal: &[u8]) {
     });
 }
 
+pub fn put_describe_statement(out: &mut Vec<u8>, name: &[u8]) {
+    put_frame(out, b'D', |out| {
+        out.push(b'S');
+        put_cstr(out, name);
+    });
+}
+
 pub fn put_execute(out: &mut Vec<u8>, portal: &[u8]) {
     put_execute_rows(out, portal, 0);
 }

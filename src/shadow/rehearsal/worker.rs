@@ -335,6 +335,7 @@ impl Worker {
             key: values.hash(&[&step.text, &[0], &step.bind]),
             kind,
             primary: transaction.control.primary,
+            canary: false,
             rows: BothSides {
                 primary: there.map_or(0, Said::rows),
                 secondary: here.0.rows(),

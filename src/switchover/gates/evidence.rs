@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{NOTHING, gate, span};
-use crate::admin::api::{Gate, ServerStatus, ShadowReads, TableStatus};
+use crate::admin::api::{CanaryStatus, Gate, ServerStatus, ShadowReads, TableStatus};
 
 /// The table that was found equal longest ago, or never (in this direction).
 pub(super) fn verification(tables: &[TableStatus], within: Option<Duration>, now: OffsetDateTime) -> Gate {
@@ -55,6 +55,38 @@ pub(super) fn shadow_match_rate(reads: &ShadowReads, least: Option<f64>) -> Gate
 
 const fn compared(reads: &ShadowReads) -> u64 {
     reads.matched + reads.mismatched + reads.transient
+}
+
+/// Clients have been served by the side that is to become primary.
+pub(super) fn canary(canary: Option<&CanaryStatus>, least: Option<Duration>) -> Gate {
+    let measured = match canary {
+        None => "no read was meant for the secondary".to_owned(),
+        Some(canary) => {
+            let counts = &canary.counts;
+            let state = if canary.turned_off_by_budget {
+                "turned itself off".to_owned()
+            } else {
+                format!("on for {}", span(canary.on_seconds))
+            };
+            format!(
+                "{state}; {} reads, {} failed, {} of {} compared were mismatches",
+                counts.served,
+                counts.failures(),
+                counts.mismatched,
+                counts.compared
+            )
+        }
+    };
+    let required = least.map_or_else(
+        || NOTHING.to_owned(),
+        |least| format!("on for {}, and not turned off since", span(least.as_secs_f64())),
+    );
+    let proved = |least: Duration| {
+        canary.is_some_and(|canary| {
+            !canary.turned_off_by_budget && canary.counts.served > 0 && canary.on_seconds >= least.as_secs_f64()
+        })
+    };
+    gate("canary", measured, required, least.is_none_or(proved))
 }
 
 /// Where there was nothing to measure, nothing is proved.

@@ -101,6 +101,7 @@ fn of_database(measured: &Measured<'_>, database: &DatabaseStatus) -> Vec<Gate> 
                 evidence::verification(&mirrored.tables, thresholds.verified_within, measured.now),
                 evidence::shadow_coverage(&database.shadow_reads, thresholds.shadow_coverage),
                 evidence::shadow_match_rate(&database.shadow_reads, thresholds.shadow_match_rate),
+                evidence::canary(database.canary.as_ref(), thresholds.canary),
                 servers::prepared(primary, thresholds.prepared),
                 evidence::strays(secondary, thresholds.no_strays_for),
                 sessions::past_the_proxies(measured, database),

@@ -5,12 +5,14 @@ use time::format_description::well_known::Rfc3339;
 use super::super::sessions::OfDatabase;
 use super::*;
 use crate::admin::api::{
-    Client, ConnectionLimit, Connections, Mirroring, ServerStatus, SessionInTheWay, ShadowReads, TableStatus,
+    CanaryStatus, Client, ConnectionLimit, Connections, Mirroring, ServerStatus, SessionInTheWay, ShadowReads,
+    TableStatus,
 };
 use crate::admin::api::{Journal, Lag, LastStray, OldestPrepared, Quarantine};
 use crate::apply::Verified;
 use crate::config::{Capacity, Gates, Stragglers};
 use crate::control::Epoch;
+use crate::shadow::CanaryCounts;
 
 fn healthy() -> DatabaseStatus {
     DatabaseStatus {
@@ -41,6 +43,7 @@ fn healthy() -> DatabaseStatus {
         rehearsed_writes: None,
         shadow_reads: ShadowReads::default(),
         acknowledge: None,
+        canary: None,
         backfill: None,
     }
 }
@@ -229,6 +232,57 @@ fn shadow_reads_need_evidence_where_a_share_is_asked_for() {
         "nothing is proved by no reads"
     );
     assert!(!says("shadow match rate", &asked, |_| {}).2);
+}
+
+#[test]
+fn a_canary_must_have_been_on_where_that_is_asked_for() {
+    let asked = Gates {
+        canary: Some(Duration::from_secs(3600)),
+        ..Gates::default()
+    };
+    let canary = |on_seconds: f64, turned_off_by_budget: bool| {
+        move |database: &mut DatabaseStatus| {
+            database.canary = Some(CanaryStatus {
+                on: !turned_off_by_budget,
+                turned_off_by_budget,
+                on_seconds,
+                counts: CanaryCounts {
+                    served: 900,
+                    errors: 2,
+                    compared: 800,
+                    mismatched: 1,
+                    ..CanaryCounts::default()
+                },
+                ..CanaryStatus::default()
+            });
+        }
+    };
+    let required = "on for 60 min, and not turned off since";
+    check(
+        says("canary", &asked, canary(7201.0, false)),
+        "on for 2 h; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+        required,
+        true,
+    );
+    check(
+        says("canary", &asked, canary(600.0, false)),
+        "on for 10 min; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+        required,
+        false,
+    );
+    check(
+        says("canary", &asked, canary(7201.0, true)),
+        "turned itself off; 900 reads, 2 failed, 1 of 800 compared were mismatches",
+        required,
+        false,
+    );
+    check(
+        says("canary", &asked, |_| {}),
+        "no read was meant for the secondary",
+        required,
+        false,
+    );
+    assert!(says("canary", &Gates::default(), |_| {}).2);
 }
 
 #[test]
