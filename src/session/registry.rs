@@ -169,10 +169,11 @@ impl Shared {
         self.ready.store(ready, Ordering::SeqCst);
     }
 
-    /// Whether it can move as it stands. Its state is looked at first: a session that begins a
-    /// transaction publishes that, and then is ready no more.
+    /// Whether it can move as it stands, under a hold. A session that begins a transaction publishes
+    /// that it is active, takes its admission if it needs one, and then is ready no more: in the
+    /// reverse order it is looked at here.
     fn is_ready(&self) -> bool {
-        self.state() == State::Idle && self.ready.load(Ordering::SeqCst)
+        !self.admitted.load(Ordering::SeqCst) && self.state() == State::Idle && self.ready.load(Ordering::SeqCst)
     }
 
     /// Whether it may begin a transaction in spite of a hold; once.

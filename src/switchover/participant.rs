@@ -539,7 +539,7 @@ impl<H: Host> Part<'_, H> {
             return;
         }
         let drained = ms(began);
-        let stay = ready.await;
+        let stay = self.all_ready(ready, flip.to.primary).await;
         if !stay.is_empty() {
             if flip.kind == Kind::Flip && !self.may_end(flip) {
                 let why = format!(
@@ -566,6 +566,16 @@ impl<H: Host> Part<'_, H> {
             "ended": ended,
         });
         self.answer(flip, "held", detail).await;
+    }
+
+    /// Waits for those that see to it already, and has the others do it: sessions that were still
+    /// connecting when the hold began.
+    async fn all_ready(&self, under_way: impl Future<Output = Vec<Uncarried>>, to: Side) -> Vec<Uncarried> {
+        under_way.await;
+        match &self.hold {
+            Some((hold, _)) => self.host.registry().make_ready(hold, to).await,
+            None => Vec::new(),
+        }
     }
 
     fn may_end(&self, flip: &FlipRow) -> bool {
@@ -669,7 +679,8 @@ impl<H: Host> Part<'_, H> {
             registry.end(&ids, &format!("terminating connection: the primary is {primary} now"));
             registry.drained(&hold, Instant::now() + ENDING_MAX).await.ok();
         }
-        let stay = ready.await;
+        ready.await;
+        let stay = registry.make_ready(&hold, primary).await;
         self.end_uncarried(&stay, primary);
         (hold, since)
     }
