@@ -35,7 +35,7 @@ impl Session {
             self.follow()?;
         }
         if orders & order::SETTLE != 0 && !self.active {
-            shared.clear(order::SETTLE);
+            shared.clear(order::SETTLE | order::COPY);
             shared.set_ready(false);
             self.opening = None;
             if let Some(standby) = self.standby.take() {
@@ -54,6 +54,13 @@ impl Session {
         if orders & order::STANDBY != 0 {
             shared.clear(order::STANDBY);
             self.standby_opened().await?;
+        }
+        if orders & order::COPY != 0 && !self.active {
+            shared.clear(order::COPY);
+            // Under a hold it is asked for, and whoever asks hears of what is in the way.
+            if self.standby.is_some() && !self.registered.registry.held() {
+                self.copy_at_rest().await?;
+            }
         }
         if orders & order::LOOK != 0 {
             shared.clear(order::LOOK);
@@ -124,17 +131,24 @@ impl Session {
             return Ok(());
         }
         if self.active {
-            // Its state is copied when it is carried over; nobody waits for its transaction here.
+            // Nobody waits for its transaction here.
+            self.registered.shared.order(order::COPY);
             self.answer(None, None);
             return Ok(());
         }
+        let uncarriable = self.copy_at_rest().await?;
+        self.answer(None, uncarriable);
+        Ok(())
+    }
+
+    /// Copies the session's state to its standby; returns why that cannot be done.
+    async fn copy_at_rest(&mut self) -> Result<Option<String>, End> {
         // A hold that begins now waits until the session's state has been read.
         self.registered.shared.publish(State::Active);
         let copied = self.copy_state().await;
         self.registered.shared.publish(State::Idle);
         self.registered.registry.came_to_rest();
-        self.answer(None, copied?.err());
-        Ok(())
+        Ok(copied?.err())
     }
 
     /// Asks the server what would keep the session where it is. Not while it is busy, and not under a

@@ -90,9 +90,12 @@ pub(super) mod order {
     pub(crate) const FOLLOW: u32 = 64;
     /// Find out whether it could be carried over.
     pub(crate) const LOOK: u32 = 128;
+    /// Copy the session's state to its connection to the other side, as soon as no transaction is
+    /// open.
+    pub(crate) const COPY: u32 = 256;
 
     /// What waits for the end of a transaction.
-    pub(crate) const WHEN_IDLE: u32 = END_WHEN_IDLE | READY | SETTLE | FOLLOW;
+    pub(crate) const WHEN_IDLE: u32 = END_WHEN_IDLE | READY | SETTLE | FOLLOW | COPY;
 }
 
 /// Where a session's statements run now.
