@@ -22,13 +22,15 @@ use std::rc::Rc;
 use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::asking::has_custom_types;
 use super::batch::Batch;
-use super::carry::{Standby, State, has_custom_types};
 use super::hooks::{Applied, Asked, Canary as Hook, CanaryRead};
 use super::known::Known;
 use super::observe::Observation;
 use super::outbox::Gather;
 use super::relay::{End, Session};
+use super::standby::Standby;
+use super::state::State;
 use crate::shadow::{CanaryEvent, Fallback};
 use crate::sql::{Class, SetWhat, TransactionControl};
 use crate::wire::backend;

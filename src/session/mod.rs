@@ -11,6 +11,7 @@
 //! and the admin pages see sessions through the [`Registry`] alone.
 
 mod acknowledge;
+mod asking;
 mod attention;
 mod auth;
 mod batch;
@@ -32,6 +33,8 @@ mod rehearse;
 mod relay;
 mod reported;
 mod sniff;
+mod standby;
+mod state;
 mod taper;
 mod tls;
 mod turn;

@@ -5,9 +5,9 @@ use std::rc::Rc;
 
 use tokio_util::task::AbortOnDropHandle;
 
-use super::carry::Standby;
 use super::registry::{Looked, PreparedOne, State, order};
 use super::relay::{End, Session};
+use super::standby::Standby;
 use crate::control::Side;
 use crate::upstream::{Backend, LoginError, within};
 

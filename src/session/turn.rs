@@ -6,10 +6,11 @@ use tokio::time::{Duration, Instant, timeout};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::asking::Trouble;
 use super::canary::{Behind, Plan, Retrying, Running, Transaction, Turn};
-use super::carry::{Standby, Trouble};
 use super::registry::BackendKey;
 use super::relay::{End, Session};
+use super::standby::Standby;
 use crate::shadow::{CanaryEvent, Fallback};
 use crate::wire::backend::Status;
 use crate::wire::error::{Severity, SqlError, sqlstate};
