@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use super::quarantine::actor;
+use super::quarantine::Word;
 use super::{Common, Output, client, load, plans, print_json, print_line, say};
 use crate::admin::api::{AcknowledgeRequest, Recorded};
 use crate::admin::client::AdminError;
@@ -73,12 +73,8 @@ struct Ack {
     /// The number of one mismatch (#17).
     #[arg(long, value_name = "NUMBER")]
     line: Option<u64>,
-    /// Why they may stand.
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// Who says so; otherwise PGTANDEM_ACTOR or the user at the keyboard.
-    #[arg(long, value_name = "NAME")]
-    by: Option<String>,
+    #[command(flatten)]
+    word: Word,
     #[command(flatten)]
     common: Common,
     #[command(flatten)]
@@ -267,8 +263,8 @@ fn chosen(log: &config::MismatchLog, ack: &Ack) -> anyhow::Result<AcknowledgeReq
         fingerprint: ack.line.is_none().then(|| fingerprints[0].to_owned()),
         kind: ack.kind,
         line: ack.line,
-        by: ack.by.clone().unwrap_or_else(actor),
-        reason: ack.reason.clone(),
+        by: ack.word.by(),
+        reason: ack.word.reason.clone(),
     })
 }
 

@@ -1,6 +1,6 @@
 //! `pgtandem quarantine list|retry|discard`
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use super::{Common, Output, client, print_json, say};
 use crate::admin::api::{DiscardRequest, QuarantineAnswer, QuarantineEntry, QuarantineList, RetryRequest};
@@ -164,6 +164,23 @@ fn said(answer: Result<QuarantineAnswer, AdminError>, json: bool, done: &str) ->
         say("there is no such entry");
     }
     Ok(answer.done)
+}
+
+/// Somebody's word that what was found may stand.
+#[derive(Args)]
+pub(super) struct Word {
+    /// Why they may stand.
+    #[arg(long, value_name = "TEXT")]
+    pub reason: String,
+    /// Who says so; otherwise PGTANDEM_ACTOR or the user at the keyboard.
+    #[arg(long, value_name = "NAME")]
+    by: Option<String>,
+}
+
+impl Word {
+    pub(super) fn by(&self) -> String {
+        self.by.clone().unwrap_or_else(actor)
+    }
 }
 
 /// Who is at the keyboard, as far as the environment says.

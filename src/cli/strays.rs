@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use super::quarantine::actor;
+use super::quarantine::Word;
 use super::{Common, Output, client, print_json, say};
 use crate::admin::api::{AcknowledgeStraysRequest, AcknowledgedStrays, StrayEntry, StrayList};
 
@@ -28,12 +28,8 @@ struct Ack {
     /// Of this database alone.
     #[arg(long, value_name = "NAME")]
     database: Option<String>,
-    /// Why they may stand.
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// Who says so; otherwise PGTANDEM_ACTOR or the user at the keyboard.
-    #[arg(long, value_name = "NAME")]
-    by: Option<String>,
+    #[command(flatten)]
+    word: Word,
     #[command(flatten)]
     common: Common,
     #[command(flatten)]
@@ -61,8 +57,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
 async fn acknowledge(ack: Ack) -> anyhow::Result<bool> {
     let request = AcknowledgeStraysRequest {
         database: ack.database,
-        by: ack.by.unwrap_or_else(actor),
-        reason: ack.reason,
+        by: ack.word.by(),
+        reason: ack.word.reason,
     };
     let answer: AcknowledgedStrays = client(&ack.common)?
         .post("/api/v1/strays/acknowledge", &request)

@@ -40,6 +40,9 @@ pub(super) fn markdown(report: &Report) -> anyhow::Result<String> {
 #[derive(Clone, Copy)]
 struct Say;
 
+/// Group, reason, and how many were not compared for it.
+type Reason = (&'static str, String, u64);
+
 #[allow(clippy::unused_self, reason = "templates call methods")]
 impl Say {
     /// `1,234,567`
@@ -167,19 +170,22 @@ impl Say {
     }
 
     /// Not compared, by what kept it from being so.
-    fn reasons(self, counts: &ReadCounts) -> Vec<(String, String, u64)> {
-        let groups: [(&str, &BTreeMap<String, u64>); 4] = [
+    fn reasons(self, counts: &ReadCounts) -> Vec<Reason> {
+        self.listed([
             ("not comparable", &counts.not_comparable),
             ("not wanted", &counts.skipped),
             ("dropped", &counts.dropped),
             ("failed", &counts.failed),
-        ];
+        ])
+    }
+
+    fn listed(self, groups: [(&'static str, &BTreeMap<String, u64>); 4]) -> Vec<Reason> {
         groups
             .into_iter()
             .flat_map(|(group, reasons)| {
                 reasons
                     .iter()
-                    .map(move |(reason, count)| (group.to_owned(), reason.replace('_', " "), *count))
+                    .map(move |(reason, count)| (group, self.words(reason), *count))
             })
             .collect()
     }
@@ -205,23 +211,15 @@ impl Say {
         writes.statements.iter().take(ROWS_MAX).collect()
     }
 
-    /// Group, reason, count of the writes that were not compared.
-    fn write_reasons(self, writes: &RehearsalReport) -> Vec<(&'static str, String, u64)> {
+    /// The same of writes.
+    fn write_reasons(self, writes: &RehearsalReport) -> Vec<Reason> {
         let counts = &writes.totals.counts;
-        let groups = [
+        self.listed([
             ("left out", &counts.left_out),
             ("skipped", &counts.skipped),
             ("dropped", &counts.dropped),
             ("failed", &counts.failed),
-        ];
-        groups
-            .into_iter()
-            .flat_map(|(group, reasons)| {
-                reasons
-                    .iter()
-                    .map(move |(reason, count)| (group, self.words(reason), *count))
-            })
-            .collect()
+        ])
     }
 
     /// Of those compared and settled.

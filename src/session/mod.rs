@@ -20,6 +20,7 @@ mod carry;
 mod context;
 mod cursors;
 mod downward;
+mod eligible;
 mod footprint;
 mod handshake;
 pub mod hooks;

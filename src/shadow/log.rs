@@ -225,6 +225,20 @@ impl MismatchLog {
     }
 
     pub(super) fn write(&self, mismatch: Mismatch, counters: &Arc<Counters>) {
+        tracing::warn!(
+            database = mismatch.database,
+            fingerprint = mismatch.fingerprint,
+            statement = mismatch.statement,
+            kind = mismatch.kind.as_str(),
+            canary = mismatch.canary,
+            round = mismatch.round,
+            "{}: mismatch",
+            if mismatch.kind.is_write() {
+                "rehearsed write"
+            } else {
+                "shadow read"
+            }
+        );
         let message = Message::Mismatch(Box::new(mismatch), counters.clone());
         if self.queue.try_send(message).is_err() {
             counters.count_log_lost();

@@ -75,6 +75,7 @@ pub enum Failed {
 }
 
 const REASONS: usize = NotComparable::ALL.len();
+/// Those that need no reason of [`NotComparable`].
 const SIMPLE: [Outcome; 15] = [
     Outcome::Matched,
     Outcome::OrderTies,
@@ -95,7 +96,8 @@ const SIMPLE: [Outcome; 15] = [
 const OUTCOMES: usize = SIMPLE.len() + 2 * REASONS;
 
 impl Outcome {
-    fn all() -> impl Iterator<Item = Self> {
+    /// Every outcome there is: of each of them reads are counted.
+    pub fn all() -> impl Iterator<Item = Self> {
         SIMPLE
             .into_iter()
             .chain(NotComparable::ALL.map(Self::Partly))

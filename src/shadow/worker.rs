@@ -284,15 +284,6 @@ impl Worker {
             epoch: read.control.epoch,
             round,
         };
-        tracing::warn!(
-            database = self.database,
-            fingerprint = mismatch.fingerprint,
-            statement = mismatch.statement,
-            kind = mismatch.kind.as_str(),
-            canary = read.canary,
-            round,
-            "shadow read: mismatch"
-        );
         self.log.write(mismatch, &self.counters);
     }
 

@@ -64,22 +64,14 @@ fn of_outcome(outcome: Outcome) -> Place {
 
 /// What a place's test has to produce, as the counters name it: `clock`, `cut_off`, ….
 pub(crate) fn produced_in(place: Place) -> Vec<&'static str> {
-    let others = [
-        Outcome::Skipped(Skipped::NotSampled),
-        Outcome::Skipped(Skipped::Flip),
-        Outcome::Skipped(Skipped::PrimaryError),
-        Outcome::Skipped(Skipped::CutOff),
-        Outcome::Skipped(Skipped::Pipelined),
-        Outcome::Dropped(Dropped::QueueFull),
-        Outcome::Dropped(Dropped::TooLarge),
-        Outcome::Failed(Failed::Connection),
-        Outcome::Failed(Failed::Timeout),
-        Outcome::Failed(Failed::NoCut),
-    ];
-    NotComparable::ALL
-        .map(Outcome::NotComparable)
-        .into_iter()
-        .chain(others)
+    let needs_a_reason = |outcome: &Outcome| {
+        matches!(
+            outcome,
+            Outcome::NotComparable(_) | Outcome::Skipped(_) | Outcome::Dropped(_) | Outcome::Failed(_)
+        )
+    };
+    Outcome::all()
+        .filter(needs_a_reason)
         .filter(|outcome| of_outcome(*outcome) == place)
         .map(|outcome| outcome.labels().1)
         .collect()

@@ -353,14 +353,6 @@ impl Worker {
             epoch: transaction.control.epoch,
             round,
         };
-        tracing::warn!(
-            database = self.database,
-            fingerprint = mismatch.fingerprint,
-            statement = mismatch.statement,
-            kind = mismatch.kind.as_str(),
-            round,
-            "rehearsed write: mismatch"
-        );
         self.log.write(mismatch, &self.log_counters);
     }
 }
