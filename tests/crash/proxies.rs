@@ -291,3 +291,21 @@ async fn stop_and_check(stage: Stage, mut other: Another) {
     stage.rig.until(|status| mirroring(status).state == "running").await;
     stage.assert_exact().await;
 }
+
+/// As a rehearsal does, which another proxy may run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_else_drew_from_the_secondarys_sequences_is_set_right() {
+    let stage = Stage::set(Phase::DualWrite).await;
+    let client = stage.rig.client().await;
+    client.batch_execute("INSERT INTO jobs DEFAULT VALUES").await.unwrap();
+    stage.rig.wait_caught_up().await;
+    let value = "SELECT last_value FROM jobs_id_seq";
+    let primary = stage.rig.value(Side::Legacy, value).await;
+    stage
+        .rig
+        .value(Side::New, "nextval('jobs_id_seq') + nextval('jobs_id_seq')")
+        .await;
+    assert_ne!(stage.rig.value(Side::New, value).await, primary);
+    stage.rig.wait_caught_up().await;
+    assert_eq!(stage.rig.value(Side::New, value).await, primary);
+}
