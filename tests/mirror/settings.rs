@@ -1,10 +1,10 @@
 //! What a DBA set for every role, the proxy's own included: time limits, read-only and serializable
 //! transactions, a search path with impostors. Whatever it is, clients and the proxy's own
-//! connections work as ever.
+//! connections work as ever. And what clients are set up with changes nothing in what is installed.
 
 use pgtandem::control::{Phase, Side};
 
-use crate::rig::{DATABASE, OWN_ROLE, Rig};
+use crate::rig::{APP, DATABASE, OWN_ROLE, Rig};
 
 /// Each would by itself keep some of the proxy's own statements from working.
 const HOSTILE: &[&str] = &[
@@ -19,6 +19,7 @@ const HOSTILE: &[&str] = &[
     "standard_conforming_strings = off",
     "transform_null_equals = on",
     "quote_all_identifiers = on",
+    "plpgsql.extra_errors = 'all'",
     "role = 'app'",
     "search_path = 'impostors', 'pg_catalog'",
 ];
@@ -66,4 +67,38 @@ async fn what_a_dba_set_for_the_proxys_role_changes_nothing() {
     rig.assert_identical_after("settings of the proxy's role").await;
     assert_eq!(rig.value(Side::New, "SELECT count(*) FROM a").await, "502");
     rig.check(&["verify"], 0, "");
+}
+
+/// A backslash means something else to them, also in the functions that run in their sessions.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ddl_of_clients_without_standard_strings() {
+    let mut rig = Rig::new();
+    rig.spawn_with_every_database(Phase::DualWrite);
+    rig.until(|status| status.phase == Phase::DualWrite && status.problem.is_none())
+        .await;
+    let old = format!(
+        "ALTER ROLE {APP} SET standard_conforming_strings = off; ALTER ROLE {APP} SET escape_string_warning = off"
+    );
+    for server in [&rig.legacy, &rig.new] {
+        server.sql("postgres", &old).unwrap();
+    }
+    let through = rig.client().await;
+    let direct = rig.direct(Side::Legacy, APP).await;
+    through
+        .batch_execute("CREATE TABLE a (id int PRIMARY KEY, v text DEFAULT 'a\\b'); INSERT INTO a VALUES (1)")
+        .await
+        .unwrap();
+    direct
+        .batch_execute("DO $$ BEGIN ALTER TABLE a ADD x text DEFAULT 'c\\d'; INSERT INTO a VALUES (2); END $$")
+        .await
+        .unwrap();
+    direct.batch_execute("CREATE INDEX ON a (x)").await.unwrap();
+    through
+        .batch_execute("REINDEX TABLE a; ALTER TABLE a DROP v")
+        .await
+        .unwrap();
+    through.batch_execute("INSERT INTO a VALUES (3)").await.unwrap();
+    rig.assert_identical_after("DDL of clients without standard strings")
+        .await;
+    assert_eq!(rig.value(Side::New, "SELECT count(*) FROM a").await, "3");
 }
