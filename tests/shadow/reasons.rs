@@ -73,7 +73,7 @@ async fn start() -> (Pair, Shadows) {
         .unwrap();
     pair.secondary.batch_execute(ON_NEW).await.unwrap();
     let reads = Reads {
-        shadow_timeout: Duration::from_secs(2),
+        shadow_timeout: Duration::from_secs(8),
         shadow_queue: 1,
         shadow_max_concurrency: 1,
         columns: vec![ColumnRule {
