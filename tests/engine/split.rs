@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use pgtandem::apply::{self, Applier, Order, Seeding};
+use pgtandem::apply::{self, Applier, ApplierConfig, Order, Seeding};
+use pgtandem::config::Backfill;
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::joined::{Joined, JoinedPart};
+use pgtandem::reconcile::backfill::Desk;
 use pgtandem::transform::{Missing, Part, TableMap, Transform};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -296,6 +298,46 @@ async fn a_split_table_there_and_back() {
     );
     let report = verified(&bed, &applier, Side::New, epoch, true).await;
     assert!(report.equal, "{:?}", unequal(&report));
+    assert_joined(&bed).await;
+
+    // Rows come over anew as well.
+    let order = pgtandem::reconcile::backfill::Order {
+        tables: vec!["public.orders".into()],
+        ..Default::default()
+    };
+    bed.proxy(Side::Legacy)
+        .await
+        .batch_execute("UPDATE pgtandem.seeding SET state = 'unseeded' WHERE name = 'orders'")
+        .await
+        .unwrap();
+    applier.stop().await;
+    let applier = Arc::new(apply::spawn(ApplierConfig {
+        transform: transform.clone(),
+        ..bed.config_towards(Side::Legacy, epoch)
+    }));
+    caught_up(&applier).await;
+    bed.proxy(Side::Legacy)
+        .await
+        .batch_execute("SET session_replication_role = replica; UPDATE orders SET note = 'stale' WHERE id < 5; DELETE FROM orders WHERE id > 9000")
+        .await
+        .unwrap();
+    let desk = Desk::new(Backfill::default());
+    let sides = pgtandem::reconcile::backfill::Sides {
+        primary: bed.target(Side::New),
+        secondary: bed.target(Side::Legacy),
+        epoch,
+        applier: applier.clone(),
+    };
+    desk.start(&sides, &order).await.unwrap();
+    let mut status = desk.watch();
+    let done = status
+        .wait_for(|status| status.as_ref().is_some_and(|status| status.state != "running"))
+        .await
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert_eq!(done.state, "done", "{done:#?}");
+    assert_clean(&applier).await;
     assert_joined(&bed).await;
 
     // And back: what only new had is told, not taken.
