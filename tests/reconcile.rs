@@ -208,7 +208,6 @@ async fn what_is_in_quarantine_is_mended_as_a_whole_or_not_at_all() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn continuously_at_a_rate_and_remembered() {
     let mut rig = Rig::new();
-    rig.extra = "verify: { continuous: true, rate: 20000, pause: 100ms }".into();
     rig.serve(Phase::DualWrite).await;
     let client = rig.client().await;
     client
@@ -221,8 +220,18 @@ async fn continuously_at_a_rate_and_remembered() {
         let tables = &status.databases[0].mirroring.as_ref()?.tables;
         tables.iter().find(|table| table.name == "public.t")?.verified.clone()
     };
+    rig.wait_caught_up().await;
+    let of_new_table = verified(&rig.status().await.unwrap());
+    assert!(of_new_table.is_none(), "{of_new_table:?}");
+    // A reload begins it; at a rate at which a pass takes half an hour.
+    rig.extra = "verify: { continuous: true, rate: 1, pause: 100ms }".into();
+    let answer = rig.set_phase(Phase::DualWrite).await.unwrap();
+    assert!(answer.changed.iter().any(|what| what == "verify changed"), "{answer:?}");
     let first = verified(&rig.until(|status| verified(status).is_some()).await).unwrap();
     client.batch_execute("UPDATE t SET v = v + 1").await.unwrap();
+    // Another one ends that pass.
+    rig.extra = "verify: { continuous: true, rate: 20000, pause: 100ms }".into();
+    rig.set_phase(Phase::DualWrite).await.unwrap();
     rig.until(|status| verified(status).is_some_and(|later| later.round > first.round))
         .await;
     rig.check(&["status"], 0, "verified   1 of 1 tables");

@@ -449,6 +449,7 @@ impl World {
         self.canaries.reload(&new.reads.canary);
         for tandem in self.tandems().iter() {
             tandem.backfill().configure(new.backfill);
+            tandem.configure_verify(new.verify);
         }
         self.config.store(Arc::new(new));
         let outcome = self.make_so(wish, Ordered::in_config()).await;
@@ -478,9 +479,6 @@ impl World {
         if old.journal != new.journal {
             return fixed("journal");
         }
-        if old.verify != new.verify {
-            return fixed("verify");
-        }
         let of_quarantine = |config: &Config| {
             (
                 config.writes.retry_attempts,
@@ -505,6 +503,7 @@ impl World {
             ("reads", old.reads != new.reads),
             ("switchover", old.switchover != new.switchover),
             ("backfill", old.backfill != new.backfill),
+            ("verify", old.verify != new.verify),
         ] {
             if differs {
                 changed.push(format!("{name} changed"));

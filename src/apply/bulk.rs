@@ -20,7 +20,7 @@ use super::statements::{Source, Writer};
 use super::status::Seeding;
 use super::{ApplyError, doing};
 use crate::catalog::Oid;
-use crate::journal::read::{Change, Operation, Shape, Unsigned, lsn, transformed_sql, window_sql};
+use crate::journal::read::{Change, Operation, Shape, Shapes, Unsigned, lsn, window_sql};
 
 /// A part of a piece between two barriers: positions above the first, up to the second.
 pub(super) type Span = (u64, u64);
@@ -28,8 +28,10 @@ pub(super) type Span = (u64, u64);
 /// What must be known of a backlog before its rows are read.
 pub(super) struct Backlog {
     window: String,
-    /// Some tables' rows have another shape on the secondary.
-    transformed: bool,
+    /// The same and what came since.
+    up_to_now: String,
+    /// Tables whose rows have another shape on the secondary.
+    shapes: Shapes,
     /// Positions at which pieces end, ascending; the last is the backlog's end.
     ends: Vec<u64>,
     /// DDL, by position.
@@ -94,20 +96,11 @@ impl Backlog {
 
     /// The rows of a span, as a source for FROM: `p.place` and the journal's columns.
     pub(super) fn rows_sql(&self, span: Span) -> String {
-        let place = self.place_sql();
-        let placed = format!(
-            "(SELECT w.*, {place} AS place FROM {window} w
-                JOIN (SELECT xid, max(pos) AS top FROM {window} v GROUP BY xid) t ON t.xid = w.xid
-               WHERE {place} > '{}' AND {place} <= '{}')",
-            lsn(span.0),
-            lsn(span.1),
-            window = self.window,
-        );
-        if self.transformed {
-            format!("{} p", transformed_sql(&format!("{placed} w")))
-        } else {
-            format!("{placed} p")
-        }
+        let within = format!("place > '{}' AND place <= '{}'", lsn(span.0), lsn(span.1));
+        let rows = self
+            .shapes
+            .backlog_sql(&self.window, &self.up_to_now, &self.place_sql(), &within);
+        format!("{rows} p")
     }
 
     pub(super) fn spans(&self) -> &[Span] {
@@ -327,7 +320,8 @@ impl Session {
             .query(&format!("SELECT DISTINCT rel FROM {window} w WHERE rel <> 0"), &[])
             .await
             .map_err(doing("list the tables of a backlog"))?;
-        let rels: Vec<Oid> = rels.iter().flat_map(|row| self.faces.of(row.get(0))).collect();
+        let rels: BTreeSet<Oid> = rels.iter().flat_map(|row| self.faces.of(row.get(0))).collect();
+        let rels: Vec<Oid> = rels.into_iter().collect();
         let shapes: Vec<Shape> = self
             .reader
             .shapes_of(&self.primary, &rels)
@@ -353,7 +347,8 @@ impl Session {
         );
         Ok(Backlog {
             window,
-            transformed: self.faces.any(),
+            up_to_now,
+            shapes: self.faces.shapes(),
             ends: ends.into_iter().collect(),
             ddl,
             barrier_xids,

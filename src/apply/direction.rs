@@ -89,15 +89,23 @@ async fn begin(
     let (snapshot, position): (String, String) = (head.get(0), head.get(1));
     let tables = primary
         .query(
-            "SELECT h.rel, s.rel, h.schema, h.name, s.state, s.paused, s.note, h.columns, h.shape, h.filenode, h.attributes, h.rel <> h.source, h.exact
-               FROM pgtandem.seeding s JOIN pgtandem.mirrored h ON h.source = s.local",
+            // What is put together from several tables is no better than the worst of them.
+            "SELECT h.rel, s.rel, h.schema, h.name, CASE WHEN o.synced THEN s.state ELSE 'unseeded' END, COALESCE(s.paused, o.paused), s.note,
+                    h.columns, h.shape, h.filenode, h.attributes, h.rel <> h.source, h.exact
+               FROM pgtandem.seeding s JOIN pgtandem.mirrored h ON h.source = s.local
+              CROSS JOIN LATERAL (SELECT bool_and(o.state = 'synced') OR cardinality(h.sources) = 1 AS synced, min(o.paused) AS paused
+                                    FROM pgtandem.seeding o WHERE o.local = ANY (h.sources)) o",
             &[],
         )
         .await
         .map_err(doing("read the old direction's tables"))?;
     let faces = faces_of(secondary).await?;
-    let table_of = |rel: Oid| faces.get(&rel).copied().unwrap_or(rel);
-    let left_behind: Vec<Oid> = held_or_discarded(primary).await?.into_iter().map(table_of).collect();
+    let tables_of = |rel: Oid| match faces.get(&rel) {
+        Some(tables) => tables.iter().map(|table| table.oid).collect(),
+        None => vec![rel],
+    };
+    let left_behind = held_or_discarded(primary).await?;
+    let left_behind: Vec<Oid> = left_behind.into_iter().flat_map(tables_of).collect();
     let old_round = read_watermark(primary).await?.map_or(0, |watermark| watermark.round);
 
     let transaction = secondary
@@ -155,9 +163,13 @@ async fn begin(
 }
 
 /// A row of `pgtandem.seeding` for the new direction, from what the old one knew of the table.
-fn turned_round(row: &Row, faces: &HashMap<Oid, Oid>) -> Value {
+fn turned_round(row: &Row, faces: &HashMap<Oid, Vec<Behind>>) -> Value {
     let (rel, old): (Oid, Oid) = (row.get(0), row.get(1));
-    let local = faces.get(&old).copied().unwrap_or(old);
+    let behind = faces.get(&old).and_then(|tables| {
+        let same_name = |table: &&Behind| (table.schema.as_str(), table.name.as_str()) == (row.get(2), row.get(3));
+        tables.iter().find(same_name).or_else(|| tables.first())
+    });
+    let local = behind.map_or(old, |table| table.oid);
     let [schema, name, state, paused, note, columns, shape, attributes] =
         [2, 3, 4, 5, 6, 7, 8, 10].map(|index| row.get::<_, Option<&str>>(index));
     let (has_way_back, exact): (bool, bool) = (row.get(11), row.get(12));
@@ -181,13 +193,32 @@ const NO_WAY_BACK: &str = "transform: it has no way back to the other side's sha
 /// Why a table is compared after a flip.
 const COMPUTED_BACK: &str = "transform: its rows are computed back by expressions, and are compared first";
 
+/// A table behind a face.
+struct Behind {
+    oid: Oid,
+    schema: String,
+    name: String,
+}
+
 /// The tables behind the old primary's faces.
-async fn faces_of(primary: &Client) -> Result<HashMap<Oid, Oid>, ApplyError> {
+async fn faces_of(primary: &Client) -> Result<HashMap<Oid, Vec<Behind>>, ApplyError> {
     let rows = primary
-        .query("SELECT rel, source FROM pgtandem.transform", &[])
+        .query(
+            "SELECT t.rel, c.oid, n.nspname::text, c.relname::text FROM pgtandem.transform t
+               JOIN pg_class c ON c.oid = ANY (t.sources) JOIN pg_namespace n ON n.oid = c.relnamespace",
+            &[],
+        )
         .await
         .map_err(doing("read the mapping of the two schemas"))?;
-    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    let mut faces: HashMap<Oid, Vec<Behind>> = HashMap::new();
+    for row in &rows {
+        faces.entry(row.get(0)).or_default().push(Behind {
+            oid: row.get(1),
+            schema: row.get(2),
+            name: row.get(3),
+        });
+    }
+    Ok(faces)
 }
 
 /// The old primary's tables of which the new one lacks something. The entries stay there, under

@@ -7,10 +7,13 @@ use tokio_postgres::Client;
 
 use super::{ApplierConfig, ApplyError, doing};
 use crate::catalog::Oid;
+use crate::catalog::quote::qualified;
 use crate::control::Side;
+use crate::journal::joined::{Joined, JoinedPart};
+use crate::journal::read::Shapes;
 use crate::transform::check::examine;
 use crate::transform::install::install;
-use crate::transform::{Fault, Plan};
+use crate::transform::{Face, Fault, Plan};
 
 #[derive(Default)]
 pub(super) struct Faces {
@@ -18,6 +21,8 @@ pub(super) struct Faces {
     by_source: HashMap<Oid, Vec<Oid>>,
     /// By the face's OID: what is read where a table would be.
     relations: HashMap<Oid, String>,
+    /// Those that several tables' rows are put together to.
+    joined: Vec<Joined>,
     /// Tables that could not be mirrored after a flip, and why.
     pub one_way: Vec<String>,
 }
@@ -56,20 +61,38 @@ impl Faces {
         };
         let rows = primary
             .query(
-                "SELECT rel, source, format('pgtandem.%I', face) FROM pgtandem.transform",
+                "SELECT rel, sources, format('pgtandem.%I', face), face FROM pgtandem.transform",
                 &[],
             )
             .await
             .map_err(doing("read the mapping of the two schemas"))?;
         for row in &rows {
-            faces.by_source.entry(row.get(1)).or_default().push(row.get(0));
-            faces.relations.insert(row.get(0), row.get(2));
+            let (rel, sources, function): (Oid, Vec<Oid>, String) = (row.get(0), row.get(1), row.get(2));
+            for source in sources {
+                faces.by_source.entry(source).or_default().push(rel);
+            }
+            let face = plan
+                .faces(config.primary.side)
+                .iter()
+                .find(|face| face.name() == row.get::<_, &str>(3));
+            faces.joined.extend(face.and_then(|face| joined(face, rel, &function)));
+            faces.relations.insert(rel, function);
         }
         Ok(faces)
     }
 
-    pub(super) fn any(&self) -> bool {
-        !self.relations.is_empty()
+    /// For whoever reads the journal.
+    pub(super) fn shapes(&self) -> Shapes {
+        Shapes {
+            transformed: !self.relations.is_empty(),
+            joined: self.joined.clone(),
+        }
+    }
+
+    /// Whether rows of several tables are put together to this one's: there is no table behind it
+    /// whose rows could be journaled anew.
+    pub(super) fn is_joined(&self, rel: Oid) -> bool {
+        self.joined.iter().any(|joined| joined.rel == rel)
     }
 
     /// Under which OIDs a table's changes leave the journal.
@@ -81,6 +104,25 @@ impl Faces {
     pub(super) fn relation(&self, rel: Oid) -> Option<&String> {
         self.relations.get(&rel)
     }
+}
+
+fn joined(face: &Face, rel: Oid, function: &str) -> Option<Joined> {
+    let join = face.join.as_ref()?;
+    let part = |rel, name: &crate::transform::Name, key: &[String]| JoinedPart {
+        rel,
+        relation: qualified(&name.schema, &name.table),
+        key: key.to_vec(),
+    };
+    let first = part(face.source_oid, &face.source, &join.key);
+    let others = join
+        .others
+        .iter()
+        .map(|other| part(other.source_oid, &other.source, &other.key));
+    Some(Joined {
+        rel,
+        function: function.to_owned(),
+        parts: std::iter::once(first).chain(others).collect(),
+    })
 }
 
 async fn any_recorded(client: &Client) -> Result<bool, ApplyError> {

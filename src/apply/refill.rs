@@ -68,7 +68,7 @@ impl Session {
             .collect();
         let mut all = true;
         for (rel, reason) in resumed {
-            let note = if self.is_too_large(rel).await? {
+            let note = if self.faces.is_joined(rel) || self.is_too_large(rel).await? {
                 format!("mirroring goes on after a pause ({reason}); {TOO_LARGE}")
             } else {
                 match self.refill(&[rel], "100ms", "").await {

@@ -231,7 +231,7 @@ impl Session {
         let rows = self
             .aside
             .query(
-"SELECT COALESCE(t.rel, c.rel) FROM pgtandem.captured c LEFT JOIN pgtandem.transform t ON t.source = c.rel
+"SELECT COALESCE(t.rel, c.rel) FROM pgtandem.captured c LEFT JOIN pgtandem.transform t ON c.rel = ANY (t.sources)
                   WHERE COALESCE(t.rel, c.rel) <> ALL ($1)",
                 &[&self.tables.rels()],
             )

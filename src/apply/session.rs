@@ -123,7 +123,7 @@ impl Session {
 
         let mut aside = aside;
         let faces = Faces::put(&config, &mut aside, &mut secondary).await?;
-        let reader = RoundReader::prepare(&primary, config.read_by, faces.any())
+        let reader = RoundReader::prepare(&primary, config.read_by, &faces.shapes())
             .await
             .map_err(doing("prepare the reading of rounds"))?;
         let own_role = secondary

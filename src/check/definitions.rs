@@ -13,6 +13,19 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::fine("definitions", "both sides define the same")];
     }
     let side = facts.primary.other();
+    if facts.has_no_table() {
+        // All of it is different, which says nothing more.
+        let mut found = Finding::warns(
+            "definitions",
+            format!("{side} has none of {} definitions yet", facts.differences.len()),
+        )
+        .on(side)
+        .advice("`pgtandem schema copy` brings them");
+        if !facts.script.statements.is_empty() {
+            found.sql = facts.script.session();
+        }
+        return vec![found];
+    }
     let mut kinds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for difference in &facts.differences {
         kinds.entry(&difference.kind).or_default().push(&difference.name);
@@ -25,13 +38,10 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
                 _ => String::new(),
             };
             let listed = names.iter().take(LISTED).copied().collect::<Vec<_>>().join(", ");
-            Finding::warns(
-                "definitions",
-                format!("{kind}: {} not alike: {listed}{more}", names.len()),
-            )
-            .on(side)
-            .about(kind)
-            .advice("`pgtandem schema diff` shows them")
+            Finding::warns("definitions", format!("{} not alike: {listed}{more}", names.len()))
+                .on(side)
+                .about(kind)
+                .advice("`pgtandem schema diff` shows them")
         })
         .collect();
     // The statements belong together, in their order.

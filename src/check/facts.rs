@@ -46,6 +46,18 @@ impl Facts {
         self.transform.concerns(self.primary, &table.schema, &table.name)
     }
 
+    /// Whether the secondary has none of the primary's tables.
+    pub fn has_no_table(&self) -> bool {
+        let here = &self.primary().tables;
+        let there = &self.secondary().tables;
+        let has = |table: &TableFacts| {
+            there
+                .iter()
+                .any(|other| (&other.schema, &other.name) == (&table.schema, &table.name))
+        };
+        !here.is_empty() && !here.iter().any(has)
+    }
+
     pub const fn primary(&self) -> &SideFacts {
         self.side(self.primary)
     }
@@ -83,6 +95,8 @@ pub struct SideFacts {
     pub recovering: bool,
     pub encoding: String,
     pub locale: Locale,
+    /// That came with the server and can be used in this database.
+    pub collations: BTreeSet<String>,
     /// What a session begins with.
     pub settings: BTreeMap<String, Option<String>>,
     /// Name and version.
@@ -195,6 +209,8 @@ pub struct ColumnFacts {
     pub generated: String,
     /// Empty, a, d.
     pub identity: String,
+    /// One that came with the server, other than the database's.
+    pub collation: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

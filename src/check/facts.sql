@@ -21,7 +21,10 @@ described AS (
                   FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
                    AND i.indpred IS NULL AND i.indexprs IS NULL),
         'columns', (SELECT COALESCE(jsonb_agg(jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
-                           'generated', a.attgenerated, 'identity', a.attidentity) ORDER BY a.attnum), '[]')
+                           'generated', a.attgenerated, 'identity', a.attidentity,
+                           -- Of the server's own: others come with the schema.
+                           'collation', (SELECT l.collname FROM pg_collation l WHERE l.oid = a.attcollation AND l.collnamespace = 'pg_catalog'::regnamespace
+                                            AND l.collname <> 'default')) ORDER BY a.attnum), '[]')
                       FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
         'triggers', (SELECT COALESCE(jsonb_agg(jsonb_build_array(t.tgname, t.tgenabled) ORDER BY t.tgname), '[]') FROM pg_trigger t
                       WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgname NOT LIKE 'zzz\_pgtandem\_%'),
@@ -38,6 +41,8 @@ SELECT jsonb_build_object(
                  'name', COALESCE(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale', d.datcollate), 'ctype', d.datctype,
                  'recorded', to_jsonb(d) ->> 'datcollversion')
                  FROM pg_database d WHERE d.datname = current_database()),
+    'collations', (SELECT jsonb_agg(DISTINCT l.collname) FROM pg_collation l
+                    WHERE l.collnamespace = 'pg_catalog'::regnamespace AND l.collencoding IN (-1, pg_char_to_encoding(getdatabaseencoding()))),
     'settings', (SELECT jsonb_object_agg(s.name, s.reset_val) FROM pg_settings s
                   WHERE s.name IN ('TimeZone', 'DateStyle', 'IntervalStyle', 'bytea_output', 'extra_float_digits', 'lc_monetary', 'lc_numeric', 'lc_time',
                       'standard_conforming_strings', 'default_transaction_isolation', 'default_transaction_read_only', 'search_path')),

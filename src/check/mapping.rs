@@ -20,12 +20,13 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
     let one_way = mapping.one_way.iter().map(|fault| finding("transform.inverse", fault));
     let mut found: Vec<Finding> = faults.chain(one_way).collect();
     if mapping.faults.is_empty() {
+        let back: usize = mapping.reverse.iter().map(|face| face.sources().len()).sum();
         found.push(Finding::fine(
             "transform",
             format!(
                 "{} tables are mirrored in another shape, {} of them also back",
                 mapping.forward.len(),
-                mapping.reverse.len()
+                back
             ),
         ));
     }

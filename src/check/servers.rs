@@ -1,5 +1,7 @@
 //! Findings about the two servers: versions, encodings, sort order, settings, extensions, room.
 
+use std::collections::BTreeMap;
+
 use super::facts::{Facts, SideFacts};
 use super::finding::Finding;
 use crate::control::Side;
@@ -28,6 +30,7 @@ const OWN_CONNECTIONS: i64 = 16;
 
 pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
     let mut found = vec![versions(facts), encodings(facts), sorting(facts)];
+    found.extend(missing_collations(facts));
     found.extend(settings(facts));
     found.extend(extensions(facts));
     for side in [Side::Legacy, Side::New] {
@@ -98,6 +101,40 @@ fn sorting(facts: &Facts) -> Finding {
     Finding::warns("collation", fact).advice(
         "text may be sorted and classified differently: shadow reads with ORDER BY over text will differ, and verify reads tables with text keys in one piece",
     )
+}
+
+/// Collations of columns that the secondary's server does not come with: the tables cannot be made
+/// there.
+fn missing_collations(facts: &Facts) -> Vec<Finding> {
+    let side = facts.primary.other();
+    let tables = facts
+        .primary()
+        .tables
+        .iter()
+        .filter(|table| !facts.is_transformed(table));
+    let mut columns: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for table in tables {
+        for column in &table.columns {
+            if let Some(collation) = &column.collation
+                && !facts.secondary().collations.contains(collation)
+            {
+                let column = format!("{}.{}", table.qualified(), column.name);
+                columns.entry(collation).or_default().push(column);
+            }
+        }
+    }
+    let finding = |(collation, columns): (&str, Vec<String>)| {
+        Finding::blocks(
+            "collation.missing",
+            format!("{side} has no such collation; columns sorted by it: {}", columns.join(", ")),
+        )
+        .on(side)
+        .about(collation)
+        .advice(format!(
+            "install its locale on {side}'s machine, or a server built with ICU, and SELECT pg_import_system_collations('pg_catalog'); or change the columns' collation"
+        ))
+    };
+    columns.into_iter().map(finding).collect()
 }
 
 fn settings(facts: &Facts) -> Vec<Finding> {
@@ -339,7 +376,7 @@ fn bytes(count: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::facts::{Limits, Locale, Writes};
+    use super::super::facts::{ColumnFacts, Limits, Locale, TableFacts, Writes};
     use super::super::finding::Level;
     use super::*;
     use crate::reconcile::schema::Script;
@@ -380,7 +417,7 @@ mod tests {
     #[test]
     fn each_cause_has_its_finding() {
         type Change = fn(&mut Facts);
-        let cases: [(&str, Level, Change); 9] = [
+        let cases: [(&str, Level, Change); 10] = [
             ("version", Level::Blocks, |facts| facts.new.version = 120_000),
             ("version", Level::Warns, |facts| facts.new.version = 140_000),
             ("encoding", Level::Blocks, |facts| facts.new.encoding = "LATIN1".into()),
@@ -390,6 +427,18 @@ mod tests {
             ("collation", Level::Warns, |facts| {
                 facts.new.locale.actual = Some("2.40".into());
                 facts.new.locale.recorded = Some("2.40".into());
+            }),
+            ("collation.missing", Level::Blocks, |facts| {
+                let column = |name: &str, collation: &str| ColumnFacts {
+                    name: name.into(),
+                    collation: Some(collation.into()),
+                    ..ColumnFacts::default()
+                };
+                facts.legacy.tables = vec![TableFacts {
+                    columns: vec![column("a", "C"), column("b", "de-x-icu")],
+                    ..TableFacts::default()
+                }];
+                facts.new.collations = ["C".to_owned()].into();
             }),
             ("server.recovering", Level::Blocks, |facts| facts.new.recovering = true),
             ("server.prepared", Level::Warns, |facts| {

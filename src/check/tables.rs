@@ -94,7 +94,7 @@ fn verdict(here: &TableFacts, there: Option<&TableFacts>, facts: &Facts) -> Tabl
 /// What becomes of a transformed table: why it is not mirrored, or else a note.
 fn transformed(facts: &Facts, here: &TableFacts, notes: &mut Vec<String>) -> Option<String> {
     let faces = facts.mapping.faces(facts.primary).iter();
-    let faces = faces.filter(|face| face.source.schema == here.schema && face.source.table == here.name);
+    let faces = faces.filter(|face| face.reads(&here.schema, &here.name));
     let targets: Vec<String> = faces.map(|face| face.target.to_string()).collect();
     if targets.is_empty() {
         return Some("its transform cannot be used".into());

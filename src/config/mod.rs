@@ -25,7 +25,7 @@ pub use raw::ConfigError;
 pub use reads::{ColumnRule, How, Ignore, Reads, SampleKey, ShadowRule, Which};
 pub use rehearse::Rehearse;
 pub use target::{Secret, SslMode, Target};
-pub use transform::{Name, Origin, Part, TableMap, Transform};
+pub use transform::{Missing, Name, Origin, Part, TableMap, Transform};
 
 use crate::control::{Phase, Side};
 

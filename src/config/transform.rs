@@ -14,7 +14,7 @@
 //!     public.orders:
 //!       split:
 //!         public.orders: {}
-//!         public.order_notes: { columns: { text: note } }
+//!         public.order_notes: { columns: { text: note }, missing: nulls }
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -76,6 +76,19 @@ pub struct Part {
     pub to: Name,
     /// By new's column; what is not named comes from the column of the same name.
     pub columns: BTreeMap<String, Origin>,
+    /// Of a split: what legacy has of a row that this part does not have, while others do.
+    pub missing: Option<Missing>,
+}
+
+/// What legacy has of a row while a part of it is missing on new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Missing {
+    /// The row, with NULLs for the part's columns; and a row of legacy with nothing else there has
+    /// none in the part.
+    Nulls,
+    /// No row, until the part has one.
+    NoRow,
 }
 
 /// What becomes of one of legacy's tables.
@@ -131,6 +144,7 @@ struct RawTable {
 struct RawPart {
     #[serde(default)]
     columns: BTreeMap<String, RawOrigin>,
+    missing: Option<Missing>,
 }
 
 #[derive(Deserialize)]
@@ -172,7 +186,7 @@ impl RawTable {
                 Some(to) => to.parse()?,
                 None => Name::new(schemas.get(&source.schema).unwrap_or(&source.schema), &source.table),
             };
-            vec![part(to, self.columns)]
+            vec![part(to, self.columns, None)]
         } else if self.to.is_some() || !self.columns.is_empty() {
             return Err("split: stands instead of to and columns; each part has columns of its own".into());
         } else if self.split.len() < 2 {
@@ -180,7 +194,7 @@ impl RawTable {
         } else {
             let parts = self.split.into_iter();
             parts
-                .map(|(to, raw)| Ok(part(to.parse()?, raw.columns)))
+                .map(|(to, raw)| Ok(part(to.parse()?, raw.columns, raw.missing)))
                 .collect::<Result<_, String>>()?
         };
         Ok(TableMap {
@@ -191,7 +205,7 @@ impl RawTable {
     }
 }
 
-fn part(to: Name, columns: BTreeMap<String, RawOrigin>) -> Part {
+fn part(to: Name, columns: BTreeMap<String, RawOrigin>, missing: Option<Missing>) -> Part {
     let origin = |origin| match origin {
         RawOrigin::Column(name) => Origin::Column(name),
         RawOrigin::Sql(sql) => Origin::Sql(sql.sql),
@@ -199,6 +213,7 @@ fn part(to: Name, columns: BTreeMap<String, RawOrigin>) -> Part {
     Part {
         to,
         columns: columns.into_iter().map(|(name, raw)| (name, origin(raw))).collect(),
+        missing,
     }
 }
 
@@ -225,7 +240,7 @@ tables:
   public.notes:
     split:
       public.notes: {}
-      public.texts: { columns: { text: note } }",
+      public.texts: { columns: { text: note }, missing: nulls }",
         )
         .unwrap();
         let kunden = &transform.tables[&Name::new("public", "kunden")];
@@ -239,7 +254,12 @@ tables:
         // A table of a renamed schema goes along with it.
         let orders = &transform.tables[&Name::new("sales", "orders")];
         assert_eq!(orders.parts[0].to, Name::new("crm", "orders"));
-        assert_eq!(transform.tables[&Name::new("public", "notes")].parts.len(), 2);
+        let missing: Vec<Option<Missing>> = transform.tables[&Name::new("public", "notes")]
+            .parts
+            .iter()
+            .map(|part| part.missing)
+            .collect();
+        assert_eq!(missing, [None, Some(Missing::Nulls)]);
     }
 
     #[test]
@@ -252,6 +272,7 @@ tables:
             ("tables: { t: { to: 'u.' } }", "schema.table"),
             ("tables: { t: { to: u, split: { a: {}, b: {} } } }", "stands instead of"),
             ("tables: { t: { split: { a: {} } } }", "names one part"),
+            ("tables: { t: { split: { a: {}, b: { missing: zeros } } } }", "no_row"),
             ("tables: { t: {}, public.t: {} }", "named twice"),
         ] {
             let error = check(text).unwrap_err();

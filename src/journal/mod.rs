@@ -10,6 +10,7 @@ mod completed;
 mod fence;
 pub mod horizon;
 mod install;
+pub mod joined;
 pub mod read;
 pub mod rotation;
 mod state;

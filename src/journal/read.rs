@@ -12,6 +12,7 @@ use tokio_postgres::types::{FromSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 
 use super::horizon::Horizons;
+use super::joined::Joined;
 use crate::catalog::Oid;
 use crate::catalog::snapshot::Snapshot;
 
@@ -159,7 +160,7 @@ pub fn window_sql(since: &Snapshot, until: Option<&Snapshot>) -> String {
 /// what was in progress then, `$3` the most rows to read, `$4` the most bytes of images: of what
 /// lies beyond, only that it is there (the last column), so that neither side has to hold it.
 /// (octet_length does not fetch a value that is stored apart.) `$5`: where to begin to look.
-fn window_statement(read_by: ReadBy, transformed: bool) -> String {
+fn window_statement(read_by: ReadBy, shapes: &Shapes) -> String {
     let condition = match read_by {
         ReadBy::Snapshot => "xid >= $1::text::xid8 OR xid = ANY ($2::text[]::xid8[])",
         ReadBy::Position => "pos > $1::text::pg_lsn AND $2::text[] IS NOT NULL",
@@ -171,14 +172,23 @@ fn window_statement(read_by: ReadBy, transformed: bool) -> String {
             )
         })
         .collect();
+    // Rows that are put together from others are fewer than these: whether some are missing is told here.
+    let cut_off = if shapes.joined.is_empty() {
+        ""
+    } else {
+        " OR count(*) OVER () >= $3::bigint"
+    };
     let window = format!(
         "SELECT pos, xid, rel, op, CASE WHEN upto <= $4::bigint THEN old END AS old, CASE WHEN upto <= $4::bigint THEN new END AS new,
-                upto > $4::bigint AS beyond
+                upto > $4::bigint{cut_off} AS beyond
            FROM (SELECT l.*, sum(COALESCE(octet_length(old), 0) + COALESCE(octet_length(new), 0)) OVER (ROWS UNBOUNDED PRECEDING) AS upto
                    FROM (SELECT * FROM ({}) w LIMIT $3::bigint) l) s",
         arms.join(" UNION ALL ")
     );
-    if transformed {
+    if !shapes.joined.is_empty() {
+        return joined_statement(&window, &shapes.joined);
+    }
+    if shapes.transformed {
         format!(
             "SELECT {}, w.beyond FROM {}",
             TRANSFORMED,
@@ -189,6 +199,39 @@ fn window_statement(read_by: ReadBy, transformed: bool) -> String {
     }
 }
 
+/// The round's rows where some tables' rows are put together to one table's.
+fn joined_statement(window: &str, joined: &[Joined]) -> String {
+    let parts = parts_of(joined);
+    let arms: Vec<String> = joined
+        .iter()
+        .map(|one| {
+            format!(
+                "SELECT pos, xid, rel, op, old, new, beyond FROM {} j",
+                one.sql("placed")
+            )
+        })
+        .collect();
+    format!(
+        "WITH w AS MATERIALIZED ({window}),
+              placed AS (SELECT w.*, true AS inside, CASE WHEN bool_or(op <> 'R' AND rel <> ALL ({parts})) OVER same THEN pos ELSE max(pos) OVER same END AS place
+                           FROM w WINDOW same AS (PARTITION BY xid))
+         SELECT {TRANSFORMED}, w.beyond FROM {} WHERE w.rel <> ALL ({parts})
+         UNION ALL SELECT * FROM (SELECT pos, xid, rel, op, old, new, beyond FROM w WHERE beyond LIMIT 1) b
+         UNION ALL {}",
+        transformed_from("w"),
+        arms.join(" UNION ALL ")
+    )
+}
+
+fn parts_of(joined: &[Joined]) -> String {
+    let rels: Vec<String> = joined
+        .iter()
+        .flat_map(|one| &one.parts)
+        .map(|part| part.rel.to_string())
+        .collect();
+    format!("ARRAY[{}]::oid[]", rels.join(","))
+}
+
 /// A journal row `w` as the other side has it, by [`transformed_from`]: of a table whose rows have
 /// another shape there, once for each table that they go to.
 const TRANSFORMED: &str = "w.pos, w.xid, COALESCE(f.rel, w.rel) AS rel, w.op, \
@@ -196,13 +239,52 @@ const TRANSFORMED: &str = "w.pos, w.xid, COALESCE(f.rel, w.rel) AS rel, w.op, \
      CASE WHEN f.rel IS NULL THEN w.new ELSE pgtandem.transformed(f.rel, w.new) END AS new";
 
 fn transformed_from(window: &str) -> String {
-    format!("{window} LEFT JOIN pgtandem.transform f ON f.source = w.rel")
+    format!("{window} LEFT JOIN pgtandem.transform f ON f.source = w.rel AND cardinality(f.sources) = 1")
 }
 
-/// Journal rows with a column `place`, a source for FROM called `w`, with images as the other side
-/// has them.
-pub fn transformed_sql(placed: &str) -> String {
-    format!("(SELECT {TRANSFORMED}, w.place FROM {})", transformed_from(placed))
+/// What must be known of the tables whose rows have another shape on the other side.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shapes {
+    /// There are any.
+    pub transformed: bool,
+    pub joined: Vec<Joined>,
+}
+
+impl Shapes {
+    /// A part of a long backlog as the other side has it, with a column `place`: the journal rows of
+    /// `target` whose place is in it. `place`: the place of a row `w`, as SQL, where `t.top` is the
+    /// highest position of its transaction; `within`: the condition on a column of that name. `all`:
+    /// what came since the old snapshot, beyond the target as well.
+    pub fn backlog_sql(&self, target: &str, all: &str, place: &str, within: &str) -> String {
+        let tops = format!("(SELECT xid, max(pos) AS top FROM {target} v GROUP BY xid) t");
+        let placed = format!(
+            "(SELECT * FROM (SELECT w.*, {place} AS place FROM {target} w JOIN {tops} ON t.xid = w.xid) p WHERE {within})"
+        );
+        if !self.transformed {
+            return placed;
+        }
+        let from = transformed_from(&format!("{placed} w"));
+        if self.joined.is_empty() {
+            return format!("(SELECT {TRANSFORMED}, w.place FROM {from})");
+        }
+        let arms: Vec<String> = self
+            .joined
+            .iter()
+            .map(|one| {
+                format!(
+                    " UNION ALL SELECT pos, xid, rel, op, old, new, place FROM {} j WHERE {within}",
+                    one.sql("placed")
+                )
+            })
+            .collect();
+        format!(
+            "(WITH placed AS MATERIALIZED (
+                SELECT w.*, {place} AS place, t.xid IS NOT NULL AS inside, false AS beyond FROM {all} w LEFT JOIN {tops} ON t.xid = w.xid)
+              SELECT {TRANSFORMED}, w.place FROM {from} WHERE w.rel <> ALL ({}){})",
+            parts_of(&self.joined),
+            arms.concat()
+        )
+    }
 }
 
 /// The statements of an ordinary round, prepared once per connection to the primary.
@@ -248,15 +330,14 @@ pub struct Shape {
 }
 
 impl RoundReader {
-    /// `transformed`: some tables' rows have another shape on the other side.
-    pub async fn prepare(client: &Client, read_by: ReadBy, transformed: bool) -> Result<Self, tokio_postgres::Error> {
-        let shapes = if transformed {
+    pub async fn prepare(client: &Client, read_by: ReadBy, known: &Shapes) -> Result<Self, tokio_postgres::Error> {
+        let shapes = if known.transformed {
             "pgtandem.mirrored"
         } else {
             "pgtandem.shape"
         };
         Ok(Self {
-            window: client.prepare(&window_statement(read_by, transformed)).await?,
+            window: client.prepare(&window_statement(read_by, known)).await?,
             head: client
                 .prepare(
                     "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn(), pg_current_wal_flush_lsn(),

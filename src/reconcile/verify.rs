@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -755,7 +756,7 @@ async fn held_note(secondary: &Client, table: &TableStatus) -> Result<Option<Str
 /// # Errors
 /// As [`verify`].
 pub async fn verify_unseeded(sides: Sides<'_>) -> Result<Vec<String>, VerifyError> {
-    let report = verify_unheard(sides, &Options::of(Chosen::Unseeded)).await?;
+    let report = verify_unheard(sides, &Options::of(Chosen::Unseeded), std::future::pending()).await?;
     let (equal, others): (Vec<TableReport>, Vec<TableReport>) = report
         .tables
         .into_iter()
@@ -769,43 +770,76 @@ pub async fn verify_unseeded(sides: Sides<'_>) -> Result<Vec<String>, VerifyErro
     Ok(equal.iter().map(TableReport::qualified).collect())
 }
 
-/// All tables, pass after pass, at a rate that nobody feels; until the applier has stopped.
-pub async fn verify_over_and_over(sides: Sides<'_>, config: Verify) {
+/// All tables, pass after pass, at a rate that nobody feels, while the settings say so; until the
+/// applier has stopped, or nobody can change the settings any more. A pass under way when they change
+/// is given up.
+pub async fn verify_over_and_over(sides: Sides<'_>, mut settings: watch::Receiver<Verify>) {
+    loop {
+        let config = *settings.borrow_and_update();
+        if config.continuous {
+            one_of_many(sides, config, &mut settings).await;
+        } else {
+            tracing::debug!(database = sides.database, "tables are not compared over and over");
+        }
+        let pause = config.continuous.then_some(config.pause);
+        let mut status = sides.applier.status();
+        tokio::select! {
+            () = sleep_or_for_ever(pause) => {}
+            changed = settings.wait_for(|now| *now != config) => if changed.is_err() { return },
+            _ = status.wait_for(|status| status.state == ApplierState::Stopped) => return,
+        }
+    }
+}
+
+async fn sleep_or_for_ever(time: Option<Duration>) {
+    match time {
+        Some(time) => tokio::time::sleep(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A pass over all tables.
+async fn one_of_many(sides: Sides<'_>, config: Verify, settings: &mut watch::Receiver<Verify>) {
     let options = Options {
         workers: 1,
         rate: Some(config.rate),
         ..Options::of(Chosen::All)
     };
-    loop {
-        match verify_unheard(sides, &options).await {
-            Err(VerifyError::Stopped(_)) => return,
-            Err(error) => {
-                tracing::info!(database = sides.database, %error, "a pass of the continuous verification ended early")
-            }
-            Ok(report) if report.equal => tracing::debug!(database = sides.database, "both sides were found equal"),
-            Ok(report) => {
-                for table in report.tables.iter().filter(|table| table.result != TableResult::Equal) {
-                    tracing::error!(
-                        database = sides.database,
-                        table = table.qualified(),
-                        differing = table.differing.total(),
-                        note = table.note,
-                        "the two sides are not equal; see `pgtandem verify` and `pgtandem repair`"
-                    );
-                }
-                for sequence in report.sequences.iter().filter(|sequence| !sequence.equal) {
-                    tracing::error!(database = sides.database, ?sequence, "a sequence is not equal");
-                }
-            }
+    let changed = async {
+        // Without a sender nothing changes any more.
+        if settings.wait_for(|now| *now != config).await.is_err() {
+            std::future::pending::<()>().await;
         }
-        tokio::time::sleep(config.pause).await;
-        if sides.applier.status().borrow().state == ApplierState::Stopped {
-            return;
+    };
+    match verify_unheard(sides, &options, changed).await {
+        Err(VerifyError::Stopped(_) | VerifyError::Abandoned) => {}
+        Err(error) => {
+            tracing::info!(database = sides.database, %error, "a pass of the continuous verification ended early")
+        }
+        Ok(report) if report.equal => tracing::debug!(database = sides.database, "both sides were found equal"),
+        Ok(report) => {
+            for table in report.tables.iter().filter(|table| table.result != TableResult::Equal) {
+                tracing::error!(
+                    database = sides.database,
+                    table = table.qualified(),
+                    differing = table.differing.total(),
+                    note = table.note,
+                    "the two sides are not equal; see `pgtandem verify` and `pgtandem repair`"
+                );
+            }
+            for sequence in report.sequences.iter().filter(|sequence| !sequence.equal) {
+                tracing::error!(database = sides.database, ?sequence, "a sequence is not equal");
+            }
         }
     }
 }
 
-async fn verify_unheard(sides: Sides<'_>, options: &Options) -> Result<DatabaseReport, VerifyError> {
+/// Compares, and tells nobody how far it is; gives up when `enough` is over.
+async fn verify_unheard(
+    sides: Sides<'_>,
+    options: &Options,
+    enough: impl Future<Output = ()>,
+) -> Result<DatabaseReport, VerifyError> {
     let (events, mut heard) = mpsc::channel(16);
     let options = Options {
         keep: 0,
@@ -816,6 +850,15 @@ async fn verify_unheard(sides: Sides<'_>, options: &Options) -> Result<DatabaseR
         let events = events;
         verify(sides, &options, &events).await
     };
-    let (report, ()) = tokio::join!(verified, async { while heard.recv().await.is_some() {} });
+    let listening = async {
+        let heard_all = async { while heard.recv().await.is_some() {} };
+        tokio::select! {
+            () = heard_all => {}
+            () = enough => {}
+        }
+        // Nobody listens any more, and it stops.
+        drop(heard);
+    };
+    let (report, ()) = tokio::join!(verified, listening);
     report
 }

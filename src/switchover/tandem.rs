@@ -33,7 +33,7 @@ pub struct Tandem {
     journal: Journal,
     writes: Writes,
     stray_writers: StrayWriters,
-    verify: Verify,
+    verify: watch::Sender<Verify>,
     /// Whether the other side's database may still have to be created by another one's round.
     awaited: Awaited,
     applier: Mutex<Option<Arc<Applier>>>,
@@ -60,7 +60,7 @@ impl Tandem {
             journal,
             writes,
             stray_writers,
-            verify,
+            verify: watch::Sender::new(verify),
             awaited,
             applier: Mutex::default(),
             backfill: Arc::new(Desk::new(backfill)),
@@ -229,6 +229,11 @@ impl Tandem {
         }
     }
 
+    /// How tables are compared over and over, from now on.
+    pub fn configure_verify(&self, verify: Verify) {
+        self.verify.send_replace(verify);
+    }
+
     /// Where this database's backfill is ordered.
     pub fn backfill(&self) -> &Desk {
         &self.backfill
@@ -241,12 +246,12 @@ impl Tandem {
     }
 
     /// Tables that held rows when their capture began are compared once, beside everything else,
-    /// and with `verify: continuous` all of them over and over; it ends with the applier.
+    /// and as long as `verify: continuous` says so all of them over and over; it ends with the applier.
     fn compare_existing_rows(&self, applier: Arc<Applier>, control: Control) {
         let primary = self.targets().target(control.primary).clone();
         let secondary = self.targets().target(control.secondary()).clone();
         let database = self.name().to_owned();
-        let verify = self.verify;
+        let settings = self.verify.subscribe();
         tokio::spawn(async move {
             let sides = Sides {
                 database: &database,
@@ -260,9 +265,7 @@ impl Tandem {
                 Ok(equal) => tracing::info!(database, tables = ?equal, "found equal at a cut and synced from there on"),
                 Err(error) => tracing::info!(database, %error, "existing rows were not compared to the end"),
             }
-            if verify.continuous {
-                reconcile::verify_over_and_over(sides, verify).await;
-            }
+            reconcile::verify_over_and_over(sides, settings).await;
         });
     }
 

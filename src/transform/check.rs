@@ -46,8 +46,19 @@ async fn expressions(client: &Client, side: Side, faces: &[Face]) -> Result<Vec<
 
 async fn of_face(client: &Client, side: Side, face: &Face) -> Result<Vec<Fault>, tokio_postgres::Error> {
     let table = identifier(&face.source.table);
+    // Of several tables, the columns that are told apart by their names alone.
+    let columns = match &face.join {
+        None => format!("LIKE {}", face.source.quoted()),
+        Some(join) => {
+            let columns = join.named.iter();
+            let columns: Vec<String> = columns
+                .map(|(name, type_name)| format!("{} {type_name}", identifier(name)))
+                .collect();
+            columns.join(", ")
+        }
+    };
     client
-        .batch_execute(&format!("CREATE TEMP TABLE {table} (LIKE {})", face.source.quoted()))
+        .batch_execute(&format!("CREATE TEMP TABLE {table} ({columns})"))
         .await?;
     let mut faults = Vec::new();
     for column in &face.columns {

@@ -30,6 +30,8 @@ pub struct TableFacts {
     /// `pg_class.relkind`: r, p.
     pub kind: String,
     pub partition: bool,
+    /// A crash empties it.
+    pub unlogged: bool,
     pub columns: Vec<Column>,
     /// Of unique indexes over plain NOT NULL columns.
     pub keys: Vec<Vec<String>>,
@@ -59,7 +61,8 @@ SELECT n.nspname::text, c.relname::text, c.oid, c.relkind::text, c.relispartitio
          CROSS JOIN LATERAL (SELECT json_agg(a.attname ORDER BY x.ord) AS columns, bool_and(a.attnotnull) AS not_null
                                FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS x(attnum, ord)
                                JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = x.attnum WHERE x.ord <= i.indnkeyatts) k
-         WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND k.not_null)
+         WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND k.not_null),
+       c.relpersistence = 'u'
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
    AND n.nspname NOT IN ('pgtandem', 'information_schema') AND n.nspname NOT LIKE 'pg\\_%'";
@@ -82,6 +85,7 @@ impl Catalog {
                 // Our own query built the JSON; without columns every mapping of the table is wrong.
                 columns: serde_json::from_str(row.get(5)).unwrap_or_default(),
                 keys: serde_json::from_str(row.get(6)).unwrap_or_default(),
+                unlogged: row.get(7),
             };
             (name, table)
         });

@@ -40,7 +40,7 @@ pub async fn install(
     let mut changed = Changed::default();
     let recorded = transaction
         .query(
-            "SELECT t.rel, t.source, t.face, t.definition, EXISTS (SELECT FROM pg_class v WHERE v.oid = t.rel) FROM pgtandem.transform t",
+            "SELECT t.rel, t.sources, t.face, t.definition, EXISTS (SELECT FROM pg_class v WHERE v.oid = t.rel) FROM pgtandem.transform t",
             &[],
         )
         .await?;
@@ -56,13 +56,13 @@ pub async fn install(
             continue;
         }
         changed.left.push(row.get(0));
-        changed.sources.push(row.get(1));
+        changed.sources.extend(row.get::<_, Vec<Oid>>(1));
         remove(&transaction, row.get(0), &face).await?;
     }
     for face in faces.iter().filter(|face| !kept.contains(&face.name())) {
         put(&transaction, face).await?;
-        changed.left.push(face.source_oid);
-        changed.sources.push(face.source_oid);
+        changed.left.extend(face.sources());
+        changed.sources.extend(face.sources());
     }
     let (names, others): (Vec<&String>, Vec<&String>) = schemas.iter().unzip();
     transaction
@@ -94,7 +94,7 @@ async fn remove(transaction: &Transaction<'_>, rel: Oid, name: &str) -> Result<(
     transaction
         .batch_execute(&format!(
             "DELETE FROM pgtandem.transform WHERE rel = {rel};
-             DROP VIEW IF EXISTS pgtandem.{name}; DROP FUNCTION IF EXISTS pgtandem.{name}(text)"
+             DROP VIEW IF EXISTS pgtandem.{name}; DROP FUNCTION IF EXISTS pgtandem.{name}"
         ))
         .await
 }
@@ -104,8 +104,8 @@ async fn put(transaction: &Transaction<'_>, face: &Face) -> Result<(), tokio_pos
     transaction.batch_execute(&face.objects()).await?;
     transaction
         .execute(
-            "INSERT INTO pgtandem.transform (rel, face, source, schema, name, columns, same, exact, definition)
-             SELECT c.oid, c.relname, $2, $3, $4, $5, $6::text::jsonb, $7, $8 FROM pg_class c
+            "INSERT INTO pgtandem.transform (rel, face, source, schema, name, columns, same, exact, definition, sources)
+             SELECT c.oid, c.relname, $2, $3, $4, $5, $6::text::jsonb, $7, $8, $9 FROM pg_class c
               WHERE c.relnamespace = 'pgtandem'::regnamespace AND c.relname = $1::text",
             &[
                 &face.name(),
@@ -116,6 +116,7 @@ async fn put(transaction: &Transaction<'_>, face: &Face) -> Result<(), tokio_pos
                 &same,
                 &face.exact,
                 &face.definition(),
+                &face.sources(),
             ],
         )
         .await?;
@@ -125,7 +126,10 @@ async fn put(transaction: &Transaction<'_>, face: &Face) -> Result<(), tokio_pos
 /// The function that finds the face of an image.
 async fn know_all(transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
     let rows = transaction
-        .query("SELECT rel, face FROM pgtandem.transform ORDER BY rel", &[])
+        .query(
+            "SELECT rel, face FROM pgtandem.transform WHERE cardinality(sources) = 1 ORDER BY rel",
+            &[],
+        )
         .await?;
     let arms: String = rows
         .iter()
@@ -177,28 +181,37 @@ impl Face {
 
     fn objects(&self) -> String {
         let name = identifier(&self.name());
-        let (source, alias) = (self.source.quoted(), identifier(&self.source.table));
         let values: Vec<&str> = self.columns.iter().map(|column| column.sql.as_str()).collect();
-        // OFFSET 0 keeps the planner from reading the image again for every column. What cannot be
-        // computed is no image: the secondary refuses it, with these words.
+        let images = vec!["text"; self.sources().len()].join(", ");
+        let missing: Vec<String> = self
+            .required_images()
+            .iter()
+            .map(|at| format!("${at} IS NULL"))
+            .collect();
+        // What cannot be computed is no image: the secondary refuses it, with these words.
         let body = format!(
             "#variable_conflict use_column
              DECLARE mapped text;
              BEGIN
-                 SELECT ROW({})::text INTO mapped
-                   FROM (SELECT (o.r).* FROM (SELECT image::{source} AS r OFFSET 0) AS o) AS {alias};
+                 IF {} THEN
+                     RETURN NULL;
+                 END IF;
+                 SELECT ROW({})::text INTO mapped {};
                  RETURN mapped;
              EXCEPTION WHEN OTHERS THEN
                  RETURN 'transform: ' || SQLERRM;
              END",
-            values.join(", ")
+            missing.join(" OR "),
+            values.join(", "),
+            self.from_images()
         );
         format!(
-            "CREATE VIEW pgtandem.{name} AS SELECT {} FROM ONLY {source} AS {alias};
-             CREATE FUNCTION pgtandem.{name}(image text) RETURNS text
-             LANGUAGE plpgsql STABLE STRICT SET search_path = pg_catalog AS {};
-             REVOKE ALL ON FUNCTION pgtandem.{name}(text) FROM PUBLIC",
+            "CREATE VIEW pgtandem.{name} AS SELECT {} {};
+             CREATE FUNCTION pgtandem.{name}({images}) RETURNS text
+             LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS {};
+             REVOKE ALL ON FUNCTION pgtandem.{name}({images}) FROM PUBLIC",
             self.select_list(),
+            self.from_tables(),
             literal(&body)
         )
     }

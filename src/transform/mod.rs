@@ -14,14 +14,17 @@
 //! of this one, as multisets, and a mapped multiset less mapped old images plus mapped new ones is
 //! the mapped new multiset. What an expression cannot compute (a division by zero) is no image; the
 //! secondary refuses it, and its transaction goes into quarantine like any other.
+//!
+//! A split table's way back is a face over several tables: legacy's row is the [`join`] of its parts'.
 
 pub mod check;
 pub mod facts;
 pub mod hidden;
 pub mod install;
+pub mod join;
 pub mod plan;
 pub mod sequences;
 
 pub use plan::{Face, Fault, Plan, plan};
 
-pub use crate::config::{Name, Origin, Part, TableMap, Transform};
+pub use crate::config::{Missing, Name, Origin, Part, TableMap, Transform};

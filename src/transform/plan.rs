@@ -4,10 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Catalog, Column, TableFacts};
+use super::join::Join;
 use super::{Name, Origin, Part, TableMap, Transform};
 use crate::catalog::Oid;
 use crate::catalog::quote::identifier;
 use crate::control::Side;
+
+mod split;
 
 /// A column of a face.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +24,7 @@ pub struct FaceColumn {
     pub expression: Option<String>,
 }
 
-/// One table in the shape of one of the other side's.
+/// One table in the shape of one of the other side's; or several, put together to one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Face {
     pub source: Name,
@@ -33,6 +36,10 @@ pub struct Face {
     pub same: Vec<(String, String, bool)>,
     /// Every row of this side's table is told from the row that the other side has.
     pub exact: bool,
+    /// Which rows of the source are rows there; without it all of them.
+    pub only_where: Option<String>,
+    /// What the source's rows are put together with.
+    pub join: Option<Join>,
 }
 
 impl Face {
@@ -140,6 +147,7 @@ fn with_schemas(transform: &Transform, legacy: &Catalog) -> BTreeMap<Name, Table
             parts: vec![Part {
                 to: Name::new(schema, &name.table),
                 columns: BTreeMap::new(),
+                missing: None,
             }],
             drop: BTreeSet::new(),
             inverse: BTreeMap::new(),
@@ -220,23 +228,22 @@ impl Planner<'_> {
             self.whole_table(Side::New, there);
             let face = self.face(here, there, part, &mut used);
             self.key_is_kept(here, there, &face, map.parts.len() > 1);
-            forward.push((face, there));
+            forward.push(split::Half { face, there, part });
         }
         self.nothing_is_forgotten(here, map, &used);
         if self.plan.faults.len() > before {
             return;
         }
+        self.optional_parts(here, &mut forward);
         let way_back = match &forward[..] {
-            [(face, there)] => self.way_back(here, there, face, map),
-            _ => Err(Fault {
-                side: Side::New,
-                subject: name.to_string(),
-                fact: "it is split on new, and rows of two tables cannot be put together again".into(),
-                advice: "flip without mirroring back is not possible; keep it whole until the migration is complete"
-                    .into(),
-            }),
+            [only] => self.way_back(here, only.there, &only.face, map),
+            parts => self.way_back_of_split(here, parts, map),
         };
-        self.plan.forward.extend(forward.into_iter().map(|(face, _)| face));
+        if forward.len() > 1 {
+            // New may have rows of one part alone, which legacy has not: compared after a flip back.
+            forward.iter_mut().for_each(|half| half.face.exact = false);
+        }
+        self.plan.forward.extend(forward.into_iter().map(|half| half.face));
         match way_back {
             Ok(face) => self.plan.reverse.push(face),
             Err(fault) => self.plan.one_way.push(fault),
@@ -459,6 +466,8 @@ impl Face {
             columns: Vec::new(),
             same: Vec::new(),
             exact: true,
+            only_where: None,
+            join: None,
         }
     }
 

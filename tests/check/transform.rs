@@ -185,3 +185,89 @@ async fn a_migration_to_another_schema_and_back() {
         "(back,400)"
     );
 }
+
+/// A table split by columns flips once proxy.yaml says what a missing part means.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_split_table_flips_and_flips_back() {
+    let mut rig = Rig::new();
+    let legacy = "CREATE TABLE orders (id serial PRIMARY KEY, total numeric(10,2) NOT NULL, note text);
+        INSERT INTO orders (total, note) SELECT g, CASE WHEN g % 2 = 0 THEN 'n' || g END FROM generate_series(1, 500) g";
+    let new = "CREATE TABLE orders (id serial PRIMARY KEY, total numeric(10,2) NOT NULL);
+        CREATE TABLE order_notes (order_id int PRIMARY KEY REFERENCES orders ON DELETE CASCADE, text text NOT NULL)";
+    for (server, schema) in [(&rig.legacy, legacy), (&rig.new, new)] {
+        server.sql(DATABASE, &format!("SET ROLE {APP}; {schema}")).unwrap();
+    }
+    let split = |missing: &str| {
+        format!(
+            "    transform:
+      tables:
+        public.orders:
+          split:
+            public.orders: {{}}
+            public.order_notes:
+              columns: {{ order_id: id, text: note }}
+{missing}"
+        )
+    };
+    rig.entry = split("");
+    rig.write_config(Phase::DualWrite);
+    let said = rig.check(
+        &["check"],
+        1,
+        "transform.inverse public.orders: it is split on new, and nothing says what legacy has of a row that only one part has",
+    );
+    assert!(said.contains("missing: nulls or missing: no_row"), "{said}");
+    rig.entry = split("              missing: nulls\n");
+    rig.serve(Phase::DualWrite).await;
+    rig.check(
+        &["check"],
+        0,
+        "2 tables are mirrored in another shape, 2 of them also back",
+    );
+    rig.check(&["backfill"], 0, "");
+    rig.wait_caught_up().await;
+    rig.check(&["verify"], 0, "");
+    assert_eq!(rig.value(Side::New, "SELECT count(*) FROM order_notes").await, "250");
+
+    rig.check(&["switchover", "--to", "new"], 0, "");
+    let client = rig.client().await;
+    client
+        .batch_execute(
+            "INSERT INTO orders (total) VALUES (7); INSERT INTO order_notes SELECT max(id), 'on new' FROM orders;
+             UPDATE order_notes SET text = upper(text) WHERE order_id = 8; DELETE FROM orders WHERE id = 10; INSERT INTO order_notes VALUES (9, 'late')",
+        )
+        .await
+        .unwrap();
+    let refused = client.batch_execute("TRUNCATE order_notes").await.unwrap_err();
+    assert_eq!(refused.code().unwrap().code(), "0A000", "{refused}");
+    rig.wait_caught_up().await;
+    assert_eq!(
+        rig.value(
+            Side::Legacy,
+            "SELECT string_agg((id, total, note)::text, ' ' ORDER BY id) FROM orders WHERE id IN (8, 9, 10, 501)"
+        )
+        .await,
+        "(8,8.00,N8) (9,9.00,late) (501,7.00,\"on new\")"
+    );
+    rig.check(&["verify"], 0, "");
+    rig.check(&["check"], 0, "");
+    let said = rig.check(&["switchover", "--to", "legacy"], 0, "");
+    assert!(!said.contains("force"), "{said}");
+    let client = rig.client().await;
+    client
+        .batch_execute(
+            "UPDATE orders SET note = NULL WHERE id = 8; INSERT INTO orders (total, note) VALUES (1, 'back')",
+        )
+        .await
+        .unwrap();
+    rig.wait_caught_up().await;
+    rig.check(&["verify"], 0, "");
+    assert_eq!(
+        rig.value(
+            Side::New,
+            "SELECT count(*) || ' ' || max(text) FILTER (WHERE order_id = 502) FROM order_notes"
+        )
+        .await,
+        "251 back"
+    );
+}

@@ -518,3 +518,20 @@ async fn an_interrupted_backfill_goes_on_where_it_was() {
         .get(0);
     assert_eq!(found, 1, "a range that was done was copied again");
 }
+
+/// What cannot be copied is said, also where everything else is.
+#[tokio::test]
+async fn a_table_that_cannot_be_copied_is_named() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE bare ();";
+    let rows = "INSERT INTO t SELECT generate_series(1, 10); INSERT INTO bare DEFAULT VALUES";
+    let (bed, applier) = with_rows("backfill_left_out", schema, rows, "").await;
+    let applier = Arc::new(applier);
+    let status = backfill(&Desk::new(settings()), &sides(&bed, &applier)).await;
+    assert_eq!(status.state, "stopped", "{status:#?}");
+    let note = status.note.unwrap_or_default();
+    assert!(
+        note.contains("1 tables cannot be copied; public.bare: it has no column"),
+        "{note}"
+    );
+    assert_eq!(status.counts.written, 10);
+}

@@ -15,6 +15,7 @@ mod fence;
 mod keys;
 mod quarantine;
 mod rehearse;
+mod split;
 mod storm;
 mod transform;
 mod verify;

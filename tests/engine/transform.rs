@@ -38,15 +38,15 @@ const NEW: &str = "
     CREATE TABLE crm.orders (id bigint PRIMARY KEY, v text, at timestamptz DEFAULT '2024-01-02 03:04:05+00');
     CREATE SEQUENCE crm.counter;";
 
-fn column(name: &str) -> Origin {
+pub(crate) fn column(name: &str) -> Origin {
     Origin::Column(name.into())
 }
 
-fn sql(text: &str) -> Origin {
+pub(crate) fn sql(text: &str) -> Origin {
     Origin::Sql(text.into())
 }
 
-fn table(to: &str, columns: &[(&str, Origin)], drop: &[&str], inverse: &[(&str, &str)]) -> TableMap {
+pub(crate) fn table(to: &str, columns: &[(&str, Origin)], drop: &[&str], inverse: &[(&str, &str)]) -> TableMap {
     TableMap {
         parts: vec![part(to, columns)],
         drop: drop.iter().map(|&name| name.to_owned()).collect(),
@@ -57,17 +57,18 @@ fn table(to: &str, columns: &[(&str, Origin)], drop: &[&str], inverse: &[(&str, 
     }
 }
 
-fn part(to: &str, columns: &[(&str, Origin)]) -> Part {
+pub(crate) fn part(to: &str, columns: &[(&str, Origin)]) -> Part {
     Part {
         to: to.parse().unwrap(),
         columns: columns
             .iter()
             .map(|(name, origin)| ((*name).to_owned(), origin.clone()))
             .collect(),
+        missing: None,
     }
 }
 
-fn name(text: &str) -> Name {
+pub(crate) fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
@@ -103,7 +104,7 @@ fn mapping() -> Transform {
 }
 
 /// Different schemas on the two sides, mirrored by a mapping.
-async fn bed(database: &str, legacy: &str, new: &str, transform: Transform) -> (Bed, Arc<Transform>) {
+pub(crate) async fn bed(database: &str, legacy: &str, new: &str, transform: Transform) -> (Bed, Arc<Transform>) {
     let bed = Bed::new(database, "").await;
     bed.app(Side::Legacy).await.batch_execute(legacy).await.unwrap();
     bed.app(Side::New).await.batch_execute(new).await.unwrap();
@@ -111,7 +112,7 @@ async fn bed(database: &str, legacy: &str, new: &str, transform: Transform) -> (
     (bed, Arc::new(transform))
 }
 
-fn config(bed: &Bed, transform: &Arc<Transform>) -> ApplierConfig {
+pub(crate) fn config(bed: &Bed, transform: &Arc<Transform>) -> ApplierConfig {
     ApplierConfig {
         transform: transform.clone(),
         ..bed.config()
@@ -119,7 +120,7 @@ fn config(bed: &Bed, transform: &Arc<Transform>) -> ApplierConfig {
 }
 
 /// Both sides' rows by the same queries, `None` for a column that only one has.
-async fn rows(bed: &Bed, side: Side, query: &str) -> Vec<String> {
+pub(crate) async fn rows(bed: &Bed, side: Side, query: &str) -> Vec<String> {
     let rows = bed.admin(side).await.query(query, &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
@@ -197,7 +198,7 @@ async fn storm_on_legacy(bed: &Bed, seed: u64) {
     copy.finish().await.unwrap();
 }
 
-async fn assert_clean(applier: &Applier) {
+pub(crate) async fn assert_clean(applier: &Applier) {
     caught_up(applier).await;
     let status = applier.status().borrow().clone();
     assert_eq!((status.diverged, status.quarantine.transactions), (0, 0), "{status:#?}");
@@ -235,7 +236,13 @@ fn sides<'a>(
 }
 
 /// Verifies everything, and mends it where `mended`.
-async fn verified(bed: &Bed, applier: &Applier, primary: Side, epoch: Epoch, mended: bool) -> DatabaseReport {
+pub(crate) async fn verified(
+    bed: &Bed,
+    applier: &Applier,
+    primary: Side,
+    epoch: Epoch,
+    mended: bool,
+) -> DatabaseReport {
     let targets = [bed.target(primary), bed.target(primary.other())];
     let sides = sides(bed, applier, &targets, epoch);
     let options = Options {
@@ -255,7 +262,7 @@ async fn verified(bed: &Bed, applier: &Applier, primary: Side, epoch: Epoch, men
     report.unwrap()
 }
 
-fn unequal(report: &DatabaseReport) -> Vec<(String, u64)> {
+pub(crate) fn unequal(report: &DatabaseReport) -> Vec<(String, u64)> {
     let tables = report.tables.iter().filter(|table| table.result != TableResult::Equal);
     tables
         .inspect(|table| tracing::info!(table = table.qualified(), note = table.note, "not equal"))
@@ -263,7 +270,7 @@ fn unequal(report: &DatabaseReport) -> Vec<(String, u64)> {
         .collect()
 }
 
-async fn backfilled(bed: &Bed, applier: &Arc<Applier>) {
+pub(crate) async fn backfilled(bed: &Bed, applier: &Arc<Applier>) {
     let desk = Desk::new(Backfill::default());
     let sides = pgtandem::reconcile::backfill::Sides {
         primary: bed.target(Side::Legacy),
@@ -283,7 +290,13 @@ async fn backfilled(bed: &Bed, applier: &Arc<Applier>) {
 }
 
 /// Turns the roles, as the switchover does, and mirrors the other way.
-async fn flipped(bed: &Bed, transform: &Arc<Transform>, applier: &Applier, to: Side, epoch: Epoch) -> Arc<Applier> {
+pub(crate) async fn flipped(
+    bed: &Bed,
+    transform: &Arc<Transform>,
+    applier: &Applier,
+    to: Side,
+    epoch: Epoch,
+) -> Arc<Applier> {
     let (mut old, mut new) = (bed.proxy(to.other()).await, bed.proxy(to).await);
     let raised = fence(&mut old, Duration::from_secs(5)).await.unwrap();
     applier.catch_up().await.unwrap();
@@ -303,7 +316,7 @@ async fn flipped(bed: &Bed, transform: &Arc<Transform>, applier: &Applier, to: S
 }
 
 /// As if what legacy holds had been there before capture began.
-async fn forget_capture(bed: &Bed) {
+pub(crate) async fn forget_capture(bed: &Bed) {
     bed.admin(Side::Legacy)
         .await
         .batch_execute("TRUNCATE pgtandem.change_0; UPDATE pgtandem.captured SET was_empty = false")
@@ -507,10 +520,10 @@ async fn a_table_is_split() {
         .await
         .unwrap();
     same().await;
-    // Rows of two tables are not put together again.
+    // Nothing says what legacy has of an order without a note, nor what `scratch` is there.
     let status = applier.status().borrow().clone();
     assert_eq!(status.one_way.len(), 1, "{status:#?}");
-    assert!(status.one_way[0].contains("split"), "{status:#?}");
+    assert!(status.one_way[0].contains("that only one part has"), "{status:#?}");
 }
 
 /// What an expression cannot compute is not on new, and is told.

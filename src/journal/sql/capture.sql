@@ -163,7 +163,7 @@ BEGIN
     PERFORM pgtandem.define_capture(name || '_replica', rel, pins,
         'IF pg_catalog.current_setting(''session_replication_role'') OPERATOR(pg_catalog.<>) ''replica'' THEN RETURN NULL; END IF;',
         images, '');
-    PERFORM pgtandem.define_capture(name || '_truncate', rel, '', '', format('VALUES (%s, ''T'', NULL, NULL)', rel), '');
+    PERFORM pgtandem.define_capture(name || '_truncate', rel, '', format('PERFORM pgtandem.may_truncate(%s, state);', rel), format('VALUES (%s, ''T'', NULL, NULL)', rel), '');
 END
 $$;
 

@@ -381,7 +381,7 @@ BEGIN
         RETURN;
     END IF;
     -- An index alone concerns no row: where its table has another shape on the other side, it stays here.
-    IF statement ~* E'\\mindex\\M' AND EXISTS (SELECT FROM pgtandem.transform t JOIN pg_class c ON c.oid = t.source
+    IF statement ~* E'\\mindex\\M' AND EXISTS (SELECT FROM pgtandem.transform t JOIN pg_class c ON c.oid = ANY (t.sources)
                                              WHERE statement ~* format(E'\\mON\\s+(ONLY\\s+)?(\\S+\\.)?"?%s\\M', regexp_replace(c.relname, E'(\\W)', E'\\\\\\1', 'g'))) THEN
         RAISE WARNING USING MESSAGE = 'pgtandem: this index is on a transformed table and is not made on the other side';
         RETURN;

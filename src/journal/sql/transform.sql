@@ -15,6 +15,9 @@ CREATE TABLE IF NOT EXISTS pgtandem.transform (
     exact boolean NOT NULL,
     definition text NOT NULL
 );
+-- All tables that its rows come from, source first: of several, the rows of one key make one row.
+ALTER TABLE pgtandem.transform ADD COLUMN IF NOT EXISTS sources oid[];
+UPDATE pgtandem.transform SET sources = ARRAY[source] WHERE sources IS NULL;
 
 -- Schemas of this side that have another name on the other one.
 CREATE TABLE IF NOT EXISTS pgtandem.transform_schema (
@@ -25,11 +28,19 @@ CREATE TABLE IF NOT EXISTS pgtandem.transform_schema (
 -- The tables of this side as the other one has them: what is mirrored, by the OID that its changes
 -- have when they leave the journal.
 CREATE OR REPLACE VIEW pgtandem.mirrored AS
-SELECT s.rel, s.rel AS source, s.schema, s.name, s.shape, s.filenode, s.attributes, s.columns, NULL::jsonb AS same, true AS exact, pgtandem.name_of(s.rel) AS relation
-  FROM pgtandem.shape s WHERE NOT EXISTS (SELECT FROM pgtandem.transform t WHERE t.source = s.rel)
+SELECT s.rel, s.rel AS source, s.schema, s.name, s.shape, s.filenode, s.attributes, s.columns, NULL::jsonb AS same, true AS exact, pgtandem.name_of(s.rel) AS relation,
+       ARRAY[s.rel] AS sources
+  FROM pgtandem.shape s WHERE NOT EXISTS (SELECT FROM pgtandem.transform t WHERE s.rel = ANY (t.sources))
 UNION ALL
-SELECT t.rel, t.source, t.schema, t.name, s.shape, s.filenode, s.attributes, t.columns, t.same, t.exact, pg_catalog.format('pgtandem.%I', t.face)
-  FROM pgtandem.transform t JOIN pgtandem.shape s ON s.rel = t.source JOIN pg_catalog.pg_class v ON v.oid = t.rel;
+SELECT t.rel, t.source, t.schema, t.name, s.shape, s.filenode, s.attributes, t.columns, t.same, t.exact, pg_catalog.format('pgtandem.%I', t.face),
+       t.sources
+  FROM pgtandem.transform t JOIN pg_catalog.pg_class v ON v.oid = t.rel
+  JOIN LATERAL (SELECT pg_catalog.string_agg(s.shape, ' ' ORDER BY s.rel) AS shape,
+                       CASE count(*) WHEN 1 THEN min(s.filenode)
+                            ELSE (pg_catalog.hashtext(pg_catalog.string_agg(s.filenode::text, ' ' ORDER BY s.rel)) & 2147483647)::oid END AS filenode,
+                       pg_catalog.string_agg(s.attributes, ' ' ORDER BY s.rel) AS attributes
+                  FROM pgtandem.shape s WHERE s.rel = ANY (t.sources)
+                HAVING count(*) = pg_catalog.cardinality(t.sources)) s ON true;
 
 -- The table behind what is mirrored under this OID.
 CREATE OR REPLACE FUNCTION pgtandem.source_of(rel oid) RETURNS oid
@@ -54,9 +65,9 @@ AS $$
 DECLARE
     found text;
 BEGIN
-    SELECT format('%s (%s.%s on the other side)', pgtandem.name_of(t.source), t.schema, t.name) INTO found
+    SELECT format('%s (%s.%s on the other side)', pgtandem.name_of(COALESCE((SELECT s FROM unnest(t.sources) AS s WHERE s = ANY (rels) LIMIT 1), t.source)), t.schema, t.name) INTO found
       FROM pgtandem.transform t
-     WHERE t.source = ANY (rels) OR t.source IN (SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = ANY (rels))
+     WHERE t.sources && rels OR t.sources && ARRAY(SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = ANY (rels))
      LIMIT 1;
     IF found IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
@@ -65,3 +76,23 @@ BEGIN
     END IF;
 END
 $$;
+
+-- Run by the TRUNCATE trigger of every captured table. A part of a row that is put together from
+-- several tables cannot be taken from all rows at once: what the parts were is no longer there to be
+-- read. `state` is the state sequence's value; refused is it only where clients write.
+CREATE OR REPLACE FUNCTION pgtandem.may_truncate(rel oid, state bigint) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    found text;
+BEGIN
+    SELECT format('%s.%s', t.schema, t.name) INTO found
+      FROM pgtandem.transform t WHERE cardinality(t.sources) > 1 AND may_truncate.rel = ANY (t.sources);
+    IF found IS NOT NULL AND (state >> 2) & 7 = 0 THEN
+        RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
+            MESSAGE = format('pgtandem cannot mirror TRUNCATE of %s, which is a part of %s on the other side', pgtandem.name_of(rel), found),
+            HINT = 'Use DELETE.';
+    END IF;
+END
+$$;
+REVOKE ALL ON FUNCTION pgtandem.may_truncate(oid, bigint) FROM PUBLIC;

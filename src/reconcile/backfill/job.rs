@@ -129,6 +129,8 @@ pub(super) struct Job {
     patience: Patience,
     failures: u32,
     slowed_by: Option<String>,
+    /// Tables that cannot be copied, and why.
+    left_out: Vec<(String, String)>,
     /// Statements that follow the rows and were refused, with the error.
     unbuilt: Vec<(String, String)>,
     /// Of the tables' sizes, for the remaining time in all.
@@ -136,6 +138,17 @@ pub(super) struct Job {
     rows: Meter,
     bytes: Meter,
     report: Arc<watch::Sender<Option<BackfillStatus>>>,
+}
+
+/// What a table is called on the secondary.
+async fn name_of(primary: &tokio_postgres::Client, rel: Oid) -> Result<String, tokio_postgres::Error> {
+    let row = primary
+        .query_opt(
+            "SELECT schema || '.' || name FROM pgtandem.mirrored WHERE rel = $1",
+            &[&rel],
+        )
+        .await?;
+    Ok(row.map_or_else(|| rel.to_string(), |row| row.get(0)))
 }
 
 impl Job {
@@ -150,14 +163,14 @@ impl Job {
     ) -> Result<Self, String> {
         let (scout, mut ledger) = connections(&setup).await.map_err(|stop| stop.to_string())?;
         let mut tables = Vec::new();
-        let mut without = Vec::new();
+        let mut left_out = Vec::new();
         for &rel in rels {
             let plan = Plan::make(&scout, &ledger, rel)
                 .await
                 .map_err(|error| error_chain(&error))?;
             match plan {
                 Ok(plan) => tables.push(TableJob::new(plan)),
-                Err(why) => without.push((rel, why)),
+                Err(why) => left_out.push((name_of(&scout, rel).await.map_err(|error| error_chain(&error))?, why)),
             }
         }
         let plans: Vec<&Plan> = tables.iter().map(|table| &*table.plan).collect();
@@ -173,7 +186,7 @@ impl Job {
             }
         }
         if tables.is_empty()
-            && let Some((_, why)) = without.first()
+            && let Some((_, why)) = left_out.first()
         {
             return Err(format!("nothing of it can be copied: {why}"));
         }
@@ -186,6 +199,7 @@ impl Job {
             patience: Patience::default(),
             failures: 0,
             slowed_by: None,
+            left_out,
             unbuilt: Vec::new(),
             meter: Meter::default(),
             rows: Meter::default(),
@@ -266,9 +280,13 @@ impl Job {
             .filter(|table| matches!(table.stage, Stage::Failed | Stage::Refused))
             .collect();
         match left.first() {
-            None => match self.unbuilt.first() {
-                None => Ended::Done,
-                Some((name, why)) => Ended::Stopped(format!(
+            None => match (self.unbuilt.first(), self.left_out.first()) {
+                (None, None) => Ended::Done,
+                (None, Some((name, why))) => Ended::Stopped(format!(
+                    "all other rows are in; {} tables cannot be copied; {name}: {why}",
+                    self.left_out.len()
+                )),
+                (Some((name, why)), _) => Ended::Stopped(format!(
                     "the rows are in; {} statements of the schema (pgtandem.schema_rest) were refused; {name}: {why}",
                     self.unbuilt.len()
                 )),

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::transform::Missing;
 
 fn of(name: &str, type_name: &str) -> Column {
     Column {
@@ -19,6 +20,7 @@ fn table(name: &str, columns: &[(&str, &str)], keys: &[&[&str]]) -> TableFacts {
         oid: 7,
         kind: "r".into(),
         partition: false,
+        unlogged: false,
         columns: columns.iter().map(|(name, type_name)| of(name, type_name)).collect(),
         keys: keys
             .iter()
@@ -41,6 +43,7 @@ fn map(to: &[(&str, &[(&str, Origin)])], drop: &[&str], inverse: &[(&str, &str)]
             .iter()
             .map(|(name, origin)| ((*name).to_owned(), origin.clone()))
             .collect(),
+        missing: None,
     };
     TableMap {
         parts: to.iter().map(part).collect(),
@@ -340,4 +343,119 @@ proptest! {
         let parsed: Vec<(String, String, String)> = serde_json::from_str(&plan.forward[0].columns_json()).unwrap();
         prop_assert_eq!(parsed.len(), there.len());
     }
+}
+
+fn halves(missing: [Option<Missing>; 2], columns: &[(&str, Origin)], inverse: &[(&str, &str)]) -> TableMap {
+    let mut map = map(&[("t", &[]), ("u", columns)], &[], inverse);
+    for (part, missing) in map.parts.iter_mut().zip(missing) {
+        part.missing = missing;
+    }
+    map
+}
+
+fn split_into(map: TableMap, first: TableFacts, second: TableFacts) -> Plan {
+    let mut here = legacy();
+    here.columns[2].not_null = true;
+    planned(&[("t", map)], vec![here], vec![first, second])
+}
+
+#[test]
+fn a_split_goes_back_by_the_key_of_its_parts() {
+    let first = table("t", &[("id", "integer"), ("n", "numeric(10,2)")], &[&["id"]]);
+    let second = table("u", &[("w", "text"), ("number", "integer")], &[&["number"]]);
+    let columns = [("number", column("id")), ("w", column("v"))];
+    let plan = split_into(halves([None, Some(Missing::Nulls)], &columns, &[]), first, second);
+    assert_eq!((&plan.faults, &plan.one_way), (&vec![], &vec![]));
+    let conditions: Vec<Option<&str>> = plan.forward.iter().map(|face| face.only_where.as_deref()).collect();
+    assert_eq!(conditions, [None, Some("num_nonnulls(\"t\".\"v\") > 0")]);
+    let [face] = &plan.reverse[..] else { panic!("{plan:#?}") };
+    assert_eq!(
+        face.from_tables(),
+        "FROM ONLY \"public\".\"t\" AS \"t\" LEFT JOIN ONLY \"public\".\"u\" AS \"u\" ON \"u\".\"number\" = \"t\".\"id\""
+    );
+    assert_eq!(
+        face.select_list(),
+        "\"t\".\"id\" AS \"id\", \"u\".\"w\" AS \"v\", \"t\".\"n\" AS \"n\""
+    );
+    assert_eq!((face.exact, face.required_images()), (true, vec![1]));
+    // Rows of one part alone are on new only, so a flip back is followed by a comparison.
+    assert!(plan.forward.iter().all(|face| !face.exact));
+}
+
+#[test]
+fn a_split_without_a_clear_way_back_has_none() {
+    let first = || table("t", &[("id", "integer"), ("n", "numeric(10,2)")], &[&["id"]]);
+    let second = || table("u", &[("id", "integer"), ("v", "text")], &[&["id"]]);
+    let nulls = Some(Missing::Nulls);
+    let unlogged = TableFacts {
+        unlogged: true,
+        ..second()
+    };
+    let both = table(
+        "u",
+        &[("id", "integer"), ("v", "text"), ("n", "numeric(10,2)")],
+        &[&["id"]],
+    );
+    let cases = [
+        ("only one part has", halves([None, None], &[], &[]), first(), second()),
+        (
+            "every part may be missing",
+            halves([nulls, nulls], &[], &[]),
+            first(),
+            second(),
+        ),
+        ("is unlogged", halves([None, nulls], &[], &[]), first(), unlogged),
+        (
+            "several parts have it",
+            halves([None, nulls], &[], &[]),
+            first(),
+            both.clone(),
+        ),
+        // The same key with more columns under it is no key of its rows.
+        (
+            "no key in common",
+            halves([None, nulls], &[], &[]),
+            first(),
+            table("u", &[("id", "integer"), ("v", "text")], &[&["id", "v"]]),
+        ),
+        (
+            "no key in common",
+            halves([None, nulls], &[], &[]),
+            first(),
+            table("u", &[("id", "bigint"), ("v", "text")], &[&["id"]]),
+        ),
+        // Legacy's n takes no NULL, and has it wherever the part is missing.
+        (
+            "NULL where public.u has no row",
+            halves([None, nulls], &[], &[]),
+            table("t", &[("id", "integer"), ("v", "text")], &[&["id"]]),
+            table("u", &[("id", "integer"), ("n", "numeric(10,2)")], &[&["id"]]),
+        ),
+        (
+            "it has no inverse",
+            halves([None, nulls], &[("v", column("v")), ("n", sql("n::text"))], &[]),
+            table("t", &[("id", "integer")], &[&["id"]]),
+            table("u", &[("id", "integer"), ("v", "text"), ("n", "text")], &[&["id"]]),
+        ),
+    ];
+    for (expected, map, one, other) in cases {
+        let plan = split_into(map, one, other);
+        assert_eq!(plan.faults, [], "{expected}");
+        assert_eq!((plan.forward.len(), plan.reverse.len()), (2, 0), "{expected}");
+        let [fault] = &plan.one_way[..] else {
+            panic!("{expected}: {plan:#?}")
+        };
+        assert!(fault.fact.contains(expected), "{expected}: {fault}");
+        assert!(!fault.advice.is_empty());
+    }
+    // What stands for a missing part must be seen in legacy's row.
+    let bare = table("u", &[("id", "integer"), ("c", "text")], &[&["id"]]);
+    let whole = table(
+        "t",
+        &[("id", "integer"), ("v", "text"), ("n", "numeric(10,2)")],
+        &[&["id"]],
+    );
+    let plan = split_into(halves([None, nulls], &[("c", sql("'c'"))], &[]), whole, bare);
+    assert_eq!(plan.faults.len(), 1, "{plan:#?}");
+    assert!(plan.faults[0].fact.contains("no column of its own"), "{plan:#?}");
 }
