@@ -586,6 +586,9 @@ pub struct HealRequest {
     pub tables: Vec<String>,
     #[serde(default)]
     pub dry_run: bool,
+    /// Who asks, for the record.
+    #[serde(default)]
+    pub actor: Option<String>,
 }
 
 /// What was done, by database.

@@ -26,6 +26,7 @@ mod bulk;
 mod ddl;
 pub mod difference;
 mod direction;
+mod errands;
 mod faces;
 mod follower;
 mod guard;

@@ -8,6 +8,7 @@ use futures_util::{SinkExt, pin_mut};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::errands;
 use super::held::{HeldKeys, Touched, Unit};
 use super::isolate::{Cause, failing};
 use super::plan::DdlRecord;
@@ -60,7 +61,8 @@ pub struct Entry {
 }
 
 /// What an operator may order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Order {
     /// All, or one with those it depends on; in order.
     Retry {
@@ -440,6 +442,9 @@ impl Session {
             .await
             .map_err(doing("ask whether mirroring was stopped"))?;
         let Some(row) = row else { return Ok(()) };
+        if errands::retry_waits(&self.secondary, self.config.epoch).await? {
+            self.memory.say_go_on();
+        }
         if !self.memory.may_go_on() {
             return Err(ApplyError::Halted(row.get(0)));
         }

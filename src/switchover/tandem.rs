@@ -375,8 +375,7 @@ impl Tandem {
             .map_err(|error| error_chain(&error))
     }
 
-    /// The proxy that applies, where it is another one: only between its rounds can an order be carried
-    /// out.
+    /// The proxy that applies, where it is another one.
     pub fn applied_by_another(&self) -> Option<String> {
         let applier = self.applier()?;
         let status = applier.status();
@@ -414,7 +413,7 @@ impl Tandem {
             .map_err(|error| error.to_string())
     }
 
-    /// Has an order about the quarantine carried out.
+    /// Has an order about the quarantine carried out, by whichever proxy applies.
     pub async fn order(&self, order: apply::Order, timeout: Duration) -> Result<apply::Outcome, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
         tokio::time::timeout(timeout, applier.order(order))
@@ -422,7 +421,7 @@ impl Tandem {
             .map_err(|_elapsed| format!("not within {timeout:?}: {}", describe_delay(&applier.status().borrow())))?
     }
 
-    /// Has the secondary's definitions brought in line.
+    /// Has the secondary's definitions brought in line, by whichever proxy applies.
     pub async fn heal(&self, order: apply::HealOrder, timeout: Duration) -> Result<apply::Healed, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
         tokio::time::timeout(timeout, applier.heal(order))
