@@ -111,7 +111,7 @@ impl Operations for World {
             Side::Legacy => Phase::DualRead,
         };
         let ordered = Ordered {
-            by: request.by.unwrap_or_else(|| "unknown".into()),
+            by: request.by.unwrap_or_default(),
             force: request.force,
         };
         if request.rehearse {
@@ -355,7 +355,7 @@ impl Operations for World {
             plain: request.plain,
             ..usual
         };
-        let actor = mend.then(|| request.actor.unwrap_or_else(|| "unknown".into()));
+        let actor = mend.then(|| request.actor.unwrap_or_default());
         let (events, heard) = mpsc::channel(64);
         tokio::spawn(async move {
             for tandem in tandems {

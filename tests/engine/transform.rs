@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus, Seeding, begin_direction};
 use pgtandem::catalog::PINNED_SETTINGS;
-use pgtandem::config::{Backfill, StrayWriters, Target, Writes};
+use pgtandem::config::{Backfill, StrayWriters, Writes};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{SideRole, SideState, fence};
 use pgtandem::reconcile::backfill::{Desk, Order};
