@@ -25,7 +25,7 @@ use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::rehearsal::read_reach;
 use crate::shadow::{Plans, events};
-use crate::sql::{ExplainContext, explain};
+use crate::sql::{CanaryShare, ExplainContext, explain};
 use crate::switchover::{Kind, Tandem, in_the_way};
 
 /// An order is carried out at the end of a round; that may take as long as a backlog does.
@@ -408,6 +408,7 @@ impl Operations for World {
         let context = ExplainContext {
             phase: self.control_now().phase,
             shadow_percent: self.config.load().reads.shadow_percent,
+            canary: self.canary_share(),
             rehearse_percent: self.config.load().rehearse.percent,
             reach: reach.as_ref(),
             catalog: catalog.as_ref().map(|catalog| &catalog.functions as _),
@@ -455,6 +456,24 @@ impl World {
         QuarantineEntry {
             database: database.to_owned(),
             entry,
+        }
+    }
+
+    /// Of the first database, as what [`Self::explain`] looks up.
+    fn canary_share(&self) -> CanaryShare {
+        let tandems = self.tandems();
+        let status = tandems.first().and_then(|tandem| self.canaries.status(tandem.name()));
+        match status {
+            Some(status) => CanaryShare {
+                percent: status.percent,
+                rules: status.rules,
+                off_because: status.off_because.filter(|_| !status.on),
+            },
+            None => CanaryShare {
+                percent: 0.0,
+                rules: 0,
+                off_because: Some("reads.canary_percent is 0".into()),
+            },
         }
     }
 
