@@ -71,7 +71,7 @@ fn place(script: &Script, class: &Class, context: &ExplainContext<'_>) -> Result
             Err("the transaction may write, unless it says READ ONLY")
         }
         Class::Transaction(_) => Err("it ends or divides a transaction where that runs"),
-        Class::Read(_) | Class::CopyTo(_) => place_of_read(script, context),
+        Class::Read(_) | Class::CopyTo(_) | Class::Lock | Class::Unknown => place_of_read(script, context),
         Class::Declare(declare) if declare.hold => Err("a cursor WITH HOLD outlives the transaction"),
         Class::Declare(declare) => {
             place_of_read(&crate::sql::analyze(&declare.query), context).map(|_| Place::Within(""))
