@@ -97,8 +97,6 @@ pub(super) struct Shared {
     tables_changed: AtomicBool,
     /// Other proxies may have left errands on the secondary.
     errands_left: AtomicBool,
-    /// Somebody else drew from the secondary's sequences.
-    sequences_moved: AtomicBool,
     /// How many compare the sequences just now.
     sequences_compared: AtomicU64,
     wake: Notify,
@@ -230,12 +228,6 @@ impl Applier {
     /// The last round that is known to be applied; 0 for none.
     pub fn applied_round(&self) -> u64 {
         self.done.borrow().cut.as_ref().map_or(0, |cut| cut.round)
-    }
-
-    /// Somebody has drawn from the secondary's sequences: what they hold is looked at again before
-    /// the next copy.
-    pub fn sequences_moved(&self) {
-        self.shared.sequences_moved.store(true, Ordering::SeqCst);
     }
 
     /// While it lives, nobody shall draw from the secondary's sequences.
@@ -637,9 +629,6 @@ impl Task {
                 session.load_held(None).await?;
             }
             let (outcome, exported) = session.round(request.is_some() || mending.is_some()).await?;
-            if self.shared.sequences_moved.swap(false, Ordering::SeqCst) {
-                session.sequences.moved();
-            }
             let copied = session.copy_sequences(sequences_wanted > sequences_done).await?;
             let cut = Cut {
                 round: session.round,
