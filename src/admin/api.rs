@@ -413,7 +413,7 @@ pub struct SwitchoverRequest {
     /// The reason given with `--force`: closed gates are recorded, not obeyed.
     #[serde(default)]
     pub force: Option<String>,
-    /// Who orders it; it is recorded.
+    /// Who orders it; it is recorded. Left out: the admin API and the address that asked.
     #[serde(default)]
     pub by: Option<String>,
 }
@@ -586,6 +586,9 @@ pub struct HealRequest {
     pub tables: Vec<String>,
     #[serde(default)]
     pub dry_run: bool,
+    /// Who asks, for the record. Left out: as with a switchover.
+    #[serde(default)]
+    pub actor: Option<String>,
 }
 
 /// What was done, by database.
@@ -613,7 +616,7 @@ pub struct VerifyRequest {
     /// Rows per second on each side.
     #[serde(default)]
     pub rate: Option<u64>,
-    /// `POST /api/v1/repair`: who asks, for the record.
+    /// `POST /api/v1/repair`: who asks, for the record. Left out: as with a switchover.
     #[serde(default)]
     pub actor: Option<String>,
 }

@@ -31,11 +31,12 @@ pub mod api;
 pub mod client;
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Query, Request, State};
+use axum::extract::{ConnectInfo, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -132,9 +133,15 @@ pub async fn serve<O: Operations>(
         .route("/readyz", get(ready::<O>))
         .merge(guarded)
         .with_state(operations);
-    axum::serve(listener, router)
+    axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>())
         .with_graceful_shutdown(stop.cancelled_owned())
         .await
+}
+
+/// Who is recorded as having asked: whoever they say they are, else where they asked from.
+fn named(said: Option<String>, peer: SocketAddr) -> String {
+    said.filter(|name| !name.trim().is_empty())
+        .unwrap_or_else(|| format!("admin API from {}", peer.ip()))
 }
 
 async fn authorize(State(token): State<Option<Secret>>, request: Request, next: Next) -> Response {
@@ -179,8 +186,10 @@ async fn reload<O: Operations>(State(operations): State<Arc<O>>, Query(query): Q
 
 async fn switchover<O: Operations>(
     State(operations): State<Arc<O>>,
-    Json(request): Json<SwitchoverRequest>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Json(mut request): Json<SwitchoverRequest>,
 ) -> Response {
+    request.by = Some(named(request.by, peer));
     let dry_run = request.dry_run;
     match operations.switchover(request).await {
         Ok(answer) if answer.done || dry_run => Json(answer).into_response(),
@@ -280,7 +289,12 @@ async fn verify<O: Operations>(State(operations): State<Arc<O>>, Json(request): 
     lines(operations.reconcile(request, false))
 }
 
-async fn repair<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<VerifyRequest>) -> Response {
+async fn repair<O: Operations>(
+    State(operations): State<Arc<O>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Json(mut request): Json<VerifyRequest>,
+) -> Response {
+    request.actor = Some(named(request.actor, peer));
     lines(operations.reconcile(request, true))
 }
 
@@ -320,7 +334,12 @@ async fn discard_held<O: Operations>(
     answer_held(operations.discard_held(request).await)
 }
 
-async fn heal<O: Operations>(State(operations): State<Arc<O>>, Json(request): Json<HealRequest>) -> Response {
+async fn heal<O: Operations>(
+    State(operations): State<Arc<O>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Json(mut request): Json<HealRequest>,
+) -> Response {
+    request.actor = Some(named(request.actor, peer));
     match operations.heal(request).await {
         Ok(answer) if answer.done => Json(answer).into_response(),
         Ok(answer) => (StatusCode::CONFLICT, Json(answer)).into_response(),

@@ -25,7 +25,7 @@ use crate::reconcile::report::Event;
 use crate::reconcile::{Chosen, Options};
 use crate::shadow::rehearsal::read_reach;
 use crate::shadow::{Plans, events};
-use crate::sql::{ExplainContext, explain};
+use crate::sql::{CanaryShare, ExplainContext, explain};
 use crate::switchover::{Kind, Tandem, in_the_way};
 
 /// An order is carried out at the end of a round; that may take as long as a backlog does.
@@ -111,7 +111,7 @@ impl Operations for World {
             Side::Legacy => Phase::DualRead,
         };
         let ordered = Ordered {
-            by: request.by.unwrap_or_else(|| "unknown".into()),
+            by: request.by.unwrap_or_default(),
             force: request.force,
         };
         if request.rehearse {
@@ -208,7 +208,6 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
-            self.is_for_this_proxy(&tandem)?;
             let outcome = tandem.order(order.clone(), ORDER_MAX).await;
             let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             let found = request.id.is_none_or(|id| outcome.done.contains(&id));
@@ -233,7 +232,6 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
-            self.is_for_this_proxy(&tandem)?;
             let outcome = tandem.order(order.clone(), ORDER_MAX).await;
             let outcome = outcome.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.done &= outcome.done.contains(&request.id);
@@ -246,6 +244,7 @@ impl Operations for World {
         let order = HealOrder {
             only: request.tables,
             dry_run: request.dry_run,
+            actor: request.actor,
         };
         let tandems = self.chosen(request.database.as_deref(), !order.only.is_empty())?;
         let mut answer = HealAnswer {
@@ -253,7 +252,6 @@ impl Operations for World {
             done: true,
         };
         for tandem in tandems {
-            self.is_for_this_proxy(&tandem)?;
             let healed = tandem.heal(order.clone(), ORDER_MAX).await;
             let healed = healed.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.done &= healed.left.is_empty() && healed.to_seed.is_empty();
@@ -331,6 +329,7 @@ impl Operations for World {
         }
         let mut answer = BackfillAnswer::default();
         for tandem in self.chosen(request.database.as_deref(), !request.order.tables.is_empty())? {
+            self.has_cuts(&tandem)?;
             let status = tandem.start_backfill(control, &request.order).await;
             let status = status.map_err(|why| format!("database {}: {why}", tandem.name()))?;
             answer.databases.insert(tandem.name().to_owned(), status);
@@ -344,6 +343,7 @@ impl Operations for World {
             return Err(format!("phase {} mirrors nothing, so there are no cuts", control.phase));
         }
         let tandems = self.chosen(request.database.as_deref(), !request.tables.is_empty())?;
+        tandems.iter().try_for_each(|tandem| self.has_cuts(tandem))?;
         let chosen = match request.tables.is_empty() {
             true => Chosen::All,
             false => Chosen::Named(request.tables),
@@ -355,7 +355,7 @@ impl Operations for World {
             plain: request.plain,
             ..usual
         };
-        let actor = mend.then(|| request.actor.unwrap_or_else(|| "unknown".into()));
+        let actor = mend.then(|| request.actor.unwrap_or_default());
         let (events, heard) = mpsc::channel(64);
         tokio::spawn(async move {
             for tandem in tandems {
@@ -408,6 +408,7 @@ impl Operations for World {
         let context = ExplainContext {
             phase: self.control_now().phase,
             shadow_percent: self.config.load().reads.shadow_percent,
+            canary: self.canary_share(),
             rehearse_percent: self.config.load().rehearse.percent,
             reach: reach.as_ref(),
             catalog: catalog.as_ref().map(|catalog| &catalog.functions as _),
@@ -458,8 +459,27 @@ impl World {
         }
     }
 
-    /// Orders are carried out between two rounds, by the proxy that applies.
-    fn is_for_this_proxy(&self, tandem: &Tandem) -> Result<(), String> {
+    /// Of the first database, as what [`Self::explain`] looks up.
+    fn canary_share(&self) -> CanaryShare {
+        let tandems = self.tandems();
+        let status = tandems.first().and_then(|tandem| self.canaries.status(tandem.name()));
+        match status {
+            Some(status) => CanaryShare {
+                percent: status.percent,
+                rules: status.rules,
+                off_because: status.off_because.filter(|_| !status.on),
+            },
+            None => CanaryShare {
+                percent: 0.0,
+                rules: 0,
+                off_because: Some("reads.canary_percent is 0".into()),
+            },
+        }
+    }
+
+    /// Existing rows are read at cuts, and their progress is told by the proxy that has those: another
+    /// one says which that is.
+    fn has_cuts(&self, tandem: &Tandem) -> Result<(), String> {
         let Some(other) = tandem.applied_by_another() else {
             return Ok(());
         };
@@ -467,7 +487,7 @@ impl World {
         let address = known.into_iter().find(|proxy| proxy.name == other);
         let address = address.map_or_else(String::new, |proxy| format!(", which listens on {}", proxy.address));
         Err(format!(
-            "database {}: {other} applies, and only that proxy can do this between two rounds: ask it{address}",
+            "database {}: {other} applies, and only that proxy has cuts: ask it{address}",
             tandem.name()
         ))
     }

@@ -39,11 +39,13 @@ const PLAN_BY_INDEX: &str = "SET enable_seqscan = off; SET enable_hashjoin = off
 const REASON: &str = "its definition is brought in line";
 
 /// What an operator asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct HealOrder {
     /// Tables and other objects, with or without their schema; empty: all.
     pub only: Vec<String>,
     pub dry_run: bool,
+    /// Who asks, for the record.
+    pub actor: Option<String>,
 }
 
 /// What was done, or would be.
@@ -95,7 +97,7 @@ impl Session {
                 healed.tables = script.tables.into_iter().collect();
                 return Ok(Ok(healed));
             }
-            match self.run_script(&script, attempt > 0).await? {
+            match self.run_script(&script, attempt > 0, order.actor.as_deref()).await? {
                 Ok(()) => {
                     self.send_rows(&script, watch, &mut healed).await?;
                     if scope.is_none() {
@@ -152,7 +154,12 @@ impl Session {
 
     /// The statements in one transaction, with the tables concerned paused. `emptied`: without the
     /// rows of those tables, which are sent once more anyway.
-    async fn run_script(&mut self, script: &Script, emptied: bool) -> Result<Result<(), String>, ApplyError> {
+    async fn run_script(
+        &mut self,
+        script: &Script,
+        emptied: bool,
+        actor: Option<&str>,
+    ) -> Result<Result<(), String>, ApplyError> {
         let concerned = self.mirrored_of(script).await?;
         if script.statements.is_empty() {
             return Ok(Ok(()));
@@ -192,6 +199,7 @@ impl Session {
         tracing::warn!(
             statements = script.statements.len(),
             tables = concerned.len(),
+            actor,
             "the secondary's definitions were brought in line with the primary's"
         );
         Ok(Ok(()))

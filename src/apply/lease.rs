@@ -8,15 +8,17 @@
 //! apply; rounds are guarded by their number, so only one of them can commit.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::session::purpose;
-use super::{ApplierConfig, ApplyError, doing};
+use super::{ApplierConfig, ApplyError, doing, errands};
 use crate::control::Epoch;
 use crate::journal::{LOCK_APPLIER, LOCK_CLASS};
-use crate::upstream::control::{Control, connect};
+use crate::upstream::control::{Control, connect_hearing};
 
 const BEAT: Duration = Duration::from_secs(1);
 
@@ -29,28 +31,38 @@ const NAME: &str = "pgtandem lease of ";
 /// A connection that asks for the lease, and keeps it once it has it.
 pub(super) struct Lease {
     secondary: Control,
+    /// Errands were left on the secondary.
+    heard: Arc<Notify>,
 }
 
 impl Lease {
     pub(super) async fn connect(config: &ApplierConfig) -> Result<Self, ApplyError> {
         let purpose = format!("lease of {}", this_proxy());
-        let secondary = connect(&config.secondary, &purpose).await?;
+        let heard = Arc::new(Notify::new());
+        let secondary = connect_hearing(&config.secondary, &purpose, heard.clone()).await?;
         // Settings that an old server does not know are left alone there.
         secondary
             .batch_execute(&format!(
                 "SELECT pg_catalog.set_config(s.name, v.value, false)
-                   FROM (VALUES ('idle_session_timeout', '{silence}'), ('statement_timeout', '0'), ('lock_timeout', '0'),
+                   FROM (VALUES ('idle_session_timeout', '{silence}'), ('synchronous_commit', 'on'), ('statement_timeout', '0'), ('lock_timeout', '0'),
                                 ('tcp_keepalives_idle', '5'), ('tcp_keepalives_interval', '2'), ('tcp_keepalives_count', '3'))
                         AS v(name, value)
-                   JOIN pg_catalog.pg_settings s ON s.name = v.name",
-                silence = SILENCE_MAX.as_millis()
+                   JOIN pg_catalog.pg_settings s ON s.name = v.name; LISTEN {channel}",
+                silence = SILENCE_MAX.as_millis(),
+                channel = errands::CHANNEL
             ))
             .await
             .map_err(doing("prepare the lease's connection"))?;
-        Ok(Self { secondary })
+        Ok(Self { secondary, heard })
     }
 
-    /// The connection, for looks at the secondary while somebody else holds the lease.
+    /// Returns when an errand was left for whoever holds the lease.
+    pub(super) async fn hear_of_errand(&self) {
+        self.heard.notified().await;
+    }
+
+    /// The connection, for what is done at once: looks while somebody else holds the lease, errands
+    /// while this proxy does.
     pub(super) const fn connection(&self) -> &Control {
         &self.secondary
     }

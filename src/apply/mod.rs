@@ -19,13 +19,14 @@
 //! the primary has its log on disk past T, so no crash of it can take T back.
 //!
 //! What the secondary refuses for good is put into quarantine, and the rest goes on: held.rs says
-//! what is exact then, isolate.rs how the refused is found, quarantine.rs how it is taken up again.
+//! what is exact then, isolate.rs how the refused is found, quarantine/ how it is taken up again.
 
 mod awaited;
 mod bulk;
 mod ddl;
 pub mod difference;
 mod direction;
+mod errands;
 mod faces;
 mod follower;
 mod guard;

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::errands::{self, Errand};
 use super::follower::{Follower, Sight, count_strays};
 use super::heal::{HealOrder, Healed};
 use super::lease::{self, Lease, this_proxy};
@@ -94,6 +95,8 @@ pub(super) struct Shared {
     wanted_sequences: AtomicU64,
     /// What is recorded of the tables was changed by somebody else.
     tables_changed: AtomicBool,
+    /// Other proxies may have left errands on the secondary.
+    errands_left: AtomicBool,
     /// How many compare the sequences just now.
     sequences_compared: AtomicU64,
     wake: Notify,
@@ -101,6 +104,16 @@ pub(super) struct Shared {
     /// The guard had no answer from the primary: connections to it are not worth waiting for.
     pub(super) primary_silent: Notify,
     memory: Arc<Memory>,
+}
+
+impl Shared {
+    async fn hear_of_errands(&self, lease: &Lease) -> Infallible {
+        loop {
+            lease.hear_of_errand().await;
+            self.errands_left.store(true, Ordering::SeqCst);
+            self.wake.notify_one();
+        }
+    }
 }
 
 /// An operator's order, and where its outcome goes.
@@ -236,8 +249,8 @@ impl Applier {
         held.await.map_err(|_| Stopped)
     }
 
-    /// Has an operator's order about the quarantine carried out at the end of a round. A retry
-    /// also makes a halted applier go on.
+    /// Has an operator's order about the quarantine carried out at the end of a round, by whichever
+    /// proxy applies. A retry also makes a halted applier go on.
     ///
     /// # Errors
     /// Why it could not be carried out; then nothing of it was, or what was is in the quarantine's
@@ -250,7 +263,8 @@ impl Applier {
         outcome.await.map_err(|_| Stopped.to_string())?
     }
 
-    /// Has the secondary's definitions brought in line with the primary's, at the end of a round.
+    /// Has the secondary's definitions brought in line with the primary's, at the end of a round, by
+    /// whichever proxy applies.
     ///
     /// # Errors
     /// Why not; then nothing was changed.
@@ -381,13 +395,13 @@ impl Task {
         Ok(())
     }
 
-    /// Orders that come while no round is applied. A retry ends a halt; nothing else can be
+    /// Orders that come while no round can be applied. A retry ends a halt; nothing else can be
     /// carried out now.
     fn take_orders(&mut self, halted: bool, why: &str) {
-        while let Ok(ordered) = self.heal_requests.try_recv() {
+        for ordered in drain(&mut self.heal_requests) {
             ordered.answer.send(Err(format!("not now: {why}"))).ok();
         }
-        while let Ok(ordered) = self.order_requests.try_recv() {
+        for ordered in drain(&mut self.order_requests) {
             if halted && matches!(ordered.order, Order::Retry { .. }) && self.next_order.is_none() {
                 self.shared.memory.say_go_on();
                 self.shared.wake.notify_one();
@@ -396,12 +410,55 @@ impl Task {
                 ordered.answer.send(Err(format!("not now: {why}"))).ok();
             }
         }
-        while let Ok(mending) = self.mending_requests.try_recv() {
+        for mending in drain(&mut self.mending_requests) {
             mending.answer.send(Err(format!("not now: {why}"))).ok();
         }
         if !halted && let Some(ordered) = self.next_order.take() {
             ordered.answer.send(Err(format!("not now: {why}"))).ok();
         }
+    }
+
+    /// Orders that come while another proxy applies: that one carries them out.
+    fn pass_orders_on(&mut self) {
+        let (config, stop) = (&self.config, &self.shared.stop);
+        let held = self.next_order.take();
+        for Ordered { order, answer } in held.into_iter().chain(drain(&mut self.order_requests)) {
+            errands::send(config, stop, Errand::Quarantine(order), answer);
+        }
+        for HealOrdered { order, answer } in drain(&mut self.heal_requests) {
+            errands::send(config, stop, Errand::Heal(order), answer);
+        }
+        for mending in drain(&mut self.mending_requests) {
+            mending
+                .answer
+                .send(Err("another proxy applies; ask that one".into()))
+                .ok();
+        }
+    }
+
+    /// Carries out one of the errands that other proxies left, if there is any.
+    async fn run_errand(
+        &mut self,
+        lease: &Lease,
+        session: &mut Session,
+        watch: &mut CatalogWatch,
+        began: Instant,
+    ) -> Result<(), ApplyError> {
+        if !self.shared.errands_left.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let Some((id, errand)) = errands::take(lease.connection(), self.config.epoch).await? else {
+            return Ok(());
+        };
+        // There may be more of them, for after the next round.
+        self.shared.errands_left.store(true, Ordering::SeqCst);
+        self.shared.wake.notify_one();
+        let (answer, error) = match errand {
+            Errand::Quarantine(order) => errands::answer_of(self.obey(session, &order, began).await.map(Ok)),
+            Errand::Heal(order) => errands::answer_of(self.heal_now(session, watch, &order).await),
+        };
+        errands::answer(lease.connection(), id, &answer).await?;
+        error.map_or(Ok(()), Err)
     }
 
     /// Carries out what an operator ordered, between two rounds.
@@ -410,9 +467,8 @@ impl Task {
         let Some(Ordered { order, answer }) = ordered else {
             return Ok(());
         };
-        match session.carry_out(&order).await {
+        match self.obey(session, &order, began).await {
             Ok(outcome) => {
-                self.publish(session, began);
                 answer.send(Ok(outcome)).ok();
                 Ok(())
             }
@@ -421,6 +477,12 @@ impl Task {
                 Err(error)
             }
         }
+    }
+
+    async fn obey(&self, session: &mut Session, order: &Order, began: Instant) -> Result<Outcome, ApplyError> {
+        let outcome = session.carry_out(order).await?;
+        self.publish(session, began);
+        Ok(outcome)
     }
 
     /// Brings definitions in line where an operator asked for it.
@@ -432,11 +494,8 @@ impl Task {
         if answer.is_closed() {
             return Ok(());
         }
-        match session.heal(&order, watch).await {
+        match self.heal_now(session, watch, &order).await {
             Ok(outcome) => {
-                if !order.dry_run {
-                    self.look_around(session, watch).await?;
-                }
                 answer.send(outcome).ok();
                 Ok(())
             }
@@ -445,6 +504,19 @@ impl Task {
                 Err(error)
             }
         }
+    }
+
+    async fn heal_now(
+        &self,
+        session: &mut Session,
+        watch: &mut CatalogWatch,
+        order: &HealOrder,
+    ) -> Result<Result<Healed, String>, ApplyError> {
+        let outcome = session.heal(order, watch).await?;
+        if !order.dry_run {
+            self.look_around(session, watch).await?;
+        }
+        Ok(outcome)
     }
 
     /// Waits for the lease, then applies, until something fails or no longer answers.
@@ -461,6 +533,7 @@ impl Task {
             failed = self.apply_rounds(&lease) => failed,
             lost = lease.keep() => lost,
             () = shared.primary_silent.notified() => Err(ApplyError::Silent("primary")),
+            never = shared.hear_of_errands(&lease) => match never {},
         }
     }
 
@@ -477,7 +550,7 @@ impl Task {
             while self.cut_requests.try_recv().is_ok() {
                 // Dropping the request answers it: a cut can be held only by the lease's holder.
             }
-            self.take_orders(false, "another proxy applies; ask that one");
+            self.pass_orders_on();
             let ticket = self.shared.wanted.load(Ordering::SeqCst);
             let wanted = ticket > self.done.borrow().ticket;
             let mut found = false;
@@ -529,6 +602,8 @@ impl Task {
     async fn apply_rounds(&mut self, lease: &Lease) -> Result<Infallible, ApplyError> {
         let mut session = Session::connect(self.config.clone(), lease, self.shared.memory.clone()).await?;
         journal::refuse_or_report(&mut session.secondary, self.config.stray_writers).await?;
+        errands::answer_lost(lease.connection(), self.config.epoch).await?;
+        self.shared.errands_left.store(true, Ordering::SeqCst);
         let mut watch = CatalogWatch::default();
         let mut next_watch = Instant::now();
         let mut pause = self.config.poll_min;
@@ -572,6 +647,7 @@ impl Task {
             if request.is_none() {
                 self.carry_out(&mut session, began).await?;
                 self.heal(&mut session, &mut watch).await?;
+                self.run_errand(lease, &mut session, &mut watch, began).await?;
             }
             if let (Some(request), Some(primary_snapshot)) = (request, exported) {
                 let (release, released) = oneshot::channel();
@@ -676,6 +752,11 @@ impl Task {
             status.transactions_applied = session.progress.transactions;
         });
     }
+}
+
+/// What waits in a queue.
+fn drain<T>(queue: &mut mpsc::Receiver<T>) -> impl Iterator<Item = T> {
+    std::iter::from_fn(|| queue.try_recv().ok())
 }
 
 /// What is asked of a server that answers at once or not at all.

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Subcommand;
 use serde::Serialize;
 
+use super::quarantine::actor;
 use super::{Common, Output, client, load, print_json, say};
 use crate::admin::api::{HealAnswer, HealRequest};
 use crate::admin::client::{AdminClient, AdminError};
@@ -121,6 +122,7 @@ pub(super) async fn run(action: Action) -> anyhow::Result<bool> {
                 database,
                 tables: table,
                 dry_run,
+                actor: Some(actor()),
             };
             heal(&client(&common)?, output.json, request).await
         }
@@ -296,7 +298,7 @@ async fn heal(client: &AdminClient, json: bool, request: HealRequest) -> anyhow:
             if json {
                 print_json(&serde_json::json!({ "error": why }))?;
             } else {
-                eprintln!("nothing was changed: {why}");
+                eprintln!("not healed: {why}");
             }
             return Ok(false);
         }

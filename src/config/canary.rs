@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::raw::{Percent, Seconds};
 use super::reads::{SampleKey, ShadowRule};
+use super::value::{Percent, Seconds};
 
 /// Canary reads as used.
 #[derive(Debug, Clone, PartialEq)]

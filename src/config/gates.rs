@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::raw::{Bytes, Percent, Seconds};
+use super::value::{Bytes, Percent, Seconds};
 
 /// Thresholds of the gates. What is `None` is measured and shown, and closes nothing.
 #[derive(Debug, Clone, Copy, PartialEq)]

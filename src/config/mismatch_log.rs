@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::Secret;
-use super::raw::{Bytes, Seconds, Text, beside};
+use super::raw::beside;
+use super::value::{Bytes, Seconds, Text};
 use crate::chain::{Fsync, MacKey, Options};
 
 #[derive(Debug, Clone, PartialEq, Eq)]

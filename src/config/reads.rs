@@ -8,7 +8,7 @@ use time::macros::format_description;
 use time::{Date, OffsetDateTime};
 
 use super::canary::{Canary, RawBudget};
-use super::raw::{Percent, Seconds, Text};
+use super::value::{Percent, Seconds, Text};
 use crate::sql::FingerprintId;
 
 /// `reads:` as used.

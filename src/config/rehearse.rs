@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::raw::{Percent, Seconds, Text};
 use super::reads::{RawShadowRule, SampleKey, ShadowRule, key};
+use super::value::{Percent, Seconds, Text};
 
 /// Clients' writes that are also run on the secondary, in transactions that are rolled back.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,9 +11,9 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 10;
+const VERSION: i32 = 11;
 
-const SCRIPTS: [&str; 9] = [
+const SCRIPTS: [&str; 10] = [
     include_str!("sql/schema.sql"),
     include_str!("sql/capture.sql"),
     include_str!("sql/transform.sql"),
@@ -23,6 +23,7 @@ const SCRIPTS: [&str; 9] = [
     include_str!("sql/backfill.sql"),
     include_str!("sql/switchover.sql"),
     include_str!("sql/rehearse.sql"),
+    include_str!("sql/errand.sql"),
 ];
 
 /// Where the query of catalog::objects becomes a function.

@@ -7,7 +7,8 @@
 //! | `digest.rs` | how a row becomes a checksum that both servers compute alike |
 //! | `readers.rs` | connections that read one cut |
 //! | `compare.rs` | one range, down to the rows that differ |
-//! | `verify.rs` | all tables, batch by batch |
+//! | `sides.rs` | the two sides of a database, and who applies |
+//! | `verify/` | all tables, batch by batch |
 //! | `sequences.rs` | sequences, which no snapshot shows |
 //! | `repair.rs` | verify, mend, verify again |
 //! | `report.rs` | what is said of it |
@@ -25,13 +26,15 @@ mod repair;
 pub mod report;
 pub mod schema;
 mod sequences;
+mod sides;
 mod verify;
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 pub use repair::repair;
-pub use verify::{Chosen, Options, SecondarySnapshot, Sides, verify, verify_over_and_over, verify_unseeded};
+pub use sides::Sides;
+pub use verify::{Chosen, Options, SecondarySnapshot, verify, verify_over_and_over, verify_unseeded};
 
 use crate::apply::Stopped;
 use crate::upstream::control::{ConnectError, error_chain};

@@ -5,10 +5,10 @@
 
 use tokio::sync::mpsc;
 
-use super::VerifyError;
 use super::place::Place;
 use super::report::{DatabaseReport, Event, TableReport, TableResult};
-use super::verify::{Chosen, Options, Sides, verify};
+use super::verify::{Chosen, Options, verify};
+use super::{Sides, VerifyError};
 use crate::apply::{Mend, MendRows, Mended};
 use crate::catalog::PINNED_SETTINGS;
 use crate::upstream::control::connect;
@@ -25,7 +25,7 @@ const PASSES_MAX: usize = 20;
 /// # Errors
 /// As [`verify`]; or a table's rows cannot be mended, and why.
 pub async fn repair(
-    sides: Sides<'_>,
+    sides: &Sides,
     options: &Options,
     actor: &str,
     events: &mpsc::Sender<Event>,
@@ -70,11 +70,7 @@ pub async fn repair(
 }
 
 /// A verification whose end is not the end of it all.
-async fn look(
-    sides: Sides<'_>,
-    options: &Options,
-    events: &mpsc::Sender<Event>,
-) -> Result<DatabaseReport, VerifyError> {
+async fn look(sides: &Sides, options: &Options, events: &mpsc::Sender<Event>) -> Result<DatabaseReport, VerifyError> {
     let (sender, mut heard) = mpsc::channel(8);
     let relay = async {
         while let Some(event) = heard.recv().await {
@@ -117,7 +113,7 @@ fn merged(mut before: DatabaseReport, again: DatabaseReport) -> DatabaseReport {
 }
 
 async fn mend_table(
-    sides: Sides<'_>,
+    sides: &Sides,
     table: &TableReport,
     actor: &str,
     events: &mpsc::Sender<Event>,
@@ -144,7 +140,7 @@ async fn mend_table(
         };
         let mended = mend(sides, order).await.map_err(refused)?;
         let event = Event::Mended {
-            database: sides.database.to_owned(),
+            database: sides.database.clone(),
             table: table.qualified(),
             round: mended.round,
             deleted: mended.deleted,
@@ -156,14 +152,14 @@ async fn mend_table(
 }
 
 /// What is in quarantine first: its rows differ, and can only be mended together.
-async fn mend_held(sides: Sides<'_>, actor: &str, events: &mpsc::Sender<Event>) -> Result<(), VerifyError> {
+async fn mend_held(sides: &Sides, actor: &str, events: &mpsc::Sender<Event>) -> Result<(), VerifyError> {
     let actor = actor.to_owned();
     let mended = mend(sides, Mend::Held { actor }).await?;
     if mended.round == 0 {
         return Ok(());
     }
     let event = Event::Mended {
-        database: sides.database.to_owned(),
+        database: sides.database.clone(),
         table: "all that was in quarantine".into(),
         round: mended.round,
         deleted: mended.deleted,
@@ -172,18 +168,18 @@ async fn mend_held(sides: Sides<'_>, actor: &str, events: &mpsc::Sender<Event>) 
     events.send(event).await.map_err(|_| VerifyError::Abandoned)
 }
 
-async fn mend(sides: Sides<'_>, order: Mend) -> Result<Mended, VerifyError> {
+async fn mend(sides: &Sides, order: Mend) -> Result<Mended, VerifyError> {
     sides.applier.mend(order).await.map_err(VerifyError::NotMended)
 }
 
 /// Name and type of the columns of its key.
-async fn key_columns(sides: Sides<'_>, table: &TableReport) -> Result<Vec<(String, String)>, VerifyError> {
-    let client = connect(sides.primary, "repair").await?;
+async fn key_columns(sides: &Sides, table: &TableReport) -> Result<Vec<(String, String)>, VerifyError> {
+    let client = connect(&sides.primary, "repair").await?;
     client.batch_execute(PINNED_SETTINGS).await?;
     let mut place = Place::on_primary(&client, &table.schema, &table.name).await?;
     if place.is_face {
         // Rows were told apart by the secondary's key.
-        let secondary = connect(sides.secondary, "repair").await?;
+        let secondary = connect(&sides.secondary, "repair").await?;
         secondary.batch_execute(PINNED_SETTINGS).await?;
         place = Place::table(&secondary, &table.schema, &table.name).await?;
     }
@@ -195,8 +191,8 @@ async fn key_columns(sides: Sides<'_>, table: &TableReport) -> Result<Vec<(Strin
 }
 
 /// What the rounds found and set right in these tables before they were found equal is settled.
-async fn clear_divergences(sides: Sides<'_>, report: &DatabaseReport) -> Result<(), VerifyError> {
-    let client = connect(sides.secondary, "repair").await?;
+async fn clear_divergences(sides: &Sides, report: &DatabaseReport) -> Result<(), VerifyError> {
+    let client = connect(&sides.secondary, "repair").await?;
     for table in &report.tables {
         if let (TableResult::Equal, Some((first, _))) = (table.result, table.rounds) {
             client

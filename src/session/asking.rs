@@ -22,17 +22,22 @@ pub(super) enum Trouble {
     Refused(String),
 }
 
-/// Waits for what a server is asked, for as long as one takes that answers at all. The inner error
-/// is its refusal.
+/// Waits so long for what a server is asked; one that does not answer is as good as gone.
+pub(super) async fn within<T>(limit: Duration, asking: impl Future<Output = Result<T, Trouble>>) -> Result<T, Trouble> {
+    let silent = |_| Trouble::Gone(format!("no answer within {limit:?} to a question of the proxy's"));
+    tokio::time::timeout(limit, asking).await.map_err(silent)?
+}
+
+/// Waits for what the session's own server is asked, for as long as one takes that answers at all.
+/// The inner error is its refusal.
 ///
 /// # Errors
 /// The server is gone.
 pub(super) async fn in_time<T>(asking: impl Future<Output = Result<T, Trouble>>) -> Result<Result<T, String>, End> {
-    match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
-        Ok(Ok(answer)) => Ok(Ok(answer)),
-        Ok(Err(Trouble::Refused(reason))) => Ok(Err(reason)),
-        Ok(Err(Trouble::Gone(cause))) => Err(End::ServerGone(cause)),
-        Err(_) => Err(End::ServerGone("no answer to a question about the session".into())),
+    match within(ANSWER_TIMEOUT, asking).await {
+        Ok(answer) => Ok(Ok(answer)),
+        Err(Trouble::Refused(reason)) => Ok(Err(reason)),
+        Err(Trouble::Gone(cause)) => Err(End::ServerGone(cause)),
     }
 }
 
@@ -53,15 +58,12 @@ pub(super) async fn ask(
     frames: &[u8],
     ready: usize,
     unasked: &mut Vec<u8>,
-) -> Result<Asked, String> {
-    let gone = |trouble| match trouble {
-        Trouble::Gone(cause) | Trouble::Refused(cause) => cause,
-    };
-    wire.send(frames).await.map_err(gone)?;
+) -> Result<Asked, Trouble> {
+    wire.send(frames).await?;
     let mut asked = Asked { custom_types: false };
     for _ in 0..ready {
         // An error comes up again where it matters.
-        asked.custom_types |= wire.answer(unasked).await.map_err(gone)?.custom_types;
+        asked.custom_types |= wire.answer(unasked).await?.custom_types;
     }
     Ok(asked)
 }
@@ -139,7 +141,7 @@ impl Wire<'_> {
 
 impl Session {
     /// Has the server that is in use answer frames with so many ReadyForQuery at their end.
-    pub(super) async fn ask_server(&mut self, frames: &[u8], ready: usize) -> Result<Asked, String> {
+    pub(super) async fn ask_server(&mut self, frames: &[u8], ready: usize) -> Result<Asked, Trouble> {
         let (mut unheard, mut aside) = (Vec::new(), self.reported.clone());
         let secondary = self.on_secondary();
         let wire = Wire {

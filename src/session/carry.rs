@@ -4,7 +4,7 @@
 //! ([`super::footprint`]), and only where that finds a change is its state copied once more. The
 //! move itself asks nobody: the two connections change places.
 
-use super::asking::{ANSWER_TIMEOUT, Answer, Trouble, in_time};
+use super::asking::{ANSWER_TIMEOUT, Answer, Trouble, in_time, within};
 use super::footprint::{self, Digest, Footprint};
 use super::registry::{BackendKey, State as RegistryState};
 use super::relay::{Direction, End, Session};
@@ -108,8 +108,8 @@ impl Session {
         }
         if now.unnamed != before.unnamed {
             let unnamed = self.statements.unnamed();
-            let told = tokio::time::timeout(ANSWER_TIMEOUT, standby.prepare_unnamed(unnamed)).await;
-            if !matches!(told, Ok(Ok(()))) {
+            let told = within(ANSWER_TIMEOUT, standby.prepare_unnamed(unnamed)).await;
+            if told.is_err() {
                 self.standby = None;
                 return Ok(false);
             }
@@ -208,9 +208,9 @@ impl Session {
         let Some(standby) = &mut self.standby else {
             return Ok(Err("no connection to the other side".into()));
         };
-        let replayed = tokio::time::timeout(ANSWER_TIMEOUT, standby.replay(&state, unnamed, &self.login.user));
+        let replayed = within(ANSWER_TIMEOUT, standby.replay(&state, unnamed, &self.login.user));
         let result = match replayed.await {
-            Ok(Ok(())) => {
+            Ok(()) => {
                 let footprint = footprint.map(|digest| Footprint::new(digest, &self.statements));
                 standby.copied = Some(Copied {
                     transactions: self.transactions,
@@ -219,9 +219,8 @@ impl Session {
                 self.registered.shared.set_ready(true);
                 return Ok(Ok(()));
             }
-            Ok(Err(Trouble::Refused(reason))) => Err(reason),
-            Ok(Err(Trouble::Gone(cause))) => Err(format!("the other side's connection: {cause}")),
-            Err(_) => Err("the other side does not answer".into()),
+            Err(Trouble::Refused(reason)) => Err(reason),
+            Err(Trouble::Gone(cause)) => Err(format!("the other side's connection: {cause}")),
         };
         // Half-way to a state that is nobody's: not used again.
         self.standby = None;

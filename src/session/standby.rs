@@ -65,7 +65,7 @@ impl Standby {
     }
 
     /// Has the server answer frames with so many ReadyForQuery at their end.
-    pub(super) async fn ask(&mut self, frames: &[u8], ready: usize) -> Result<Asked, String> {
+    pub(super) async fn ask(&mut self, frames: &[u8], ready: usize) -> Result<Asked, Trouble> {
         ask(self.wire(), frames, ready, &mut Vec::new()).await
     }
 

@@ -6,7 +6,7 @@ use tokio::time::{Duration, Instant, timeout};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::asking::Trouble;
+use super::asking::{ANSWER_TIMEOUT, Trouble, in_time, within};
 use super::canary::{Behind, Plan, Retrying, Running, Transaction, Turn};
 use super::registry::BackendKey;
 use super::relay::{End, Session};
@@ -24,8 +24,6 @@ const OPEN_MAX: Duration = Duration::from_secs(2);
 const LEFT_ALONE: Duration = Duration::from_secs(1);
 /// Of one session; when there are more it begins anew.
 const UNFIT_MAX: usize = 256;
-/// A server that answers such questions at all does so in milliseconds.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 impl Session {
     pub(super) async fn take_turn(&mut self) -> Result<(), End> {
@@ -115,11 +113,8 @@ impl Session {
         {
             return Ok(Ok(()));
         }
-        let mut state = match timeout(ANSWER_MAX, self.inspect()).await {
-            Ok(Ok(state)) => state,
-            Ok(Err(Trouble::Gone(cause))) => return Err(End::ServerGone(cause)),
-            Ok(Err(Trouble::Refused(_))) => return Ok(Err(Fallback::Session)),
-            Err(_) => return Err(End::ServerGone("no answer to a question about the session".into())),
+        let Ok(mut state) = in_time(self.inspect()).await? else {
+            return Ok(Err(Fallback::Session));
         };
         // Statements are brought as they are used; notifications stay with the primary.
         state.leave_statements();
@@ -134,13 +129,13 @@ impl Session {
         let Some(lane) = &mut canary.lane else {
             return Ok(Err(Fallback::Connection));
         };
-        let replayed = timeout(OPEN_MAX, lane.replay(&state, None, &self.login.user)).await;
+        let replayed = within(OPEN_MAX, lane.replay(&state, None, &self.login.user)).await;
         match replayed {
-            Ok(Ok(())) => {
+            Ok(()) => {
                 canary.state = Some(state);
                 Ok(Ok(()))
             }
-            Ok(Err(Trouble::Refused(reason))) => {
+            Err(Trouble::Refused(reason)) => {
                 tracing::debug!(
                     session = self.registered.shared.id.0,
                     reason,
@@ -150,7 +145,7 @@ impl Session {
                 canary.not_before = Some(Instant::now() + LEFT_ALONE);
                 Ok(Err(Fallback::Session))
             }
-            Ok(Err(Trouble::Gone(_))) | Err(_) => {
+            Err(Trouble::Gone(_)) => {
                 canary.lane = None;
                 canary.not_before = Some(Instant::now() + LEFT_ALONE);
                 Ok(Err(Fallback::Connection))
@@ -213,23 +208,23 @@ impl Session {
             return Ok(true);
         }
         let asked = if inside {
-            timeout(ANSWER_MAX, self.ask_server(&out, syncs)).await
+            within(ANSWER_TIMEOUT, self.ask_server(&out, syncs)).await
         } else {
             let lane = self.canary.as_mut().and_then(|canary| canary.lane.as_mut());
             let Some(lane) = lane else { return Err(()) };
-            timeout(OPEN_MAX, lane.ask(&out, syncs)).await
+            within(OPEN_MAX, lane.ask(&out, syncs)).await
         };
         let Some(canary) = &mut self.canary else { return Err(()) };
         match asked {
             // A statement that cannot be parsed there: the answer to its use says so, and the
             // primary is asked.
-            Ok(Ok(asked)) => {
+            Ok(asked) => {
                 if !asked.custom_types {
                     canary.named.extend(missing);
                 }
                 Ok(!asked.custom_types)
             }
-            Ok(Err(_)) | Err(_) => {
+            Err(_) => {
                 if !inside {
                     canary.lane = None;
                     canary.not_before = Some(Instant::now() + LEFT_ALONE);
@@ -331,11 +326,8 @@ impl Session {
         if syncs == 0 {
             return Ok(());
         }
-        match timeout(ANSWER_MAX, self.ask_server(out, syncs)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(cause)) => Err(End::ServerGone(cause)),
-            Err(_) => Err(End::ServerGone("no answer to a statement".into())),
-        }
+        in_time(self.ask_server(out, syncs)).await?.ok();
+        Ok(())
     }
 
     /// The primary is asked what the secondary failed at: the error has been heard to its end, or
@@ -402,7 +394,7 @@ impl Session {
     async fn roll_back_secondary(&mut self) {
         let mut rollback = Vec::new();
         frontend::put_query(&mut rollback, b"rollback");
-        let well = matches!(timeout(OPEN_MAX, self.ask_server(&rollback, 1)).await, Ok(Ok(_)));
+        let well = within(OPEN_MAX, self.ask_server(&rollback, 1)).await.is_ok();
         self.swap_lanes();
         if !well {
             self.drop_lane(false);

@@ -1,9 +1,12 @@
 //! `pgtandem explain "SQL"`: how each statement of a text would be handled, and why.
 
+mod canary;
+
 use std::fmt;
 
 use serde::Serialize;
 
+pub use self::canary::{CanaryAnswer, CanaryShare};
 use super::class::{Class, DdlKind, QualifiedName, ReadFacts, Statement};
 use super::comparable::{FunctionCatalog, NotComparable, RelationKind, shadowable, single_read};
 use super::lexer::LexSettings;
@@ -15,6 +18,7 @@ use crate::control::Phase;
 pub struct ExplainContext<'a> {
     pub phase: Phase,
     pub shadow_percent: f64,
+    pub canary: CanaryShare,
     /// Of the writes that no rule is about.
     pub rehearse_percent: f64,
     /// What the secondary's functions and tables reach; without it, no write is looked at so closely.
@@ -37,6 +41,8 @@ pub struct ExplainedStatement {
     /// Tables and views it names, as far as its class is read by names.
     pub tables: Vec<String>,
     pub shadowed: bool,
+    /// Whether the secondary may really answer it, and why not.
+    pub canary: CanaryAnswer,
     /// Whether it is also tried on the secondary, and why not; absent for what writes nothing.
     pub rehearsed: Option<Rehearsal>,
     pub mirrored: Mirrored,
@@ -138,6 +144,7 @@ pub fn explain(text: &[u8], context: &ExplainContext<'_>) -> Explanation {
                 fingerprint: super::fingerprint(sql).id,
                 tables: tables(&statement.class),
                 shadowed,
+                canary: canary::canary(&script, &statement.class, context),
                 rehearsed: rehearsal(statement, text, context),
                 mirrored: if context.phase.mirrors() {
                     mirrored
@@ -286,6 +293,8 @@ impl fmt::Display for Explanation {
                 writeln!(f, "  tables    {}", statement.tables.join(", "))?;
             }
             writeln!(f, "  shadowed  {}", if statement.shadowed { "yes" } else { "no" })?;
+            let word = if statement.canary.answers { "yes" } else { "no" };
+            writeln!(f, "  canary    {word}: {}", statement.canary.why)?;
             if let Some(rehearsal) = &statement.rehearsed {
                 let word = if rehearsal.rehearsed { "yes" } else { "no" };
                 writeln!(f, "  rehearsed {word}: {}", rehearsal.why)?;

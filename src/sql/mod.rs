@@ -39,7 +39,7 @@ pub use comparable::{
     VOLATILE_OTHERS_QUERY, Volatility, shadowable, single_read,
 };
 pub use ddl::place_for_if_exists;
-pub use explain::{ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
+pub use explain::{CanaryAnswer, CanaryShare, ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
 pub use expression::is_one_expression;
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as, fingerprint_id};
 pub use glance::{Glance, glance};

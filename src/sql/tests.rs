@@ -729,10 +729,16 @@ fn hostile_texts_cost_little() {
 #[test]
 fn explanations() {
     let catalog = catalog();
+    let share = CanaryShare {
+        percent: 5.0,
+        rules: 1,
+        off_because: None,
+    };
     let explain_in = |phase, sql: &str| {
         let context = ExplainContext {
             phase,
             shadow_percent: 10.0,
+            canary: share.clone(),
             rehearse_percent: 0.0,
             reach: None,
             catalog: Some(&catalog),
@@ -774,6 +780,30 @@ fn explanations() {
         ),
     ] {
         assert_eq!(in_dual_read(sql), expected, "{sql}");
+    }
+    for (sql, answers, says) in [
+        ("select a from t", true, "5% of such reads beside 1 rules"),
+        ("select now()", true, "only within a transaction that only reads"),
+        ("begin read only", true, "5% of such transactions"),
+        ("begin", false, "unless it says READ ONLY"),
+        ("declare c cursor for select a from t", true, "within a transaction"),
+        (
+            "declare c cursor with hold for select a from t",
+            false,
+            "outlives the transaction",
+        ),
+        ("copy t to stdout", true, "of such reads"),
+        ("select a from t for update", false, "lock"),
+        ("select random()", false, "volatile"),
+        ("insert into t values (1)", false, "only reads"),
+        ("select a from t; select a from t", false, "several"),
+    ] {
+        let explanation = explain_in(crate::control::Phase::DualRead, sql);
+        let canary = &explanation.statements[0].canary;
+        assert!(
+            canary.answers == answers && canary.why.contains(says),
+            "{sql}: {canary:?}"
+        );
     }
     let initial = explain_in(crate::control::Phase::Initial, "select a from t; drop table t");
     assert!(

@@ -20,7 +20,7 @@ use crate::catalog::PINNED_SETTINGS;
 use crate::config::{Backfill, DatabaseConfig, Journal, StrayWriters, Target, Verify, Writes};
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, SideRole, Stray};
-use crate::reconcile::backfill::{self, BackfillStatus, Desk, Order as BackfillOrder};
+use crate::reconcile::backfill::{BackfillStatus, Desk, Order as BackfillOrder};
 use crate::reconcile::report::Event;
 use crate::reconcile::{self, Sides};
 use crate::routing::Pair;
@@ -220,8 +220,9 @@ impl Tandem {
         });
     }
 
-    fn sides(&self, applier: Arc<Applier>, control: Control) -> backfill::Sides {
-        backfill::Sides {
+    fn sides(&self, applier: Arc<Applier>, control: Control) -> Sides {
+        Sides {
+            database: self.name().to_owned(),
             primary: self.targets().target(control.primary).clone(),
             secondary: self.targets().target(control.secondary()).clone(),
             epoch: control.epoch,
@@ -248,24 +249,16 @@ impl Tandem {
     /// Tables that held rows when their capture began are compared once, beside everything else,
     /// and as long as `verify: continuous` says so all of them over and over; it ends with the applier.
     fn compare_existing_rows(&self, applier: Arc<Applier>, control: Control) {
-        let primary = self.targets().target(control.primary).clone();
-        let secondary = self.targets().target(control.secondary()).clone();
-        let database = self.name().to_owned();
+        let sides = self.sides(applier, control);
         let settings = self.verify.subscribe();
         tokio::spawn(async move {
-            let sides = Sides {
-                database: &database,
-                applier: &applier,
-                primary: &primary,
-                secondary: &secondary,
-                epoch: control.epoch,
-            };
-            match reconcile::verify_unseeded(sides).await {
+            let database = &sides.database;
+            match reconcile::verify_unseeded(&sides).await {
                 Ok(equal) if equal.is_empty() => {}
                 Ok(equal) => tracing::info!(database, tables = ?equal, "found equal at a cut and synced from there on"),
                 Err(error) => tracing::info!(database, %error, "existing rows were not compared to the end"),
             }
-            reconcile::verify_over_and_over(sides, settings).await;
+            reconcile::verify_over_and_over(&sides, settings).await;
         });
     }
 
@@ -291,16 +284,10 @@ impl Tandem {
                 });
             }
         }
-        let sides = Sides {
-            database: self.name(),
-            applier: &applier,
-            primary: self.targets().target(control.primary),
-            secondary: self.targets().target(control.secondary()),
-            epoch: control.epoch,
-        };
+        let sides = self.sides(applier, control);
         let done = match mend {
-            None => reconcile::verify(sides, options, events).await,
-            Some(actor) => reconcile::repair(sides, options, &actor, events).await,
+            None => reconcile::verify(&sides, options, events).await,
+            Some(actor) => reconcile::repair(&sides, options, &actor, events).await,
         };
         done.map(|_| ()).map_err(|error| error.to_string())
     }
@@ -378,8 +365,7 @@ impl Tandem {
             .map_err(|error| error_chain(&error))
     }
 
-    /// The proxy that applies, where it is another one: only between its rounds can an order be carried
-    /// out.
+    /// The proxy that applies, where it is another one.
     pub fn applied_by_another(&self) -> Option<String> {
         let applier = self.applier()?;
         let status = applier.status();
@@ -417,7 +403,7 @@ impl Tandem {
             .map_err(|error| error.to_string())
     }
 
-    /// Has an order about the quarantine carried out.
+    /// Has an order about the quarantine carried out, by whichever proxy applies.
     pub async fn order(&self, order: apply::Order, timeout: Duration) -> Result<apply::Outcome, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
         tokio::time::timeout(timeout, applier.order(order))
@@ -425,7 +411,7 @@ impl Tandem {
             .map_err(|_elapsed| format!("not within {timeout:?}: {}", describe_delay(&applier.status().borrow())))?
     }
 
-    /// Has the secondary's definitions brought in line.
+    /// Has the secondary's definitions brought in line, by whichever proxy applies.
     pub async fn heal(&self, order: apply::HealOrder, timeout: Duration) -> Result<apply::Healed, String> {
         let applier = self.applier().ok_or("nothing is mirrored in this phase")?;
         tokio::time::timeout(timeout, applier.heal(order))

@@ -63,19 +63,29 @@ fn report(rig: &Rig, code: i32, arguments: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+/// Every read is compared; `log` says how the mismatch log is kept, and table `item` has so many rows.
+async fn comparing(log: &str, rows: u32) -> (Rig, Client) {
+    let mut rig = Rig::new();
+    rig.extra = format!("reads: {{ shadow_percent: 100 }}\nmismatch_log: {log}\n");
+    rig.serve(Phase::DualRead).await;
+    let items = format!(
+        "CREATE TABLE item (id int PRIMARY KEY, name text);
+         INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, {rows}) n"
+    );
+    let client = rig.client_after(&items).await;
+    rig.wait_caught_up().await;
+    (rig, client)
+}
+
+/// `which`: a fingerprint, or `--line` and its number.
+fn acknowledge(rig: &Rig, which: &[&str], reason: &str, by: &str) {
+    let all = [&["mismatches", "ack"], which, &["--reason", reason, "--by", by]].concat();
+    rig.check(&all, 0, &format!("by {by}"));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_as_an_auditor_sees_it() {
-    let mut rig = Rig::new();
-    rig.extra =
-        "reads: { shadow_percent: 100 }\nmismatch_log: { mac_key: only the auditor has it, statistics_every: 1h }\n"
-            .into();
-    rig.serve(Phase::DualRead).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("CREATE TABLE item (id int PRIMARY KEY, name text); INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, 20) n")
-        .await
-        .unwrap();
-    rig.wait_caught_up().await;
+    let (mut rig, client) = comparing("{ mac_key: only the auditor has it, statistics_every: 1h }", 20).await;
     let known = until_known(&rig, &client).await;
     for _ in 0..20 {
         client.simple_query("SELECT * FROM item").await.unwrap();
@@ -113,19 +123,7 @@ async fn a_migration_as_an_auditor_sees_it() {
         2,
         "no such mismatch",
     );
-    rig.check(
-        &[
-            "mismatches",
-            "ack",
-            &fingerprint[..6],
-            "--reason",
-            "planted",
-            "--by",
-            "ann",
-        ],
-        0,
-        "by ann",
-    );
+    acknowledge(&rig, &[&fingerprint[..6]], "planted", "ann");
     rig.check(&["mismatches"], 0, "acknowledged by ann");
     rig.check(&["mismatches", "--verify-log"], 0, "intact");
     on_new(&rig, "UPDATE item SET name = 'item 7' WHERE id = 7").await;
@@ -165,20 +163,7 @@ async fn a_migration_as_an_auditor_sees_it() {
         "no such mismatch",
     );
     let line = first["databases"][0]["mismatches"][0]["example"]["seq"].to_string();
-    rig.check(
-        &[
-            "mismatches",
-            "ack",
-            "--line",
-            &line,
-            "--reason",
-            "once more",
-            "--by",
-            "bob",
-        ],
-        0,
-        "by bob",
-    );
+    acknowledge(&rig, &["--line", &line], "once more", "bob");
     rig.serve(Phase::DualRead).await;
     let client = rig.client().await;
     let again = until_known(&rig, &client).await;
@@ -264,16 +249,7 @@ async fn a_migration_as_an_auditor_sees_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
-    let mut rig = Rig::new();
-    rig.extra =
-        "reads: { shadow_percent: 100 }\nmismatch_log: { path: logs/mismatches.jsonl, key_file: the.key }\n".into();
-    rig.serve(Phase::DualRead).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("CREATE TABLE item (id int PRIMARY KEY); INSERT INTO item VALUES (1)")
-        .await
-        .unwrap();
-    rig.wait_caught_up().await;
+    let (rig, client) = comparing("{ path: logs/mismatches.jsonl, key_file: the.key }", 1).await;
     rig.check(&["status"], 1, "the mismatch log cannot be written");
     until_known(&rig, &client).await;
     on_new(&rig, "DELETE FROM item").await;
@@ -297,15 +273,7 @@ async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
 /// Killed again and again while mismatches and statistics are being written, over many rotations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_that_is_killed_while_it_writes_leaves_a_whole_chain() {
-    let mut rig = Rig::new();
-    rig.extra = "reads: { shadow_percent: 100 }\nmismatch_log: { max_size: 64KiB, statistics_every: 1s }\n".into();
-    rig.serve(Phase::DualRead).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("CREATE TABLE item (id int PRIMARY KEY, name text); INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, 20) n")
-        .await
-        .unwrap();
-    rig.wait_caught_up().await;
+    let (mut rig, client) = comparing("{ max_size: 64KiB, statistics_every: 1s }", 20).await;
     until_known(&rig, &client).await;
     on_new(&rig, "UPDATE item SET name = 'other'").await;
     let path = rig.directory.path().join("mismatches.jsonl");

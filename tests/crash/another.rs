@@ -3,7 +3,9 @@
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-use pgtandem::admin::api::{Mirroring, QuarantineAnswer, ReloadAnswer, RetryRequest, Status, WaitAnswer};
+use pgtandem::admin::api::{
+    BackfillAnswer, BackfillRequest, Mirroring, QuarantineAnswer, ReloadAnswer, RetryRequest, Status, WaitAnswer,
+};
 use pgtandem::admin::client::{AdminClient, AdminError};
 use pgtandem::config::Admin;
 use pgtandem::control::Phase;
@@ -105,7 +107,7 @@ impl Another {
         fs::read_to_string(self.directory.path().join("proxy.log")).unwrap_or_default()
     }
 
-    fn admin(&self) -> AdminClient {
+    pub(crate) fn admin(&self) -> AdminClient {
         AdminClient::new(&Admin {
             address: ([127, 0, 0, 1], self.admin_port).into(),
             token: None,
@@ -122,14 +124,9 @@ impl Another {
         self.admin().post("/api/v1/reload", &()).await
     }
 
-    /// `quarantine retry`, of all that is held.
-    pub(crate) async fn retry_quarantine(&self) -> Result<QuarantineAnswer, AdminError> {
-        let request = RetryRequest {
-            database: None,
-            id: None,
-            actor: "a test".into(),
-        };
-        self.admin().post("/api/v1/quarantine/retry", &request).await
+    pub(crate) async fn start_backfill(&self) -> Result<BackfillAnswer, AdminError> {
+        let request = BackfillRequest::default();
+        self.admin().post("/api/v1/backfill", &request).await
     }
 
     pub(crate) async fn wait_caught_up(&self) {
@@ -169,6 +166,16 @@ impl Drop for Another {
             process.wait().ok();
         }
     }
+}
+
+/// `quarantine retry`, of all that is held, asked of one proxy.
+pub(crate) async fn retry_quarantine(admin: AdminClient) -> Result<QuarantineAnswer, AdminError> {
+    let request = RetryRequest {
+        database: None,
+        id: None,
+        actor: "a test".into(),
+    };
+    admin.post("/api/v1/quarantine/retry", &request).await
 }
 
 /// The only database's mirroring.

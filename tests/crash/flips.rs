@@ -235,6 +235,11 @@ async fn a_rehearsal_changes_nothing_and_names_what_would_be_in_the_way() {
     let flip = switchover(fleet.stage.rig.admin_port, Side::New, true).await;
     let flip = flip.unwrap_or_else(|error| panic!("{error}\n{}", fleet.logs()));
     assert_eq!((flip.kind, flip.outcome.as_str()), (Kind::Rehearsal, "rehearsed"));
+    assert_eq!(
+        flip.by.as_deref(),
+        Some("admin API from 127.0.0.1"),
+        "who asked did not say"
+    );
     let steps: Vec<Step> = flip.steps.iter().map(|step| step.name).collect();
     assert_eq!(
         steps,

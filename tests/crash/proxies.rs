@@ -8,7 +8,7 @@ use pgtandem::servers::SUPERUSER;
 use rand::Rng;
 use tokio::time::{Instant, sleep};
 
-use crate::another::{Another, mirroring};
+use crate::another::{Another, mirroring, retry_quarantine};
 use crate::processes;
 use crate::rig::storm::Weather;
 use crate::rig::{APP, DATABASE, Rig};
@@ -125,15 +125,15 @@ async fn every_proxy_tells_how_far_the_secondary_is() {
         })
         .await;
 
-    // What only the one that applies can do, the other one sends there.
-    let refused = other.retry_quarantine().await.unwrap_err().to_string();
+    // What is read at cuts, only the one that has them can do.
+    other.until(rig, |status| status.proxies.len() == 2).await;
+    let refused = other.start_backfill().await.unwrap_err().to_string();
     for says in [
         name(rig.proxy_pid()),
         format!("which listens on 127.0.0.1:{}", rig.port),
     ] {
         assert!(refused.contains(&says), "{refused} does not say {says}");
     }
-    rig.check(&["quarantine", "retry"], 0, "");
 
     let locking = rig.direct(Side::New, SUPERUSER).await;
     locking.batch_execute("BEGIN; LOCK TABLE jobs").await.unwrap();
@@ -159,6 +159,57 @@ async fn every_proxy_tells_how_far_the_secondary_is() {
     assert!(round > 0);
     // What is committed is read by the other one before the one that applied it has told it.
     rig.until(|status| mirroring(status).round >= round).await;
+    stage.assert_exact().await;
+}
+
+/// An order is carried out between two rounds, by the proxy that applies; also where that stands
+/// still, and another one must take its place first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_may_be_given_to_any_proxy() {
+    let mut stage = Stage::set(Phase::DualWrite).await;
+    let rig = &mut stage.rig;
+    rig.until(|status| mirroring(status).state == "running").await;
+    let other = Another::beside(rig, Phase::DualWrite).await;
+    other.until(rig, is_waiting).await;
+    let client = rig.client().await;
+    let odd = "CREATE TABLE odd (id int PRIMARY KEY, v int)";
+    client.batch_execute(odd).await.unwrap();
+    rig.wait_caught_up().await;
+    let secondary = rig.direct(Side::New, SUPERUSER).await;
+    let refuse = "ALTER TABLE odd ADD CONSTRAINT small CHECK (v < 100)";
+    secondary.batch_execute(refuse).await.unwrap();
+    client.batch_execute("INSERT INTO odd VALUES (1, 200)").await.unwrap();
+    rig.wait_caught_up().await;
+
+    let answer = retry_quarantine(other.admin()).await.unwrap();
+    assert_eq!((answer.databases[DATABASE].refused.len(), answer.done), (1, false));
+    secondary
+        .batch_execute("ALTER TABLE odd DROP CONSTRAINT small")
+        .await
+        .unwrap();
+    let paused = processes::pause(rig.proxy_pid());
+    let retried = tokio::spawn(retry_quarantine(other.admin()));
+    while rig
+        .value(Side::New, "SELECT count(*) FROM pgtandem.errand WHERE answer IS NULL")
+        .await
+        != "1"
+    {
+        sleep(Duration::from_millis(20)).await;
+    }
+    drop(paused);
+    rig.kill_proxy();
+    let answer = retried.await.unwrap().unwrap();
+    assert_eq!((answer.databases[DATABASE].done.len(), answer.done), (1, true));
+    rig.spawn_proxy();
+    rig.until(is_waiting).await;
+    let answer = retry_quarantine(rig.admin()).await.unwrap();
+    assert_eq!((answer.databases[DATABASE].done.len(), answer.done), (0, true));
+    let asked =
+        "SELECT string_agg(format('%s by %s', asked_of <> taken_by, actor), ', ' ORDER BY id) FROM pgtandem.errand";
+    assert_eq!(
+        rig.value(Side::New, asked).await,
+        "t by a test, f by a test, t by a test"
+    );
     stage.assert_exact().await;
 }
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 use pgtandem::apply::{self, Applier, Seeding};
 use pgtandem::config::{Backfill, MaxRate};
 use pgtandem::control::{Epoch, Side};
-use pgtandem::reconcile::backfill::{BackfillStatus, Desk, Hook, InsertAt, Order, Sides};
+use pgtandem::reconcile::Sides;
+use pgtandem::reconcile::backfill::{BackfillStatus, Desk, Hook, InsertAt, Order};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -74,12 +75,7 @@ async fn with_rows(name: &str, schema: &str, rows: &str, stale: &str) -> (Bed, A
 }
 
 fn sides(bed: &Bed, applier: &Arc<Applier>) -> Sides {
-    Sides {
-        primary: bed.target(Side::Legacy),
-        secondary: bed.target(Side::New),
-        epoch: Epoch::FIRST,
-        applier: applier.clone(),
-    }
+    bed.sides(Side::Legacy, Epoch::FIRST, applier)
 }
 
 /// Small ranges, so that there are many.

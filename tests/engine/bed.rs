@@ -11,6 +11,7 @@ use pgtandem::catalog::compare::{TableDifference, rows_different};
 use pgtandem::config::{Journal, StrayWriters, Target, WhenFull, Writes};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{self, SideRole};
+use pgtandem::reconcile::Sides;
 use pgtandem::servers::{Binaries, PASSWORD, SUPERUSER, Server};
 use pgtandem::upstream::control::{Control, connect};
 use tokio::sync::OnceCell;
@@ -189,6 +190,17 @@ impl Bed {
             writes: Writes::default(),
             transform: Arc::default(),
             awaited: Default::default(),
+        }
+    }
+
+    /// For what works on existing rows.
+    pub fn sides(&self, primary: Side, epoch: Epoch, applier: &Arc<Applier>) -> Sides {
+        Sides {
+            database: self.dbname.clone(),
+            primary: self.target(primary),
+            secondary: self.target(primary.other()),
+            epoch,
+            applier: applier.clone(),
         }
     }
 

@@ -10,6 +10,7 @@ mod capture;
 mod catalog;
 mod ddl;
 mod dml;
+mod errands;
 mod failures;
 mod fence;
 mod keys;

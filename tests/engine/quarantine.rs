@@ -12,22 +12,22 @@ use crate::bed::{Bed, caught_up, until};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v int, w int UNIQUE); CREATE TABLE u (id int PRIMARY KEY, v int); CREATE TABLE k (v int)";
 const REFUSE: &str = "ALTER TABLE t ADD CONSTRAINT small CHECK (v < 100)";
-const ADMIT: &str = "ALTER TABLE t DROP CONSTRAINT small";
+pub(crate) const ADMIT: &str = "ALTER TABLE t DROP CONSTRAINT small";
 
 /// Mirrored, with a constraint that only the secondary has.
-async fn refusing(name: &str) -> (Bed, Applier) {
+pub(crate) async fn refusing(name: &str) -> (Bed, Applier) {
     let (bed, applier) = Bed::mirrored(name, SCHEMA).await;
     bed.proxy(Side::New).await.batch_execute(REFUSE).await.unwrap();
     (bed, applier)
 }
 
-async fn values(client: &Client, sql: &str) -> Vec<String> {
+pub(crate) async fn values(client: &Client, sql: &str) -> Vec<String> {
     let sql = format!("SELECT q::text FROM ({sql}) q ORDER BY q::text COLLATE \"C\"");
     let rows = client.query(&sql, &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-async fn retry(applier: &Applier, id: Option<i64>) -> Outcome {
+pub(crate) async fn retry(applier: &Applier, id: Option<i64>) -> Outcome {
     let actor = "tester".to_owned();
     applier.order(Order::Retry { id, actor }).await.unwrap()
 }
@@ -40,7 +40,7 @@ async fn transaction(client: &Client, statements: &str) {
 }
 
 /// Transactions in quarantine, and of those the refused.
-fn held(applier: &Applier) -> (u64, u64) {
+pub(crate) fn held(applier: &Applier) -> (u64, u64) {
     let status = applier.status().borrow().clone();
     (status.quarantine.transactions, status.quarantine.refused)
 }

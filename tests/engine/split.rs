@@ -322,12 +322,7 @@ async fn a_split_table_there_and_back() {
         .await
         .unwrap();
     let desk = Desk::new(Backfill::default());
-    let sides = pgtandem::reconcile::backfill::Sides {
-        primary: bed.target(Side::New),
-        secondary: bed.target(Side::Legacy),
-        epoch,
-        applier: applier.clone(),
-    };
+    let sides = bed.sides(Side::New, epoch, &applier);
     desk.start(&sides, &order).await.unwrap();
     let mut status = desk.watch();
     let done = status

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, ApplierStatus, Seeding, begin_direction};
 use pgtandem::catalog::PINNED_SETTINGS;
-use pgtandem::config::{Backfill, StrayWriters, Target, Writes};
+use pgtandem::config::{Backfill, StrayWriters, Writes};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{SideRole, SideState, fence};
 use pgtandem::reconcile::backfill::{Desk, Order};
@@ -219,32 +219,15 @@ async fn writes_arrive_in_the_other_shape() {
     }
 }
 
-fn sides<'a>(
-    bed: &'a Bed,
-    applier: &'a Applier,
-    targets: &'a [Target; 2],
-    epoch: Epoch,
-) -> pgtandem::reconcile::Sides<'a> {
-    let [primary, secondary] = targets;
-    pgtandem::reconcile::Sides {
-        database: &bed.dbname,
-        applier,
-        primary,
-        secondary,
-        epoch,
-    }
-}
-
 /// Verifies everything, and mends it where `mended`.
 pub(crate) async fn verified(
     bed: &Bed,
-    applier: &Applier,
+    applier: &Arc<Applier>,
     primary: Side,
     epoch: Epoch,
     mended: bool,
 ) -> DatabaseReport {
-    let targets = [bed.target(primary), bed.target(primary.other())];
-    let sides = sides(bed, applier, &targets, epoch);
+    let sides = bed.sides(primary, epoch, applier);
     let options = Options {
         range_rows: 100,
         ..Options::of(Chosen::All)
@@ -253,9 +236,9 @@ pub(crate) async fn verified(
     let run = async {
         let sender = sender;
         if mended {
-            repair(sides, &options, "test", &sender).await
+            repair(&sides, &options, "test", &sender).await
         } else {
-            verify(sides, &options, &sender).await
+            verify(&sides, &options, &sender).await
         }
     };
     let (report, ()) = tokio::join!(run, async { while heard.recv().await.is_some() {} });
@@ -272,12 +255,7 @@ pub(crate) fn unequal(report: &DatabaseReport) -> Vec<(String, u64)> {
 
 pub(crate) async fn backfilled(bed: &Bed, applier: &Arc<Applier>) {
     let desk = Desk::new(Backfill::default());
-    let sides = pgtandem::reconcile::backfill::Sides {
-        primary: bed.target(Side::Legacy),
-        secondary: bed.target(Side::New),
-        epoch: Epoch::FIRST,
-        applier: applier.clone(),
-    };
+    let sides = bed.sides(Side::Legacy, Epoch::FIRST, applier);
     desk.start(&sides, &Order::default()).await.unwrap();
     let mut status = desk.watch();
     let done = status

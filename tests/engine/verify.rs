@@ -1,5 +1,7 @@
 //! Existing rows compared and mended at cuts, while a seeded storm writes.
 
+use std::sync::Arc;
+
 use pgtandem::apply::{self, Applier};
 use pgtandem::control::{Epoch, Side};
 use pgtandem::reconcile::report::{DatabaseReport, DifferenceKind, Event, TableReport, TableResult};
@@ -27,10 +29,10 @@ const QUIET_ROWS: &str = "
     INSERT INTO paired SELECT g, md5(g::text)::uuid, CASE WHEN g % 3 > 0 THEN '' END FROM generate_series(1, 1500) g;
     SELECT setval('counter', 500);";
 
-async fn prepared(name: &str) -> (Bed, Applier) {
+async fn prepared(name: &str) -> (Bed, Arc<Applier>) {
     let bed = Bed::new(name, &format!("{SCHEMA}; {QUIET}")).await;
     bed.install().await;
-    let applier = apply::spawn(bed.config());
+    let applier = Arc::new(apply::spawn(bed.config()));
     let app = bed.app(Side::Legacy).await;
     app.batch_execute(&format!("{FIRST_ROWS}; {QUIET_ROWS}")).await.unwrap();
     caught_up(&applier).await;
@@ -47,17 +49,10 @@ fn options() -> Options {
 /// Runs what reports by events, and returns its outcome with them.
 async fn heard<T>(
     bed: &Bed,
-    applier: &Applier,
-    run: impl AsyncFnOnce(Sides<'_>, mpsc::Sender<Event>) -> Result<T, VerifyError>,
+    applier: &Arc<Applier>,
+    run: impl AsyncFnOnce(&Sides, mpsc::Sender<Event>) -> Result<T, VerifyError>,
 ) -> (Result<T, VerifyError>, Vec<Event>) {
-    let (primary, secondary) = (bed.target(Side::Legacy), bed.target(Side::New));
-    let sides = Sides {
-        database: &bed.dbname,
-        applier,
-        primary: &primary,
-        secondary: &secondary,
-        epoch: Epoch::FIRST,
-    };
+    let sides = bed.sides(Side::Legacy, Epoch::FIRST, applier);
     let (sender, mut receiver) = mpsc::channel(8);
     let listen = async {
         let mut events = Vec::new();
@@ -66,10 +61,10 @@ async fn heard<T>(
         }
         events
     };
-    tokio::join!(run(sides, sender), listen)
+    tokio::join!(run(&sides, sender), listen)
 }
 
-async fn verified(bed: &Bed, applier: &Applier, options: &Options) -> DatabaseReport {
+async fn verified(bed: &Bed, applier: &Arc<Applier>, options: &Options) -> DatabaseReport {
     let (report, _) = heard(bed, applier, async |sides, events| {
         verify(sides, options, &events).await
     })
@@ -77,7 +72,7 @@ async fn verified(bed: &Bed, applier: &Applier, options: &Options) -> DatabaseRe
     report.unwrap()
 }
 
-async fn repaired(bed: &Bed, applier: &Applier) -> DatabaseReport {
+async fn repaired(bed: &Bed, applier: &Arc<Applier>) -> DatabaseReport {
     let (report, _) = heard(bed, applier, async |sides, events| {
         repair(sides, &options(), "a test", &events).await
     })
@@ -117,7 +112,7 @@ const PLANTED: &str = "
     UPDATE paired SET v = NULL WHERE a = 1; UPDATE paired SET v = '' WHERE a = 3;";
 
 /// The applier copies all sequences anew when a catalog changes, and so may set right what is planted before it is found: then once more.
-async fn is_found_behind(bed: &Bed, applier: &Applier) -> bool {
+async fn is_found_behind(bed: &Bed, applier: &Arc<Applier>) -> bool {
     for _ in 0..10 {
         plant(bed, "SELECT setval('counter', 400)").await;
         let report = verified(bed, applier, &options()).await;
@@ -261,7 +256,7 @@ async fn other_column_orders_generated_columns_and_unordered_keys() {
             .unwrap();
     }
     bed.install().await;
-    let applier = apply::spawn(bed.config());
+    let applier = Arc::new(apply::spawn(bed.config()));
     bed.app(Side::Legacy)
         .await
         .batch_execute(

@@ -1,8 +1,8 @@
 //! What no trigger and no proxy sees: DDL past the proxy, and crashes that empty unlogged tables.
 
-use pgtandem::admin::api::{HealAnswer, HealRequest, Mirroring};
+use pgtandem::admin::api::{HealAnswer, HealRequest, Mirroring, Status, TableStatus};
 use pgtandem::control::{Phase, Side};
-use pgtandem::servers::Binaries;
+use pgtandem::servers::{Binaries, SUPERUSER};
 
 use crate::bench::{as_app, assert_identical};
 use crate::rig::storm::{self, Storm};
@@ -11,22 +11,17 @@ use crate::rig::{OWN_ROLE, Rig};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_of_either_server_empties_unlogged_tables() {
     let mut rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client
-        .batch_execute(
-            "CREATE UNLOGGED TABLE u (id serial PRIMARY KEY, t text); CREATE TABLE logged (id int);
+    rig.run(
+        "CREATE UNLOGGED TABLE u (id serial PRIMARY KEY, t text); CREATE TABLE logged (id int);
              INSERT INTO u (t) SELECT 'before' FROM generate_series(1, 100); INSERT INTO logged VALUES (1)",
-        )
-        .await
-        .unwrap();
+    )
+    .await;
     assert_identical(&rig).await;
     rig.legacy.stop("immediate").unwrap();
     rig.legacy.start_again().unwrap();
-    let client = rig.client().await;
-    client
-        .batch_execute("INSERT INTO u (t) VALUES ('after'); INSERT INTO logged VALUES (2)")
-        .await
-        .unwrap();
+    let client = rig
+        .client_after("INSERT INTO u (t) VALUES ('after'); INSERT INTO logged VALUES (2)")
+        .await;
     assert_identical(&rig).await;
     assert_eq!(rig.value(Side::New, "SELECT string_agg(t, ',') FROM u").await, "after");
     rig.new.stop("immediate").unwrap();
@@ -43,11 +38,9 @@ async fn a_crash_of_either_server_empties_unlogged_tables() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ddl_past_the_proxy_pauses_a_table_until_it_came_to_both_sides() {
     let rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1)")
-        .await
-        .unwrap();
+    let client = rig
+        .client_after("CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1)")
+        .await;
     assert_identical(&rig).await;
     // In a block, a function, and by a direct connection.
     client
@@ -68,11 +61,9 @@ async fn ddl_past_the_proxy_pauses_a_table_until_it_came_to_both_sides() {
         )
         .await
         .unwrap();
-    rig.until(|status| {
-        let mirroring = status.databases[0].mirroring.as_ref();
-        mirroring.is_some_and(|mirroring| mirroring.tables.iter().filter(|table| table.paused.is_some()).count() == 3)
-    })
-    .await;
+    let is_paused = |table: &&TableStatus| table.paused.is_some();
+    rig.until(|status| mirroring(status).tables.iter().filter(is_paused).count() == 3)
+        .await;
     // The same on the other side; the rows follow by themselves.
     as_app(&rig, Side::New)
         .await
@@ -83,11 +74,8 @@ async fn ddl_past_the_proxy_pauses_a_table_until_it_came_to_both_sides() {
         .batch_execute("UPDATE a SET at = at + interval '1 day'; DELETE FROM c; INSERT INTO c VALUES (0.2), (0.2)")
         .await
         .unwrap();
-    rig.until(|status| {
-        let mirroring = status.databases[0].mirroring.as_ref();
-        mirroring.is_some_and(|mirroring| mirroring.tables.iter().all(|table| table.seeding == "synced"))
-    })
-    .await;
+    let is_synced = |table: &TableStatus| table.seeding == "synced";
+    rig.until(|status| mirroring(status).tables.iter().all(is_synced)).await;
     client
         .batch_execute("UPDATE a SET at = now(); UPDATE b SET d = now()")
         .await
@@ -98,27 +86,21 @@ async fn ddl_past_the_proxy_pauses_a_table_until_it_came_to_both_sides() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_objects_are_named_as_not_mirrored() {
     let rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client.batch_execute("SELECT lo_from_bytea(0, 'x')").await.unwrap();
-    rig.until(|status| {
-        let mirroring = status.databases[0].mirroring.as_ref();
-        mirroring.is_some_and(|mirroring| mirroring.not_mirrored.iter().any(|what| what.contains("large objects")))
-    })
-    .await;
+    rig.run("SELECT lo_from_bytea(0, 'x')").await;
+    let is_told = |what: &String| what.contains("large objects");
+    rig.until(|status| mirroring(status).not_mirrored.iter().any(is_told))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn materialized_views_of_the_moment_are_named() {
     let rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client
-        .batch_execute(
-            "CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1), (2);
+    rig.run(
+        "CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1), (2);
              CREATE MATERIALIZED VIEW steady AS SELECT count(*) FROM a; CREATE VIEW via AS SELECT id, random() AS r FROM a;
              CREATE MATERIALIZED VIEW chance AS SELECT * FROM via; CREATE MATERIALIZED VIEW first AS SELECT id FROM a LIMIT 1",
-        )
-        .await
-        .unwrap();
+    )
+    .await;
     let status = rig
         .until(|status| {
             mirroring(status)
@@ -139,13 +121,7 @@ async fn materialized_views_of_the_moment_are_named() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
-    let mut rig = Rig::new();
-    for side in [Side::Legacy, Side::New] {
-        rig.server(side)
-            .sql("postgres", "ALTER ROLE pgtandem SUPERUSER")
-            .unwrap();
-    }
-    rig.serve(Phase::DualWrite).await;
+    let rig = Rig::serving_as_superuser(Phase::DualWrite).await;
     let direct = as_app(&rig, Side::Legacy).await;
     for statement in [
         "CREATE TABLE a (id int PRIMARY KEY, v text DEFAULT 'x;y')",
@@ -168,13 +144,9 @@ async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
         direct.batch_execute(statement).await.unwrap();
     }
     // What comes through the proxy is recorded once.
-    let client = rig.client().await;
-    client
-        .batch_execute(
-            "CREATE TABLE once (id serial); INSERT INTO once DEFAULT VALUES; CREATE TEMP TABLE t (id int); DROP TABLE t",
-        )
-        .await
-        .unwrap();
+    let once =
+        "CREATE TABLE once (id serial); INSERT INTO once DEFAULT VALUES; CREATE TEMP TABLE t (id int); DROP TABLE t";
+    let client = rig.client_after(once).await;
     client
         .batch_execute("CREATE INDEX CONCURRENTLY ON once (id)")
         .await
@@ -188,7 +160,7 @@ async fn a_direct_connections_ddl_is_mirrored_where_event_triggers_may_be() {
     assert_identical(&rig).await;
 }
 
-fn mirroring(status: &pgtandem::admin::api::Status) -> &Mirroring {
+fn mirroring(status: &Status) -> &Mirroring {
     status.databases[0].mirroring.as_ref().unwrap()
 }
 
@@ -214,13 +186,10 @@ const BEFORE: &str = "CREATE TABLE a (id int PRIMARY KEY, v text, gone int, old 
 
 async fn hidden_ddl(new: &Binaries, attributes: &str) -> Rig {
     let mut rig = Rig::between(&Binaries::legacy().unwrap(), new);
-    for side in [Side::Legacy, Side::New] {
-        let alter = format!("ALTER ROLE {OWN_ROLE} LOGIN {attributes}; CREATE ROLE reader");
-        rig.server(side).sql("postgres", &alter).unwrap();
-    }
+    let alter = format!("ALTER ROLE {OWN_ROLE} LOGIN {attributes}; CREATE ROLE reader");
+    rig.on_both("postgres", &alter);
     rig.serve(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client.batch_execute(BEFORE).await.unwrap();
+    let client = rig.client_after(BEFORE).await;
     assert_identical(&rig).await;
     for statement in HIDDEN {
         client.batch_execute(statement).await.unwrap();
@@ -235,6 +204,12 @@ async fn hidden_ddl(new: &Binaries, attributes: &str) -> Rig {
         .await
         .unwrap();
     rig
+}
+
+/// `schema heal`, of everything.
+async fn heal(rig: &Rig) -> HealAnswer {
+    let request = HealRequest::default();
+    rig.admin().post("/api/v1/schema/heal", &request).await.unwrap()
 }
 
 async fn heals(new: &Binaries) {
@@ -253,19 +228,14 @@ async fn heals(new: &Binaries) {
         text.contains("function public.f(x integer)") || text.contains("defined otherwise on the secondary"),
         "{text}"
     );
-    let differs = rig.command(&["schema", "diff"]);
-    assert_eq!(differs.status.code(), Some(1), "{differs:?}");
+    rig.check(&["schema", "diff"], 1, "");
     let dry = rig.command(&["schema", "heal", "--dry-run", "--json"]);
     let dry: HealAnswer = serde_json::from_slice(&dry.stdout).unwrap();
     assert!(!dry.databases["shop"].statements.is_empty());
-    let healed = rig.command(&["schema", "heal", "--json"]);
-    assert_eq!(healed.status.code(), Some(0), "{healed:?}\n{}", rig.log());
+    rig.check(&["schema", "heal", "--json"], 0, "");
     assert_identical(&rig).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("UPDATE a SET more = 0; INSERT INTO made DEFAULT VALUES; INSERT INTO typed VALUES ('sad', 2)")
-        .await
-        .unwrap();
+    rig.run("UPDATE a SET more = 0; INSERT INTO made DEFAULT VALUES; INSERT INTO typed VALUES ('sad', 2)")
+        .await;
     assert_identical(&rig).await;
     rig.until(|status| {
         let mut gates = status.gates.iter();
@@ -278,14 +248,9 @@ async fn heals(new: &Binaries) {
         .batch_execute("ALTER TYPE mood RENAME TO feeling; ALTER VIEW seen RENAME TO looked; ALTER TABLE made RENAME TO done; ALTER TABLE done RENAME COLUMN at TO since")
         .await
         .unwrap();
-    let healed = rig.command(&["schema", "heal", "--json"]);
-    assert_eq!(healed.status.code(), Some(0), "{healed:?}\n{}", rig.log());
+    rig.check(&["schema", "heal", "--json"], 0, "");
     assert_identical(&rig).await;
-    let again: HealAnswer = rig
-        .admin()
-        .post("/api/v1/schema/heal", &HealRequest::default())
-        .await
-        .unwrap();
+    let again = heal(&rig).await;
     assert!(again.done && again.databases["shop"].statements.is_empty(), "{again:?}");
 }
 
@@ -303,8 +268,7 @@ async fn one_command_heals_what_nobody_saw_from_15_to_15() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn healing_in_a_storm_ends_identical() {
     let rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client.batch_execute(storm::SCHEMA).await.unwrap();
+    rig.run(storm::SCHEMA).await;
     assert_identical(&rig).await;
     let storm = Storm::begin(&rig.url(), 1511, 4, false).await;
     let direct = as_app(&rig, Side::Legacy).await;
@@ -317,11 +281,7 @@ async fn healing_in_a_storm_ends_identical() {
     ] {
         direct.batch_execute(ddl).await.unwrap();
         storm.rage(30).await;
-        let healed: HealAnswer = rig
-            .admin()
-            .post("/api/v1/schema/heal", &HealRequest::default())
-            .await
-            .unwrap();
+        let healed = heal(&rig).await;
         assert!(!healed.databases["shop"].statements.is_empty(), "{ddl}: {healed:?}");
     }
     let ledger = storm.end().await;
@@ -373,14 +333,8 @@ async fn a_superuser_sees_what_is_hidden_from_15_to_15() {
 /// The same storm where event triggers may be: nothing has to be healed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_superuser_sees_what_is_hidden_in_a_storm() {
-    let mut rig = Rig::new();
-    for side in [Side::Legacy, Side::New] {
-        let alter = format!("ALTER ROLE {OWN_ROLE} SUPERUSER");
-        rig.server(side).sql("postgres", &alter).unwrap();
-    }
-    rig.serve(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client.batch_execute(storm::SCHEMA).await.unwrap();
+    let rig = Rig::serving_as_superuser(Phase::DualWrite).await;
+    rig.run(storm::SCHEMA).await;
     let storm = Storm::begin(&rig.url(), 1512, 4, false).await;
     let direct = as_app(&rig, Side::Legacy).await;
     for block in [
@@ -402,12 +356,7 @@ async fn a_superuser_sees_what_is_hidden_in_a_storm() {
 /// DDL on the side that is not the primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ddl_on_the_secondary_is_refused_where_event_triggers_may_be() {
-    let mut rig = Rig::new();
-    for side in [Side::Legacy, Side::New] {
-        let alter = format!("ALTER ROLE {OWN_ROLE} SUPERUSER");
-        rig.server(side).sql("postgres", &alter).unwrap();
-    }
-    rig.serve(Phase::DualWrite).await;
+    let mut rig = Rig::serving_as_superuser(Phase::DualWrite).await;
     let client = rig.client().await;
     let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE FUNCTION make() RETURNS void LANGUAGE plpgsql AS 'BEGIN CREATE TABLE made (); END'";
     client.batch_execute(schema).await.unwrap();
@@ -428,7 +377,7 @@ async fn ddl_on_the_secondary_is_refused_where_event_triggers_may_be() {
         .unwrap();
     assert_identical(&rig).await;
     // By hand, a DBA may, and pgtandem can be removed.
-    let dba = rig.direct(Side::New, pgtandem::servers::SUPERUSER).await;
+    let dba = rig.direct(Side::New, SUPERUSER).await;
     dba.batch_execute("SET session_replication_role = replica; CREATE TABLE by_hand (); DROP TABLE by_hand; SET session_replication_role = origin")
         .await
         .unwrap();
@@ -439,7 +388,7 @@ async fn ddl_on_the_secondary_is_refused_where_event_triggers_may_be() {
 }
 
 async fn refuses_ddl(rig: &Rig, secondary: Side) {
-    for role in [crate::rig::APP, pgtandem::servers::SUPERUSER] {
+    for role in [crate::rig::APP, SUPERUSER] {
         let direct = rig.direct(secondary, role).await;
         for sql in [
             "CREATE TABLE x (id int)",
@@ -475,16 +424,12 @@ async fn refuses_ddl(rig: &Rig, secondary: Side) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ddl_on_the_secondary_is_found_where_event_triggers_may_not_be() {
     let rig = Rig::serving(Phase::DualWrite).await;
-    let client = rig.client().await;
-    client
-        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
-        .await
-        .unwrap();
+    rig.run("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
     assert_identical(&rig).await;
     rig.check(&["check"], 0, "on legacy and new DDL past the proxy is not refused");
     let direct = as_app(&rig, Side::New).await;
     direct.batch_execute("CREATE INDEX stray ON t (v)").await.unwrap();
-    let different = |status: &pgtandem::admin::api::Status| mirroring(status).different.clone();
+    let different = |status: &Status| mirroring(status).different.clone();
     rig.until(|status| different(status).iter().any(|object| object.contains("stray")))
         .await;
     rig.check(&["switchover", "--to", "new", "--dry-run"], 1, "stray");

@@ -88,6 +88,16 @@ async fn the_secondary_answers_reads_of_every_form_as_the_session_stands() {
     let rig = all().await;
     let client = rig.client().await;
     until_answered_by(&client, "new").await;
+    for (sql, says) in [
+        ("SELECT side FROM place", "canary    yes: 100% of such reads"),
+        (
+            "SELECT now()",
+            "canary    yes: it depends on the clock: only within a transaction",
+        ),
+        ("INSERT INTO place VALUES (9, '')", "canary    no: only reads"),
+    ] {
+        rig.check(&["explain", sql], 0, says);
+    }
     let by_id = client.prepare("select side from place where id = $1").await.unwrap();
     for id in 1..4 {
         let row = client.query_one(&by_id, &[&id]).await.unwrap();

@@ -23,6 +23,8 @@ use tokio_postgres::{Client, NoTls};
 pub(crate) const APP: &str = "app";
 pub(crate) const OWN_ROLE: &str = "pgtandem";
 pub(crate) const DATABASE: &str = "shop";
+/// Where any table will do.
+pub(crate) const ONE_ROW: &str = "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)";
 
 /// Two servers with the roles a DBA would make, and one proxy. Everything is gone when dropped.
 pub(crate) struct Rig {
@@ -79,11 +81,7 @@ impl Rig {
     /// Starts the proxy with `"*"` as its only database; its role is a superuser then, since it
     /// has to own what it cannot know.
     pub(crate) fn spawn_with_every_database(&mut self, phase: Phase) {
-        for server in [&self.legacy, &self.new] {
-            server
-                .sql("postgres", &format!("ALTER ROLE {OWN_ROLE} SUPERUSER"))
-                .unwrap();
-        }
+        self.on_both("postgres", &format!("ALTER ROLE {OWN_ROLE} SUPERUSER"));
         self.write_config(phase);
         let named = fs::read_to_string(self.config_path()).unwrap();
         let every = named
@@ -248,6 +246,18 @@ databases:
         connect(&self.url()).await.unwrap()
     }
 
+    /// A client runs this, and goes.
+    pub(crate) async fn run(&self, sql: &str) {
+        self.client_after(sql).await;
+    }
+
+    /// A client's connection that has run this.
+    pub(crate) async fn client_after(&self, sql: &str) -> Client {
+        let client = self.client().await;
+        client.batch_execute(sql).await.unwrap();
+        client
+    }
+
     /// The application's database, which it owns.
     pub(crate) fn create_database(server: &Server) {
         server.create_database(DATABASE, APP).unwrap();
@@ -267,6 +277,21 @@ databases:
             Side::Legacy => &mut self.legacy,
             Side::New => &mut self.new,
         }
+    }
+
+    /// A DBA's statements on both servers.
+    pub(crate) fn on_both(&self, database: &str, sql: &str) {
+        for server in [&self.legacy, &self.new] {
+            server.sql(database, sql).unwrap();
+        }
+    }
+
+    /// A rig whose proxy may create event triggers.
+    pub(crate) async fn serving_as_superuser(phase: Phase) -> Self {
+        let mut rig = Self::new();
+        rig.on_both("postgres", &format!("ALTER ROLE {OWN_ROLE} SUPERUSER"));
+        rig.serve(phase).await;
+        rig
     }
 
     pub(crate) async fn direct(&self, side: Side, role: &str) -> Client {

@@ -13,8 +13,8 @@ use super::ledger;
 use super::status::{BackfillStatus, BackfillTable, Counts};
 use crate::apply::{Applier, ApplierState, Seeding, TableStatus};
 use crate::catalog::{Oid, PINNED_SETTINGS};
-use crate::config::{Backfill, MaxRate, Target};
-use crate::control::Epoch;
+use crate::config::{Backfill, MaxRate};
+use crate::reconcile::Sides;
 use crate::upstream::control::{connect, error_chain};
 
 /// A first look at the tables may take as long as a backlog does.
@@ -31,15 +31,6 @@ pub struct Order {
     /// As [`MaxRate`] is written, or `none`.
     #[serde(default)]
     pub max_rate: Option<String>,
-}
-
-/// The two sides as they are now, and who applies.
-#[derive(Clone)]
-pub struct Sides {
-    pub primary: Target,
-    pub secondary: Target,
-    pub epoch: Epoch,
-    pub applier: Arc<Applier>,
 }
 
 /// What was ordered beyond proxy.yaml.
@@ -151,10 +142,7 @@ impl Desk {
         apply();
         let cancel = CancellationToken::new();
         let setup = Setup {
-            primary: sides.primary.clone(),
-            secondary: sides.secondary.clone(),
-            epoch: sides.epoch,
-            applier: sides.applier.clone(),
+            sides: sides.clone(),
             settings: self.settings.subscribe(),
             cancel: cancel.clone(),
             insert_at: self.insert_at,

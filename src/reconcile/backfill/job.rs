@@ -1,28 +1,27 @@
 //! The backfill's own task: plans tables, cuts them into ranges, and at each cut lets the workers
 //! copy as much as fits into the time that mirroring may stand still.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
-use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
-use super::copy::{Copied, NotCopied, Part, Tolerance, Worker};
+use super::copy::{NotCopied, Part, Worker};
 use super::ledger::{self, Onward};
 use super::pace::{Measured, Patience, due, hurts};
-use super::plan::{Plan, Range, copying_settings};
-use super::status::{BackfillStatus, Counts, Meter, remaining};
+use super::parts::{Outcome, look_ahead};
+use super::plan::{Plan, copying_settings};
+use super::status::{BackfillStatus, Meter};
+use super::stop::{Ended, Stop};
 use super::table::{Stage, TableJob};
-use crate::apply::{Applier, Cut, HeldCut};
 use crate::catalog::Oid;
-use crate::config::{Backfill, Target};
-use crate::control::Epoch;
+use crate::config::Backfill;
+use crate::reconcile::Sides;
 use crate::reconcile::copy::rest;
-use crate::reconcile::key::{Boundary, KeyRange};
+use crate::reconcile::key::KeyRange;
 use crate::upstream::control::{Control, connect, error_chain};
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -47,97 +46,32 @@ pub type Hook = Arc<dyn Fn(OpenRanges) -> BoxFuture<'static, ()> + Send + Sync>;
 /// What a job works on.
 #[derive(Clone)]
 pub(super) struct Setup {
-    pub primary: Target,
-    pub secondary: Target,
-    pub epoch: Epoch,
-    pub applier: Arc<Applier>,
+    pub sides: Sides,
     pub settings: watch::Receiver<Backfill>,
     pub cancel: CancellationToken,
     pub insert_at: InsertAt,
     pub hook: Option<Hook>,
 }
 
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Ended {
-    Done,
-    Cancelled,
-    /// With the reason; recorded as such.
-    Stopped(String),
-    /// Not recorded: somebody else applies now, or nobody. It can go on.
-    Interrupted(String),
-}
-
-/// Why a job cannot go on.
-enum Stop {
-    Ended(Ended),
-    /// May pass.
-    Failing(String),
-    /// Will pass: somebody has a lock. It is waited for without being in anybody's way.
-    Busy(String),
-}
-
-impl From<tokio_postgres::Error> for Stop {
-    fn from(error: tokio_postgres::Error) -> Self {
-        match NotCopied::of("copy rows", &error) {
-            NotCopied::Busy(why) => Self::Busy(why),
-            _ => Self::Failing(error_chain(&error)),
-        }
-    }
-}
-
-impl From<crate::upstream::control::ConnectError> for Stop {
-    fn from(error: crate::upstream::control::ConnectError) -> Self {
-        Self::Failing(error.to_string())
-    }
-}
-
-impl From<NotCopied> for Stop {
-    fn from(error: NotCopied) -> Self {
-        match error {
-            NotCopied::TooMany(why) | NotCopied::Never(why) => Self::Ended(Ended::Stopped(why)),
-            NotCopied::Failing(why) => Self::Failing(why),
-            NotCopied::Busy(why) => Self::Busy(why),
-            NotCopied::Moved | NotCopied::Reshaped | NotCopied::Turned { .. } => {
-                Self::Failing("the secondary is not where it was".into())
-            }
-        }
-    }
-}
-
-/// One part for one worker.
-struct Task {
-    table: usize,
-    plan: Arc<Plan>,
-    part: Part,
-    tolerance: Tolerance,
-}
-
-struct Outcome {
-    task: Task,
-    took: Duration,
-    result: Result<Copied, NotCopied>,
-}
-
 pub(super) struct Job {
-    setup: Setup,
-    tables: Vec<TableJob>,
-    workers: Vec<Worker>,
+    pub(super) setup: Setup,
+    pub(super) tables: Vec<TableJob>,
+    pub(super) workers: Vec<Worker>,
     /// Plans on the primary, and measures it.
-    scout: Control,
+    pub(super) scout: Control,
     ledger: Control,
     patience: Patience,
     failures: u32,
-    slowed_by: Option<String>,
+    pub(super) slowed_by: Option<String>,
     /// Tables that cannot be copied, and why.
     left_out: Vec<(String, String)>,
     /// Statements that follow the rows and were refused, with the error.
     unbuilt: Vec<(String, String)>,
     /// Of the tables' sizes, for the remaining time in all.
-    meter: Meter,
-    rows: Meter,
-    bytes: Meter,
-    report: Arc<watch::Sender<Option<BackfillStatus>>>,
+    pub(super) meter: Meter,
+    pub(super) rows: Meter,
+    pub(super) bytes: Meter,
+    pub(super) report: Arc<watch::Sender<Option<BackfillStatus>>>,
 }
 
 /// What a table is called on the secondary.
@@ -174,7 +108,7 @@ impl Job {
             }
         }
         let plans: Vec<&Plan> = tables.iter().map(|table| &*table.plan).collect();
-        ledger::begin(&mut ledger, setup.epoch, &plans)
+        ledger::begin(&mut ledger, setup.sides.epoch, &plans)
             .await
             .map_err(|error| error_chain(&error))?;
         for table in &mut tables {
@@ -345,13 +279,8 @@ impl Job {
         let wanted = self.setup.settings.borrow().workers.max(1);
         self.workers.truncate(wanted);
         while self.workers.len() < wanted {
-            let Setup {
-                primary,
-                secondary,
-                epoch,
-                ..
-            } = &self.setup;
-            let worker = Worker::connect(primary, secondary, *epoch).await?;
+            let sides = &self.setup.sides;
+            let worker = Worker::connect(&sides.primary, &sides.secondary, sides.epoch).await?;
             self.workers.push(worker);
         }
         Ok(())
@@ -416,7 +345,7 @@ impl Job {
             );
         }
         if turned {
-            self.setup.applier.tables_changed();
+            self.setup.sides.applier.tables_changed();
             self.publish(&Ended::Done, true);
         }
         Ok(())
@@ -434,121 +363,12 @@ impl Job {
         let began = Instant::now();
         self.scout.simple_query("SELECT version FROM pgtandem.side").await?;
         let primary_latency = began.elapsed();
-        let lag = self.setup.applier.status().borrow().lag_now().seconds;
+        let lag = self.setup.sides.applier.status().borrow().lag_now().seconds;
         let measured = Measured {
             lag: Duration::try_from_secs_f64(lag).unwrap_or_default(),
             primary_latency,
         };
         Ok(hurts(measured, settings))
-    }
-
-    /// A part for each worker and a few more for those who are done early; of as many tables as
-    /// there are workers.
-    fn take_tasks(&mut self, settings: &Backfill) -> VecDeque<Task> {
-        let mut tasks = VecDeque::new();
-        let per_cent = settings.error_threshold;
-        let wanted = settings.workers.max(1);
-        let mut again = true;
-        while again && tasks.len() < wanted * 4 {
-            again = false;
-            for (index, table) in self.tables.iter_mut().enumerate() {
-                let large = tasks
-                    .iter()
-                    .filter(|task: &&Task| matches!(task.part, Part::Range(_)))
-                    .count();
-                let Some(part) = table.ready.front() else { continue };
-                if !table.is_open() || (matches!(part, Part::Range(_)) && large >= wanted) {
-                    continue;
-                }
-                let Some(part) = table.ready.pop_front() else { continue };
-                table.out += 1;
-                again = true;
-                tasks.push_back(Task {
-                    table: index,
-                    plan: table.plan.clone(),
-                    part,
-                    tolerance: Tolerance {
-                        expected: table.plan.rows_expected,
-                        per_cent,
-                        failed: table.counts.failed,
-                    },
-                });
-                if tasks.len() >= wanted * 4 {
-                    break;
-                }
-            }
-        }
-        tasks
-    }
-
-    /// Has the tasks done at one cut, and meanwhile cuts off what comes next.
-    async fn copy(&mut self, tasks: VecDeque<Task>, settings: &Backfill) -> Result<Vec<Outcome>, Stop> {
-        let tasks = Mutex::new(tasks);
-        let copied = self.copy_at_a_cut(&tasks, settings).await;
-        // Whatever nobody came to goes back to its table.
-        let left = tasks.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for task in left.into_iter().rev() {
-            let table = &mut self.tables[task.table];
-            table.out -= 1;
-            table.ready.push_front(task.part);
-        }
-        copied
-    }
-
-    async fn copy_at_a_cut(
-        &mut self,
-        tasks: &Mutex<VecDeque<Task>>,
-        settings: &Backfill,
-    ) -> Result<Vec<Outcome>, Stop> {
-        let held = self.hold_a_cut().await?;
-        let entering = self.workers.iter().map(|worker| worker.enter(&held.primary_snapshot));
-        let entered: Result<Vec<()>, NotCopied> = join_all(entering).await.into_iter().collect();
-        if let Err(error) = entered {
-            self.leave().await;
-            return Err(error.into());
-        }
-        if let Some(hook) = &self.setup.hook {
-            let open = open_ranges(&lock(tasks));
-            hook(open).await;
-        }
-        let held = match self.setup.insert_at {
-            InsertAt::Cut => held,
-            InsertAt::LaterCut => {
-                drop(held);
-                self.hold_a_cut().await?
-            }
-        };
-        let enough = settings.hold_max / 2;
-        let began = Instant::now();
-        let cut = &held.cut;
-        let working = self
-            .workers
-            .iter_mut()
-            .map(|worker| work(worker, tasks, cut, began, enough));
-        let (outcomes, planned) = tokio::join!(join_all(working), look_ahead(&self.scout, &mut self.tables, *settings));
-        drop(held);
-        self.leave().await;
-        // A plan that failed is made again.
-        if let Err(Stop::Failing(why) | Stop::Busy(why)) = planned {
-            tracing::debug!(why, "ranges could not be cut off ahead");
-        }
-        Ok(outcomes.into_iter().flatten().collect())
-    }
-
-    async fn hold_a_cut(&self) -> Result<HeldCut, Stop> {
-        tokio::select! {
-            held = self.setup.applier.cut() => held.map_err(|stopped| Stop::Ended(Ended::Interrupted(stopped.to_string()))),
-            () = self.setup.cancel.cancelled() => Err(Stop::Ended(Ended::Cancelled)),
-        }
-    }
-
-    /// Connections that fail at this are replaced before the next round.
-    async fn leave(&self) {
-        for left in join_all(self.workers.iter().map(Worker::leave)).await {
-            if let Err(error) = left {
-                tracing::debug!(?error, "a worker's reading could not be ended");
-            }
-        }
     }
 
     /// Takes over what became of each part. Rows and bytes that were copied.
@@ -569,11 +389,11 @@ impl Job {
                         Part::Begin => {
                             table.stage = Stage::Copying;
                             table.next = Some(Onward::BEGINNING);
-                            self.setup.applier.tables_changed();
+                            self.setup.sides.applier.tables_changed();
                         }
                         Part::Whole => {
                             table.stage = Stage::Copying;
-                            self.setup.applier.tables_changed();
+                            self.setup.sides.applier.tables_changed();
                         }
                         Part::Range(_) => table.size.learn(copied.read, copied.bytes, took, settings.hold_max),
                     }
@@ -613,23 +433,6 @@ impl Job {
         stop.map_or(Ok((rows, bytes)), Err)
     }
 
-    fn measure(&mut self, now: Instant) {
-        let size = |table: &TableJob| table.plan.bytes_expected as f64;
-        self.meter.note(
-            now,
-            self.tables.iter().map(|table| size(table) * table.fraction()).sum(),
-        );
-        let counts = self.counts();
-        self.rows.note(now, counts.read as f64);
-        self.bytes.note(now, counts.bytes as f64);
-    }
-
-    fn counts(&self) -> Counts {
-        let mut counts = Counts::default();
-        self.tables.iter().for_each(|table| counts.merge(table.counts));
-        counts
-    }
-
     /// Sleeps until what was copied has taken as long as the rate asks for; a new rate counts at
     /// once.
     async fn keep_rate(&self, began: Instant, rows: u64, bytes: u64) -> Result<(), Stop> {
@@ -655,40 +458,6 @@ impl Job {
             () = self.setup.cancel.cancelled() => Err(Stop::Ended(Ended::Cancelled)),
         }
     }
-
-    fn publish(&self, ended: &Ended, running: bool) {
-        let now = Instant::now();
-        let settings = *self.setup.settings.borrow();
-        let (state, note) = match ended {
-            _ if running => ("running", None),
-            Ended::Done => ("done", None),
-            Ended::Cancelled => ("cancelled", None),
-            Ended::Stopped(why) => ("stopped", Some(why.clone())),
-            Ended::Interrupted(why) => ("interrupted", Some(why.clone())),
-        };
-        let left: f64 = self
-            .tables
-            .iter()
-            .map(|table| table.plan.bytes_expected as f64 * (1.0 - table.fraction()))
-            .sum();
-        self.report.send_replace(Some(BackfillStatus {
-            state: state.into(),
-            note,
-            workers: settings.workers,
-            max_rate: settings.max_rate.map(|rate| rate.to_string()),
-            slowed_by: self.slowed_by.clone().filter(|_| running),
-            rows_expected: self.tables.iter().map(|table| table.plan.rows_expected).sum(),
-            counts: self.counts(),
-            rows_per_second: if running { self.rows.rate(now) } else { 0.0 },
-            bytes_per_second: if running { self.bytes.rate(now) } else { 0.0 },
-            remaining_seconds: if running {
-                remaining(left, self.meter.rate(now))
-            } else {
-                None
-            },
-            tables: self.tables.iter().map(|table| table.status(now)).collect(),
-        }));
-    }
 }
 
 fn note_unbuilt(unbuilt: &mut Vec<(String, String)>, failed: Vec<(String, String)>) {
@@ -700,99 +469,13 @@ fn note_unbuilt(unbuilt: &mut Vec<(String, String)>, failed: Vec<(String, String
     }
 }
 
-/// Takes parts until there is none, or the time at this cut is used up.
-async fn work(
-    worker: &mut Worker,
-    tasks: &Mutex<VecDeque<Task>>,
-    cut: &Cut,
-    began: Instant,
-    enough: Duration,
-) -> Vec<Outcome> {
-    let mut outcomes = Vec::new();
-    while outcomes.is_empty() || began.elapsed() < enough {
-        let Some(task) = lock(tasks).pop_front() else { break };
-        let started = Instant::now();
-        let result = worker.copy(&task.plan, &task.part, cut, task.tolerance).await;
-        let failed = result.is_err();
-        outcomes.push(Outcome {
-            task,
-            took: started.elapsed(),
-            result,
-        });
-        if failed {
-            break;
-        }
-    }
-    outcomes
-}
-
-fn open_ranges(tasks: &VecDeque<Task>) -> OpenRanges {
-    let open = tasks.iter().filter_map(|task| match &task.part {
-        Part::Begin => None,
-        Part::Whole => Some((task.plan.target(), KeyRange::default())),
-        Part::Range(range) => Some((task.plan.target(), range.keys.clone())),
-    });
-    open.collect()
-}
-
-fn lock(tasks: &Mutex<VecDeque<Task>>) -> std::sync::MutexGuard<'_, VecDeque<Task>> {
-    tasks.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Cuts off ranges for the next round: one for each worker, of the first tables that are being
-/// copied. Bounds are only values, so it does not matter in which snapshot they are found.
-async fn look_ahead(scout: &Control, tables: &mut [TableJob], settings: Backfill) -> Result<(), Stop> {
-    let wanted = settings.workers.max(1);
-    let open = |table: &TableJob| table.stage == Stage::Copying && !table.reshaped;
-    let active = tables
-        .iter()
-        .filter(|table| open(table) && table.next.is_some())
-        .count();
-    let mut cut_off = 0;
-    for table in tables.iter_mut().filter(|table| open(table)) {
-        let each = wanted.div_ceil(active.clamp(1, wanted));
-        while cut_off < wanted && table.ready.len() < each {
-            let Some(Onward { after, number }) = table.next.clone() else {
-                break;
-            };
-            let Some(key) = &table.plan.key else { break };
-            let sql = table.plan.step(key, after.as_ref(), table.size.rows(&settings));
-            let found = match scout.query_opt(&sql, &[]).await {
-                Ok(found) => found,
-                Err(error) => {
-                    // Perhaps DDL that the secondary is still to have.
-                    table.reshaped = error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE);
-                    return Err(error.into());
-                }
-            };
-            let upto: Option<Boundary> = found.map(|row| row.get(0));
-            table.next = Onward::behind(upto.as_ref(), number);
-            let keys = KeyRange { after, upto };
-            table.ready.push_back(Part::Range(Range { number, keys }));
-            cut_off += 1;
-        }
-    }
-    Ok(())
-}
-
 /// To the primary for planning, to the secondary for what is recorded.
 async fn connections(setup: &Setup) -> Result<(Control, Control), Stop> {
     let (scout, ledger) = tokio::try_join!(
-        connect(&setup.primary, "backfill"),
-        connect(&setup.secondary, "backfill")
+        connect(&setup.sides.primary, "backfill"),
+        connect(&setup.sides.secondary, "backfill")
     )?;
     let settings = copying_settings();
     tokio::try_join!(scout.batch_execute(&settings), ledger.batch_execute(&settings))?;
     Ok((scout, ledger))
-}
-
-impl std::fmt::Display for Stop {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Ended(Ended::Stopped(why) | Ended::Interrupted(why)) | Self::Failing(why) | Self::Busy(why) => {
-                f.write_str(why)
-            }
-            Self::Ended(Ended::Done | Ended::Cancelled) => f.write_str("ended"),
-        }
-    }
 }

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! desk.rs   starts, changes, cancels, tells        ledger.rs what the secondary records
-//! job.rs    at each cut: ranges → workers          pace.rs   how much, and when to wait
-//! table.rs  one table on its way                   plan.rs   its columns, key, statements
-//! copy.rs   one worker: a range in one transaction
+//! job.rs    step by step until all is in           pace.rs   how much, and when to wait
+//! parts.rs  at each cut: ranges → workers          plan.rs   a table's columns, key, statements
+//! table.rs  one table on its way                   copy.rs   one worker: a range in one transaction
+//! progress.rs  how far it is                       stop.rs   why it ends
 //! ```
 //!
 //! Why it is exact. A table is emptied on the secondary at a cut; from there on what the
@@ -23,10 +24,13 @@ mod desk;
 mod job;
 mod ledger;
 mod pace;
+mod parts;
 mod plan;
+mod progress;
 mod status;
+mod stop;
 mod table;
 
-pub use desk::{Desk, Order, Sides};
+pub use desk::{Desk, Order};
 pub use job::{Hook, InsertAt, OpenRanges};
 pub use status::{BackfillStatus, BackfillTable, Counts};
