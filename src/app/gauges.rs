@@ -36,7 +36,7 @@ pub(super) async fn publish(world: Arc<World>) {
         }
         gauge!("pgtandem_proxies").set(world.proxies().len() as f64);
         let sessions = count_by_state(&world.sessions.registry.sessions());
-        for state in ["opening", "waiting", "idle", "active", "in_transaction"] {
+        for state in ["opening", "waiting", "idle", "active", "in_transaction", "reading"] {
             let count = sessions.get(state).copied().unwrap_or(0);
             gauge!("pgtandem_sessions", "state" => state).set(count as f64);
         }

@@ -6,7 +6,7 @@
 
 use super::asking::{ANSWER_TIMEOUT, Answer, Trouble, in_time};
 use super::footprint::{self, Digest, Footprint};
-use super::registry::BackendKey;
+use super::registry::{BackendKey, State as RegistryState};
 use super::relay::{Direction, End, Session};
 use super::standby::Standby;
 use crate::control::Side;
@@ -54,19 +54,36 @@ impl Session {
         copied.is_some_and(|copied| copied.transactions == self.transactions)
     }
 
-    /// Moves to the primary, which is on the other side.
+    /// Moves to the primary, which is on the other side. False: its state there is missing or old.
+    pub(super) fn move_to_primary(&mut self) -> bool {
+        let ready = self.is_ready(self.control.primary);
+        if ready {
+            self.swap();
+        }
+        ready
+    }
+
+    /// Goes where the primary is, also where nobody has seen to it that it can: the session finished
+    /// a read meanwhile, or its proxy heard of the flip late.
     ///
     /// # Errors
-    /// The session cannot move: its statements must not reach the side that is not the primary.
-    pub(super) fn move_to_primary(&mut self) -> Result<(), End> {
-        if self.is_ready(self.control.primary) {
-            self.swap();
+    /// It cannot move, and its statements must not reach the side that is not the primary.
+    pub(super) async fn follow_late(&mut self) -> Result<(), End> {
+        if self.follow()? {
             return Ok(());
         }
-        Err(End::Ordered(format!(
-            "terminating connection: the primary is now {}, and this session could not be moved there",
-            self.control.primary
-        )))
+        let primary = self.control.primary;
+        // A hold that begins now waits for it.
+        self.registered.shared.publish(RegistryState::Active);
+        let ready = self.make_ready(primary).await;
+        self.registered.shared.publish(RegistryState::Idle);
+        self.registered.registry.came_to_rest();
+        match ready? {
+            Ok(()) => self.follow().map(|_| ()),
+            Err(reason) => Err(End::Ordered(format!(
+                "terminating connection: the primary is now {primary}, and this session could not be moved there: {reason}"
+            ))),
+        }
     }
 
     /// What has changed since the state was copied, if that is no more than the unnamed statement.

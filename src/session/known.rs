@@ -1,5 +1,5 @@
 //! The statements and portals of a session that somebody may ask about later: those that may be
-//! DDL, in shadowing phases all of them, and the unnamed one, which no server would tell.
+//! DDL or say that their transaction only reads, in shadowing phases all of them, and the unnamed one, which no server would tell.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -31,17 +31,22 @@ const PORTALS_MAX: usize = 256;
 const CUSTOM_MAX: usize = 64;
 /// An unnamed statement's room that an idle session keeps.
 const UNNAMED_KEPT: usize = 1024;
+/// What a server shows in any case of the statement that it runs (`track_activity_query_size`, if
+/// nobody has made that smaller).
+const SHOWN_BY_SERVERS: usize = 1000;
 
 #[derive(Debug, Default)]
 pub(super) struct Statements {
     named: HashMap<Box<[u8]>, Rc<Known>>,
     named_bytes: usize,
-    /// How many of the named ones may be DDL.
-    named_ddl: usize,
+    /// How many of the named ones tell something by being run.
+    named_telling: usize,
     /// The unnamed statement's Parse body; empty where there is none.
     unnamed: Vec<u8>,
     unnamed_known: Option<Rc<Known>>,
     portals: HashMap<Box<[u8]>, Portal>,
+    /// The Query under way, where it is longer than what a server shows of it.
+    long_query: Option<Box<[u8]>>,
     /// By far the most frequent portal.
     unnamed_portal: Option<Portal>,
     custom: Vec<String>,
@@ -49,7 +54,8 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Takes note of a Parse: of what may be DDL, and where asked of all named or unnamed ones.
+    /// Takes note of a Parse: of what tells something by being run (DDL, BEGIN READ ONLY), and where
+    /// asked of all named or unnamed ones.
     pub(super) fn parsed(&mut self, body: &[u8], all_named: bool, all_unnamed: bool) {
         let Some(parse) = Parse::read(body) else { return };
         let sniff = sniff(parse.text);
@@ -57,7 +63,7 @@ impl Statements {
             self.note_setting(parse.text);
         }
         let all = if parse.name.is_empty() { all_unnamed } else { all_named };
-        let known = (sniff.ddl || all).then(|| {
+        let known = (sniff.tells() || all).then(|| {
             Rc::new(Known {
                 text: parse.text.into(),
                 types: parse.types.into(),
@@ -76,7 +82,7 @@ impl Statements {
             && self.named_bytes + known.text.len() <= NAMED_BYTES_MAX
         {
             self.named_bytes += known.text.len();
-            self.named_ddl += usize::from(known.sniff.ddl);
+            self.named_telling += usize::from(known.sniff.tells());
             self.named.insert(parse.name.into(), known);
         }
     }
@@ -85,12 +91,13 @@ impl Statements {
     pub(super) fn queried(&mut self, text: &[u8], sniff: Sniff) {
         self.unnamed.clear();
         self.unnamed_known = None;
+        self.long_query = (text.len() >= SHOWN_BY_SERVERS).then(|| text.into());
         if sniff.setting {
             self.note_setting(text);
         }
     }
 
-    /// Takes note of a Bind. `all`: of every statement's, not only of what may be DDL; `sampled`
+    /// Takes note of a Bind. `all`: of every statement's, not only of what tells something; `sampled`
     /// says whether its values are kept.
     pub(super) fn bound(&mut self, body: &[u8], all: bool, sampled: impl FnOnce(&Known, &[u8]) -> bool) {
         let Some(bind) = Bind::read(body) else { return };
@@ -99,7 +106,7 @@ impl Statements {
         } else {
             self.named.get(bind.statement).cloned()
         };
-        let statement = statement.filter(|statement| all || statement.sniff.ddl);
+        let statement = statement.filter(|statement| all || statement.sniff.tells());
         let portal = statement.map(|statement| Portal {
             values: sampled(&statement, bind.values).then(|| bind.values.into()),
             statement,
@@ -160,15 +167,17 @@ impl Statements {
     /// A transaction is over, and its portals with it.
     pub(super) fn transaction_over(&mut self) {
         self.unnamed_portal = None;
+        self.long_query = None;
         if !self.portals.is_empty() {
             self.portals = HashMap::new();
         }
     }
 
-    /// Whether Bind, Execute and Close must be looked at for DDL.
-    pub(super) fn may_be_ddl(&self) -> bool {
-        self.named_ddl > 0
-            || self.unnamed_known.as_ref().is_some_and(|known| known.sniff.ddl)
+    /// Whether Bind, Execute and Close must be looked at: for DDL, and for what transactions say of
+    /// themselves.
+    pub(super) fn are_telling(&self) -> bool {
+        self.named_telling > 0
+            || self.unnamed_known.as_ref().is_some_and(|known| known.sniff.tells())
             || self.unnamed_portal.is_some()
             || !self.portals.is_empty()
     }
@@ -176,6 +185,17 @@ impl Statements {
     /// Whether a Close may concern anything here.
     pub(super) fn any(&self) -> bool {
         !self.named.is_empty() || !self.unnamed.is_empty() || !self.portals.is_empty()
+    }
+
+    /// The statements that are known, and may be under way, whose text begins so.
+    pub(super) fn beginning_with<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let named = self.named.values().map(|known| &*known.text);
+        let unnamed = self.unnamed().map(|parse| parse.text);
+        let query = self.long_query.as_deref();
+        named
+            .chain(unnamed)
+            .chain(query)
+            .filter(move |text| text.starts_with(prefix))
     }
 
     /// The unnamed statement's Parse body, where there is one.
@@ -205,7 +225,7 @@ impl Statements {
     fn forget_named(&mut self, name: &[u8]) {
         if let Some(known) = self.named.remove(name) {
             self.named_bytes -= known.text.len();
-            self.named_ddl -= usize::from(known.sniff.ddl);
+            self.named_telling -= usize::from(known.sniff.tells());
         }
     }
 }
@@ -232,9 +252,9 @@ mod tests {
     fn ddl_is_found_again_through_its_portal() {
         let mut statements = Statements::default();
         parse(&mut statements, "a", "select 1");
-        assert!(!statements.may_be_ddl());
+        assert!(!statements.are_telling());
         parse(&mut statements, "b", "create table t()");
-        assert!(statements.may_be_ddl());
+        assert!(statements.are_telling());
         bind(&mut statements, "", "a");
         assert!(statements.portal(b"").is_none());
         bind(&mut statements, "", "b");
@@ -242,7 +262,7 @@ mod tests {
         bind(&mut statements, "", "a");
         assert!(statements.portal(b"").is_none());
         statements.closed(b"Sb\0");
-        assert!(!statements.may_be_ddl());
+        assert!(!statements.are_telling());
     }
 
     #[test]

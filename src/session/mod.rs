@@ -29,6 +29,7 @@ mod observe;
 mod open;
 mod orders;
 mod outbox;
+mod reading;
 mod registry;
 mod rehearse;
 mod relay;
@@ -46,6 +47,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 pub use context::{Context, Settings, Users};
+pub use reading::Running;
 pub use registry::{Hold, Prepared, Registry, SessionId, SessionInfo, State, Straggler, Uncarried, count_by_state};
 pub use taper::Tapered;
 pub use tls::ClientTlsError;

@@ -179,6 +179,8 @@ fn assemble(
         rehearsing: None,
         begun_at_round: None,
         changes_schema: false,
+        access: None,
+        reading: false,
         client_done: false,
         terminated: false,
         server_fatal: false,

@@ -32,7 +32,7 @@ impl Session {
         }
         if orders & order::FOLLOW != 0 && !self.active {
             shared.clear(order::FOLLOW);
-            self.follow()?;
+            self.follow_late().await?;
         }
         if orders & order::SETTLE != 0 && !self.active {
             shared.clear(order::SETTLE | order::COPY);
@@ -68,6 +68,13 @@ impl Session {
             self.find_obstacles().await?;
             // Whoever asked has gone on by now, or hears it.
             asked.map(|answer| answer.send(()).ok());
+        }
+        if orders & order::READ != 0 {
+            shared.clear(order::READ);
+            let asked = shared.asked().read.take();
+            if let Some(asked) = asked {
+                self.say_what_it_reads(asked);
+            }
         }
         if orders & order::READY != 0 && !self.active {
             shared.clear(order::READY);

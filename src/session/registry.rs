@@ -18,6 +18,7 @@ use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::Instant;
 
+use super::reading::ReadAsked;
 use crate::config::Target;
 use crate::control::Side;
 
@@ -38,16 +39,19 @@ pub enum State {
     Active,
     /// Inside BEGIN … COMMIT.
     InTransaction,
+    /// Finishes a read where it began; a flip does not wait for it.
+    Reading,
     Ended,
 }
 
 impl State {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Opening,
         Self::Waiting,
         Self::Idle,
         Self::Active,
         Self::InTransaction,
+        Self::Reading,
         Self::Ended,
     ];
 
@@ -55,18 +59,18 @@ impl State {
         Self::ALL.get(usize::from(value)).copied().unwrap_or(Self::Active)
     }
 
-    /// Whether it has a server connection to move.
+    /// Whether it has a server connection to move, and a flip waits until it can.
     const fn is_open(self) -> bool {
         match self {
             Self::Idle | Self::Active | Self::InTransaction => true,
-            Self::Opening | Self::Waiting | Self::Ended => false,
+            Self::Opening | Self::Waiting | Self::Reading | Self::Ended => false,
         }
     }
 
     /// Whether a hold has to wait for it.
     const fn quiet(self) -> bool {
         match self {
-            Self::Waiting | Self::Idle | Self::Ended => true,
+            Self::Waiting | Self::Idle | Self::Reading | Self::Ended => true,
             Self::Opening | Self::Active | Self::InTransaction => false,
         }
     }
@@ -93,6 +97,8 @@ pub(super) mod order {
     /// Copy the session's state to its connection to the other side, as soon as no transaction is
     /// open.
     pub(crate) const COPY: u32 = 256;
+    /// Say whether what runs is a read that can be finished where it is.
+    pub(crate) const READ: u32 = 512;
 
     /// What waits for the end of a transaction.
     pub(crate) const WHEN_IDLE: u32 = END_WHEN_IDLE | READY | SETTLE | FOLLOW | COPY;
@@ -119,6 +125,7 @@ pub(super) struct Asked {
     pub prepare: Option<(Side, oneshot::Sender<PreparedOne>)>,
     pub ready: Option<(Side, oneshot::Sender<Result<(), String>>)>,
     pub look: Option<oneshot::Sender<()>>,
+    pub read: Option<ReadAsked>,
     pub end_because: Option<String>,
 }
 
@@ -186,7 +193,7 @@ impl Shared {
 
     /// Whether a hold has to wait for it. Who has been admitted publishes that it is active before
     /// it takes the admission back, so that it is seen by one or the other.
-    fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         let admitted = self.admitted.load(Ordering::SeqCst);
         let state = self.state();
         !state.quiet() || admitted && state != State::Ended
@@ -660,7 +667,7 @@ impl Registry {
         sessions
     }
 
-    fn each(&self, act: impl FnMut(&Arc<Shared>)) {
+    pub(super) fn each(&self, act: impl FnMut(&Arc<Shared>)) {
         self.all().iter().for_each(act);
     }
 }
@@ -714,6 +721,7 @@ pub fn count_by_state(sessions: &[SessionInfo]) -> HashMap<&'static str, usize> 
             State::Idle => "idle",
             State::Active => "active",
             State::InTransaction => "in_transaction",
+            State::Reading => "reading",
             State::Ended => "ended",
         };
         *counts.entry(name).or_insert(0) += 1;

@@ -30,6 +30,7 @@ use super::outbox::{Gather, Outbox};
 use super::registry::{Asked, PreparedOne, Registered, State, order};
 use super::rehearse::Rehearsing;
 use super::reported::Reported;
+use super::sniff::Access;
 use super::standby::Standby;
 use crate::control::{Control, Side};
 use crate::routing::Pair;
@@ -126,6 +127,10 @@ pub(super) struct Session {
     pub begun_at_round: Option<u64>,
     /// It changes a schema.
     pub changes_schema: bool,
+    /// What it has said that it may do.
+    pub access: Option<Access>,
+    /// It is a read that is finished where it began, whatever becomes of the primary.
+    pub reading: bool,
     pub client_done: bool,
     pub terminated: bool,
     /// The server has said why it goes.
@@ -335,7 +340,12 @@ impl Session {
             registry.wait_in_line(&self.registered.shared);
             return Ok(false);
         }
-        self.follow()?;
+        if !self.follow()? {
+            // Its state has to be copied first, which takes time.
+            self.registered.shared.publish(State::Idle);
+            self.registered.shared.order(order::FOLLOW);
+            return Ok(false);
+        }
         if self.standby.is_some() {
             // From here on its copy there is an old one.
             self.registered.shared.set_ready(false);
@@ -345,18 +355,16 @@ impl Session {
         Ok(true)
     }
 
-    /// Takes note of a change of the phase, and goes where the primary is.
-    pub(super) fn follow(&mut self) -> Result<(), End> {
+    /// Takes note of a change of the phase, and goes where the primary is. False: it cannot as it
+    /// stands.
+    pub(super) fn follow(&mut self) -> Result<bool, End> {
         if self.updates.has_changed().unwrap_or(false) {
             self.control = *self.updates.borrow_and_update();
             if let Some(error) = refuse_own_role(&self.pair, self.control, &self.login.user) {
                 return Err(End::Refused(error));
             }
         }
-        if self.control.primary == self.side {
-            return Ok(());
-        }
-        self.move_to_primary()
+        Ok(self.control.primary == self.side || self.move_to_primary())
     }
 
     /// Publishes that the session is idle, if it is.
@@ -381,6 +389,8 @@ impl Session {
             self.shadowing.transaction_over();
         }
         self.active = false;
+        self.access = None;
+        self.reading = false;
         self.registered.shared.publish(State::Idle);
         if self.registered.registry.held() {
             self.registered.registry.came_to_rest();
@@ -390,8 +400,11 @@ impl Session {
     /// A ReadyForQuery has passed.
     pub(super) fn ready(&mut self) {
         self.rehearsal_ready();
+        if self.tracker.status() == Status::Idle {
+            self.access = None;
+        }
         self.settle();
-        if self.active && self.tracker.at_rest() && self.tracker.status() != Status::Idle {
+        if self.active && !self.reading && self.tracker.at_rest() && self.tracker.status() != Status::Idle {
             self.registered.shared.publish(State::InTransaction);
         }
     }

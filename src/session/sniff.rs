@@ -12,6 +12,24 @@ pub(super) struct Sniff {
     pub write: bool,
     /// What a shadow may have to do with it.
     pub word: Word,
+    /// It begins a transaction, or says what the open one may do.
+    pub access: Option<Access>,
+}
+
+impl Sniff {
+    /// Whether its runs must be noticed, however often it is run.
+    pub(super) fn tells(self) -> bool {
+        self.ddl || matches!(self.access, Some(Access::ReadOnly | Access::ReadWrite))
+    }
+}
+
+/// What a transaction may do (BEGIN, START TRANSACTION, SET TRANSACTION).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    ReadOnly,
+    ReadWrite,
+    /// What `default_transaction_read_only` says.
+    Default,
 }
 
 /// The kinds of statements that shadow reads look at.
@@ -124,7 +142,35 @@ pub(super) fn sniff(text: &[u8]) -> Sniff {
         setting: !single || is(b"set") || is(b"reset") || is(b"discard") || contains(text, b"set_config"),
         write: !(harmless || single && word == Word::Read && !contains(text, b"into")) || !rowless || dml(),
         word,
+        access: if single { access(text) } else { None },
     }
+}
+
+/// Errs towards `None`, which says nothing.
+fn access(text: &[u8]) -> Option<Access> {
+    let mut words = text
+        .split(|byte| !byte.is_ascii_alphabetic())
+        .filter(|word| !word.is_empty());
+    let first = words.next()?;
+    let is = |word: &[u8], wanted: &[u8]| word.eq_ignore_ascii_case(wanted);
+    let begins = is(first, b"begin") || is(first, b"start");
+    if !(begins || is(first, b"set") && is(words.next()?, b"transaction")) {
+        return None;
+    }
+    if contains(text, b"/*") || contains(text, b"--") {
+        return None;
+    }
+    let mut before: &[u8] = b"";
+    for word in words {
+        if is(before, b"read") && is(word, b"only") {
+            return Some(Access::ReadOnly);
+        }
+        if is(before, b"read") && is(word, b"write") {
+            return Some(Access::ReadWrite);
+        }
+        before = word;
+    }
+    begins.then_some(Access::Default)
 }
 
 /// Behind white space and comments.
@@ -232,6 +278,33 @@ mod tests {
             ("", Word::Other),
         ] {
             assert_eq!(sniff(text.as_bytes()).word, word, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_transaction_may_do() {
+        use Access::{Default, ReadOnly, ReadWrite};
+        for (text, access) in [
+            ("begin", Some(Default)),
+            ("BEGIN READ ONLY", Some(ReadOnly)),
+            (
+                "start transaction isolation level repeatable read,\n read  only;",
+                Some(ReadOnly),
+            ),
+            (
+                "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",
+                Some(ReadOnly),
+            ),
+            ("begin isolation level read committed read write", Some(ReadWrite)),
+            ("set transaction isolation level read committed", None),
+            ("set transaction read write", Some(ReadWrite)),
+            ("set session characteristics as transaction read only", None),
+            ("set local a.b = 'transaction read only'", None),
+            ("begin /* read only */", None),
+            ("begin read only; commit; begin", None),
+            ("select 'begin read only'", None),
+        ] {
+            assert_eq!(sniff(text.as_bytes()).access, access, "{text}");
         }
     }
 

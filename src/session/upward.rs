@@ -115,7 +115,7 @@ impl Session {
             b'Q' | b'P' => header.total <= UNDERSTOOD_MAX,
             b'B' | b'E' => {
                 header.total <= UNDERSTOOD_MAX
-                    && (self.statements.may_be_ddl()
+                    && (self.statements.are_telling()
                         || self.shadow_wanted()
                         || self.acknowledges_both().is_some()
                         || self.rehearsal_wanted())
@@ -143,7 +143,7 @@ impl Session {
         }
         // Pipelined transactions: during a hold, one that has not begun waits for the end of those
         // before it.
-        if self.tracker.at_sync() && !self.tracker.answered() && self.registered.registry.held() {
+        if self.tracker.at_sync() && !self.tracker.answered() && (self.reading || self.registered.registry.held()) {
             return Ok(kind == b'X');
         }
         Ok(true)
@@ -193,6 +193,7 @@ impl Session {
 
     fn plan_query(&mut self, text: &[u8]) -> Plan {
         let sniff = sniff(text);
+        self.note_access(sniff);
         self.statements.queried(text, sniff);
         let rehearsed = self.note_rehearsal(text, None, sniff);
         if !self.mirrors_ddl(sniff) {
@@ -239,6 +240,7 @@ impl Session {
             return Plan::Pass(Mark::None);
         };
         let known = &portal.statement;
+        self.note_access(known.sniff);
         let rehearsed = self.note_rehearsal(&known.text, Some(&portal), known.sniff);
         if self.mirrors_ddl(known.sniff) {
             self.note_unknown();

@@ -3,6 +3,7 @@
 //! the databases, over connections that each of them holds to both: notifications wake it, and a
 //! look once a second finds what got lost.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,12 +16,13 @@ use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
 use super::records::{self, FlipRow, Look, Member, ProxyRow};
 use super::recover::Recorded;
 use super::resolve::{restore_others, seat, take_over};
+use super::servers;
 use super::sessions::{Survey, Surveys};
 use super::tandem::Tandem;
 use crate::config::{Stragglers, Switchover};
 use crate::control::{Control, Phase, Side};
 use crate::journal;
-use crate::session::{Hold, Registry, State, Straggler, Uncarried};
+use crate::session::{Hold, Registry, Running, State, Straggler, Uncarried};
 use crate::upstream::control::{Control as Connection, connect, connect_hearing, error_chain};
 
 /// Between two beats: a quarter of a second's delay counts for nothing against
@@ -37,6 +39,8 @@ const LOOK_MAX: Duration = Duration::from_secs(5);
 const COPY_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at the other databases after a flip that was given up.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
+/// A hold that still waits looks so often for what need not be waited for.
+const LOOK_FOR_READS: Duration = Duration::from_millis(200);
 /// For what was ended to be gone.
 const ENDING_MAX: Duration = Duration::from_secs(2);
 /// Sessions that are named in a record; the rest are counted.
@@ -575,6 +579,7 @@ impl<H: Host> Part<'_, H> {
             "drain_ms": drained,
             "carry_ms": ms(began) - drained,
             "sessions": self.host.registry().len(),
+            "reading": self.host.registry().reading(),
             "in_the_way": stayed,
             "ended": ended,
         });
@@ -602,14 +607,40 @@ impl<H: Host> Part<'_, H> {
             let Some((hold, _)) = &self.hold else {
                 return Drain::GivenUp;
             };
-            let until = deadline.min(Instant::now() + TICK_HELD * 4);
+            let until = deadline.min(Instant::now() + LOOK_FOR_READS);
             match self.host.registry().drained(hold, until).await {
                 Ok(()) => return Drain::Done,
                 Err(stragglers) if Instant::now() >= deadline => return Drain::Stragglers(stragglers),
                 Err(_) if self.is_given_up(flip).await => return Drain::GivenUp,
-                Err(_) => {}
+                Err(_) => {
+                    if let Some((hold, since)) = self.hold.take() {
+                        self.let_reads_be(&hold, flip.from).await;
+                        self.hold = Some((hold, since));
+                    }
+                }
             }
         }
+    }
+
+    /// Sessions of `side` that only read are not waited for.
+    async fn let_reads_be(&mut self, hold: &Hold, side: Side) {
+        let registry = self.host.registry().clone();
+        let ask = async |pids: Vec<i32>| match self.running(side, &pids).await {
+            Ok(running) => running,
+            Err(cause) => {
+                tracing::debug!(%side, cause, "not told what is running");
+                HashMap::new()
+            }
+        };
+        registry.let_reads_be(hold, ask).await;
+    }
+
+    async fn running(&mut self, side: Side, pids: &[i32]) -> Result<HashMap<i32, Running>, String> {
+        let client = self.link(side).await?;
+        let asked = timeout(COPY_MAX, servers::running(client, pids)).await;
+        asked
+            .map_err(|_| "no answer".to_owned())?
+            .map_err(|error| error_chain(&error))
     }
 
     async fn is_given_up(&mut self, flip: &FlipRow) -> bool {
@@ -682,11 +713,14 @@ impl<H: Host> Part<'_, H> {
     }
 
     /// Nobody has prepared anything: whoever cannot move is ended.
-    async fn hold_for(&self, primary: Side) -> (Hold, Instant) {
+    async fn hold_for(&mut self, primary: Side) -> (Hold, Instant) {
         let registry = self.host.registry();
         let (hold, since) = (registry.hold(), Instant::now());
         let ready = registry.make_ready(&hold, primary);
         let deadline = since + self.host.policy().drain_timeout;
+        if registry.drained(&hold, Instant::now() + LOOK_FOR_READS).await.is_err() {
+            self.let_reads_be(&hold, primary.other()).await;
+        }
         if let Err(stragglers) = registry.drained(&hold, deadline).await {
             let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
             registry.end(&ids, &format!("terminating connection: the primary is {primary} now"));

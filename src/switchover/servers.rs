@@ -1,5 +1,6 @@
 //! What a database's two servers say of themselves, for the status and the gates.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::sync::watch::Sender;
@@ -10,6 +11,7 @@ use tokio_postgres::{Client, Error};
 use crate::admin::api::{self, ConnectionLimit, Connections, LastStray, OldestPrepared, ServerStatus};
 use crate::config::{DatabaseConfig, Target};
 use crate::control::Side;
+use crate::session::Running;
 use crate::upstream::control::{connect, error_chain};
 
 /// How often each server is asked, unless that takes it long.
@@ -28,6 +30,31 @@ pub(super) async fn watch(targets: DatabaseConfig, report: Sender<[ServerStatus;
         report.send_replace(looked);
         tokio::time::sleep(pause).await;
     }
+}
+
+/// What server processes are running, by process id. Of other roles' only where ours may read
+/// all statistics (`pg_read_all_stats`).
+pub(super) async fn running(client: &Client, pids: &[i32]) -> Result<HashMap<i32, Running>, Error> {
+    // A text that is cut off ends before the bound, by as much as a character takes.
+    let rows = client
+        .query(
+            "SELECT pid, query, wait_event_type IS NOT DISTINCT FROM 'Lock',
+                    pg_catalog.octet_length(query)
+                        >= pg_catalog.pg_size_bytes(pg_catalog.current_setting('track_activity_query_size')) - 4
+               FROM pg_catalog.pg_stat_activity WHERE pid = ANY ($1) AND state = 'active' AND query IS NOT NULL",
+            &[&pids],
+        )
+        .await?;
+    let mut running = HashMap::new();
+    for row in rows {
+        let found = Running {
+            text: row.try_get(1)?,
+            waits_for_lock: row.try_get(2)?,
+            cut_off: row.try_get(3)?,
+        };
+        running.insert(row.try_get(0)?, found);
+    }
+    Ok(running)
 }
 
 /// Legacy, new.

@@ -177,6 +177,35 @@ impl Tracker {
         }
     }
 
+    /// How many times ReadyForQuery is still to come.
+    pub fn readies(&self) -> usize {
+        self.awaited_of(|request| matches!(request, Request::Sync | Request::Query | Request::Function))
+    }
+
+    /// Whether all that is under way is one Query, or one Execute (with what belongs to it) up to its
+    /// Sync, of the client's, outside transactions.
+    pub fn is_one_statement(&self) -> bool {
+        let of_client = self.awaited.iter().all(|awaited| awaited.owner == Owner::Client);
+        let runs = self.awaited_of(|request| matches!(request, Request::Query | Request::Execute));
+        let once = |request| self.awaited_of(|other| other == request) <= 1;
+        self.at_sync()
+            && of_client
+            && (self.readies(), runs) == (1, 1)
+            && self.awaited_of(|request| request == Request::Function) == 0
+            && once(Request::Parse)
+            && once(Request::Bind)
+            && matches!(self.status, Status::Idle)
+    }
+
+    /// Whether a Parse is still to be answered.
+    pub fn awaits_parse(&self) -> bool {
+        self.awaited_of(|request| request == Request::Parse) > 0
+    }
+
+    fn awaited_of(&self, wanted: impl Fn(Request) -> bool) -> usize {
+        self.awaited.iter().filter(|awaited| wanted(awaited.request)).count()
+    }
+
     /// The request that the next reply answers.
     pub fn front(&self) -> Option<Awaited> {
         self.awaited

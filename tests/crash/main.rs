@@ -22,6 +22,7 @@ mod journal;
 mod primary;
 mod processes;
 mod proxies;
+mod reads;
 mod relay;
 mod secondary;
 mod stage;

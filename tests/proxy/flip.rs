@@ -326,9 +326,13 @@ async fn what_cannot_be_carried_is_named_and_may_be_ended() {
             assert_eq!(raw.fatal().await.sqlstate(), "57P01");
         }
     }
-    // One that was overlooked must not write to the wrong side.
+    // Those that were overlooked must not write to the wrong side: they move late, or are ended.
+    let mut stays = proxy.client().await;
+    stays.query("create temp table t ()").await;
     proxy.set(Phase::Switchover, Side::New);
     let (raw, _) = sessions.last_mut().unwrap();
+    assert_eq!(raw.value("show server_version_num").await[..2], *"18");
+    let raw = &mut stays;
     let mut out = Vec::new();
     frontend::put_query(&mut out, b"select 1");
     raw.send(&out).await;
