@@ -234,7 +234,7 @@ impl Shadows {
             login: self.login.clone(),
             settings: Arc::new([]),
             text: Bytes::copy_from_slice(sql.as_bytes()),
-            script: Arc::new(analyze(sql.as_bytes())),
+            analysis: Arc::new(analyze(sql.as_bytes())).into(),
             call,
             digest: builder.finish(),
             timing: Timing {
@@ -257,7 +257,7 @@ impl Shadows {
         self.sink.is_on(DUAL_READ)
             && self.sink.samples(&asked)
             && self.sink.wants(&Candidate {
-                script: &script,
+                script: Some(&script),
                 text: sql.as_bytes(),
                 arguments: None,
                 after_write: false,
@@ -723,7 +723,7 @@ async fn nobody_waits_for_a_shadow() {
         }),
         settings: Arc::new([]),
         text: Bytes::from_static(b"select 1"),
-        script: Arc::new(analyze(b"select 1")),
+        analysis: Arc::new(analyze(b"select 1")).into(),
         call: Call::Simple,
         digest: DigestBuilder::default().finish(),
         timing: Timing::default(),

@@ -420,7 +420,7 @@ impl hooks::Canary for Canaries {
 
 const fn candidate<'a>(read: &CanaryRead<'a>) -> Candidate<'a> {
     Candidate {
-        script: read.script,
+        script: Some(read.script),
         text: read.text,
         arguments: None,
         after_write: false,

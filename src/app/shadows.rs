@@ -19,9 +19,9 @@ use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut, Outcome,
-    Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, SlowerWatch, Timing, ValueWriter,
-    events, load_or_create_key, spawn,
+    Analysis, Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut,
+    Outcome, Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, SlowerWatch, Timing,
+    ValueWriter, events, load_or_create_key, spawn,
 };
 use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
@@ -296,7 +296,7 @@ impl hooks::Shadow for Shown {
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
         let sink = self.databases.get(read.database)?.sink.clone();
         let candidate = Candidate {
-            script: read.script,
+            script: read.script.map(|script| &**script),
             text: read.text,
             arguments: read.arguments,
             after_write: read.after_write,
@@ -326,7 +326,10 @@ impl hooks::Shadow for Shown {
                 login: read.login.clone(),
                 settings: settings.clone(),
                 text: Bytes::copy_from_slice(read.text),
-                script: read.script.clone(),
+                analysis: match read.script {
+                    Some(script) => script.clone().into(),
+                    None => Analysis::default(),
+                },
                 call,
                 digest: DigestBuilder::default().finish(),
                 timing: Timing::default(),
@@ -348,7 +351,7 @@ struct Observed {
 impl Observed {
     fn withdraw(&mut self, why: Outcome) {
         if let Some(read) = self.read.take() {
-            self.sink.withdraw(read.script.fingerprint(&read.text), why);
+            self.sink.withdraw(read.fingerprint(), why);
         }
     }
 }

@@ -142,7 +142,9 @@ pub struct Read<'a> {
     /// As the client named it.
     pub database: &'a str,
     pub text: &'a [u8],
-    pub script: &'a Arc<Script>,
+    /// `None`: it has not been analysed (under default settings), and is observed only if its kind
+    /// tells enough.
+    pub script: Option<&'a Arc<Script>>,
     pub call: Call<'a>,
     /// What the arguments of an EXECUTE use.
     pub arguments: Option<&'a ReadFacts>,

@@ -23,7 +23,8 @@ use super::relay::Session;
 use super::sniff::{Sniff, Word};
 use crate::shadow::{BindValues, Outcome, Skipped, Timing};
 use crate::sql::{
-    Class, DdlKind, Declare, Discard, Execute, Fetch, FetchRows, NotComparable, ReadFacts, Reset, Script, single_read,
+    Class, DdlKind, Declare, Discard, Execute, Fetch, FetchRows, LexSettings, NotComparable, ReadFacts, Reset, Script,
+    single_read,
 };
 use crate::wire::backend::Status;
 use crate::wire::tracker::Mark;
@@ -244,20 +245,21 @@ impl Session {
         if !sampled {
             return Mark::None;
         }
+        let source = || Source::Portal(now.name.into());
+        let wrote = self.shadowing.wrote;
+        // A text that comes once is not analysed here if others of its kind have been.
+        if now.portal.is_none() && now.alone && self.lex == LexSettings::default() {
+            let mark = self.show(text, None, Call::Simple, None, wrote, now, source());
+            if mark == Mark::Observed {
+                return mark;
+            }
+        }
         let script = self.context.hooks.statements.get_as(text, self.lex);
         let call = now.portal.map_or(Call::Simple, |portal| Call::Extended {
             types: &portal.statement.types,
             values: values.unwrap_or_default(),
         });
-        self.show(
-            text,
-            &script,
-            call,
-            None,
-            self.shadowing.wrote,
-            now,
-            Source::Portal(now.name.into()),
-        )
+        self.show(text, Some(&script), call, None, wrote, now, source())
     }
 
     /// Shows a read of the sample; marks its request where the answer shall be observed.
@@ -265,7 +267,7 @@ impl Session {
     fn show(
         &mut self,
         text: &[u8],
-        script: &Arc<Script>,
+        script: Option<&Arc<Script>>,
         call: Call<'_>,
         arguments: Option<&ReadFacts>,
         after_write: bool,
@@ -275,17 +277,17 @@ impl Session {
         let Some(shadow) = &self.context.hooks.shadow else {
             return Mark::None;
         };
-        match single_read(script) {
-            Ok(_) => {}
-            Err(NotComparable::NotARead) => return Mark::None,
-            Err(reason) => {
-                shadow.passed_over(&self.pair.name, script, text, Outcome::NotComparable(reason));
+        if let Some(script) = script {
+            let never = match single_read(script) {
+                Ok(_) if now.alone => None,
+                Ok(_) => Some(PIPELINED),
+                Err(NotComparable::NotARead) => return Mark::None,
+                Err(reason) => Some(Outcome::NotComparable(reason)),
+            };
+            if let Some(why) = never {
+                shadow.passed_over(&self.pair.name, script, text, why);
                 return Mark::None;
             }
-        }
-        if !now.alone {
-            shadow.passed_over(&self.pair.name, script, text, PIPELINED);
-            return Mark::None;
         }
         let observer = shadow.observe(&Read {
             control: self.control,
@@ -403,7 +405,7 @@ impl Session {
                 };
                 let after_write = cursor.after_write;
                 let source = Source::Cursor(fetch.cursor.clone(), onward);
-                self.show(&query, &script, call, None, after_write, now, source)
+                self.show(&query, Some(&script), call, None, after_write, now, source)
             }
             State::Fetched(observation) if *cursor.results != *results => {
                 observation.give_up(CURSOR_MOVEMENT);
@@ -458,7 +460,7 @@ impl Session {
         let source = Source::Portal(now.name.into());
         self.show(
             &statement,
-            &inner,
+            Some(&inner),
             call,
             Some(arguments),
             self.shadowing.wrote,

@@ -154,7 +154,7 @@ pub(super) async fn confirm(
     let widened = match &read.call {
         _ if !perhaps_open => None,
         // Of what a cursor would have given besides.
-        _ if first_rows > 0 => crate::sql::single_read(&read.script).ok().map(|facts| Widened {
+        _ if first_rows > 0 => crate::sql::single_read(read.script()).ok().map(|facts| Widened {
             text: read.text.to_vec(),
             facts: Arc::new(facts.clone()),
         }),

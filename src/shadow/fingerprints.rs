@@ -82,6 +82,11 @@ impl Entry {
         self.read.as_ref()?.as_ref().err().copied()
     }
 
+    /// What the first of its texts reads.
+    pub(super) fn facts(&self) -> Option<&ReadFacts> {
+        self.read.as_ref()?.as_ref().ok()
+    }
+
     /// Whether functions that it calls may write, by this catalog.
     pub(super) fn may_write(&self, catalog: &Catalog) -> bool {
         let Some(Ok(facts)) = &self.read else { return true };

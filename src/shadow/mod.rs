@@ -57,7 +57,7 @@ pub use log_reader::{
     is_slower_acknowledged, parse, read_log,
 };
 pub use plans::{Planner, Plans};
-pub use read::{BindValues, Call, ShadowRead};
+pub use read::{Analysis, BindValues, Call, ShadowRead};
 pub use sample::Asked;
 pub use sink::{Candidate, ShadowSink};
 pub use slower::{PlanShape, PlanShapes, Quantiles, Rule, SlowerOnNew, SlowerWatch};

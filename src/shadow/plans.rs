@@ -71,7 +71,7 @@ async fn explained(worker: &Worker, read: &ShadowRead, side: Side) -> Result<Vec
 fn explain(worker: &Worker, read: &ShadowRead, side: Side) -> Result<(Bytes, Call), String> {
     let with_explain = |text: &[u8]| Bytes::from([b"explain ", text].concat());
     if matches!(
-        read.script.single().map(|statement| &statement.class),
+        read.script().single().map(|statement| &statement.class),
         Some(Class::CopyTo(_))
     ) {
         return Err("COPY has no plan".into());

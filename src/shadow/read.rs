@@ -1,13 +1,13 @@
 //! One read that the primary answered, with all that is needed to ask the secondary the same.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
 use super::digest::Digest;
 use super::stats::Timing;
 use crate::control::{Control, Side};
-use crate::sql::{Fingerprint, Script};
+use crate::sql::{Fingerprint, Script, analyze};
 use crate::upstream::Login;
 
 /// A read to be repeated on the secondary.
@@ -22,8 +22,7 @@ pub struct ShadowRead {
     pub settings: Arc<[Bytes]>,
     /// The text as the client sent it, in the client's encoding.
     pub text: Bytes,
-    /// The text's script: exactly one read.
-    pub script: Arc<Script>,
+    pub analysis: Analysis,
     pub call: Call,
     /// What the primary answered.
     pub digest: Digest,
@@ -31,6 +30,17 @@ pub struct ShadowRead {
     pub timing: Timing,
     /// The secondary answered the client; `digest` and `timing` are its own.
     pub canary: bool,
+}
+
+/// A text's script. What spells its constants out has a new text each time, which a statement of its
+/// kind has told enough about: it is made where it is first asked for, not on the client's thread.
+#[derive(Debug, Clone, Default)]
+pub struct Analysis(OnceLock<Arc<Script>>);
+
+impl From<Arc<Script>> for Analysis {
+    fn from(script: Arc<Script>) -> Self {
+        Self(script.into())
+    }
 }
 
 /// In which form the client asked.
@@ -75,8 +85,13 @@ impl ShadowRead {
         }
     }
 
-    pub(super) fn fingerprint(&self) -> &Fingerprint {
-        self.script.fingerprint(&self.text)
+    /// The text's script: exactly one read, unless this text is another thing than its kind.
+    pub fn script(&self) -> &Arc<Script> {
+        self.analysis.0.get_or_init(|| Arc::new(analyze(&self.text)))
+    }
+
+    pub fn fingerprint(&self) -> &Fingerprint {
+        self.script().fingerprint(&self.text)
     }
 
     /// How many rows were fetched where not all were; 0 for all.

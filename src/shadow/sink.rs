@@ -41,8 +41,8 @@ pub(super) struct Intake {
 /// A read of the sample, with what its session knows of it.
 #[derive(Clone, Copy)]
 pub struct Candidate<'a> {
-    /// The text's script.
-    pub script: &'a Script,
+    /// The text's script; `None` where it has not been analysed.
+    pub script: Option<&'a Script>,
     pub text: &'a [u8],
     /// What the arguments of an EXECUTE use.
     pub arguments: Option<&'a ReadFacts>,
@@ -133,7 +133,8 @@ impl ShadowSink {
     /// beforehand. `inside` a transaction that runs there, its clock and its session are what the
     /// transaction has. Nothing is counted.
     pub fn servable(&self, read: &Candidate<'_>, inside: bool) -> bool {
-        match self.judge(read) {
+        let facts = read.script.ok_or(NotComparable::NotARead).and_then(single_read);
+        match facts.and_then(|facts| self.judge(read, facts)) {
             Ok(()) => true,
             Err(NotComparable::Clock | NotComparable::Session) => inside,
             Err(reason) => {
@@ -167,15 +168,21 @@ impl ShadowSink {
     }
 
     /// Whether a read of the sample can be compared, so that it shall be digested and offered. Reads
-    /// that cannot are counted here.
+    /// that cannot are counted here; but where a text has not been analysed, its kind alone is asked,
+    /// and may leave it open.
     pub fn wants(&self, read: &Candidate<'_>) -> bool {
-        match self.judge(read) {
+        let Some(script) = read.script else {
+            let kind = self.0.counters.fingerprints.of_text(read.text);
+            let facts = kind.as_ref().and_then(|kind| kind.facts());
+            return facts.is_some_and(|facts| self.judge(read, facts).is_ok());
+        };
+        match single_read(script).and_then(|facts| self.judge(read, facts)) {
             Ok(()) => true,
             // Writes, SET and the like were never meant to be compared.
             Err(NotComparable::NotARead) => false,
             Err(reason) => {
                 self.unknown(reason);
-                self.withdraw(read.script.fingerprint(read.text), Outcome::NotComparable(reason));
+                self.withdraw(script.fingerprint(read.text), Outcome::NotComparable(reason));
                 false
             }
         }
@@ -188,8 +195,7 @@ impl ShadowSink {
         }
     }
 
-    fn judge(&self, read: &Candidate<'_>) -> Result<(), NotComparable> {
-        let facts = single_read(read.script)?;
+    fn judge(&self, read: &Candidate<'_>, facts: &ReadFacts) -> Result<(), NotComparable> {
         if read.after_write {
             return Err(NotComparable::EarlierWrite);
         }

@@ -30,7 +30,7 @@ use super::sink::Queued;
 use super::stats::{Counters, Failed, Outcome, Skipped, Timing};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
-use crate::sql::{NotComparable, ReadFacts, Unstable};
+use crate::sql::{NotComparable, ReadFacts, Unstable, shadowable};
 
 /// Reads that wait for one round together: one is enough for all that came before it, and a late
 /// applier makes each a long wait.
@@ -137,11 +137,15 @@ impl Worker {
     }
 
     async fn judge(&self, read: &ShadowRead) -> Outcome {
-        let facts = match crate::sql::single_read(&read.script) {
-            Ok(facts) => fetched(facts, &read.digest),
+        let facts = match crate::sql::single_read(read.script()) {
+            Ok(facts) => facts,
             Err(reason) => return Outcome::NotComparable(reason),
         };
-        let facts = &*facts;
+        // Of its kind that is known; a constant may say 'now'.
+        if let Err(reason) = shadowable(facts, &self.catalog.load().functions) {
+            return Outcome::NotComparable(reason);
+        }
+        let facts = &*fetched(facts, &read.digest);
         let rules = self.rules.load().about(read.fingerprint().id, facts);
         if rules.ignored {
             return Outcome::NotComparable(NotComparable::Ignored);

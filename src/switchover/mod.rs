@@ -10,6 +10,7 @@ mod crossing;
 #[cfg(test)]
 mod explore;
 mod gates;
+mod holding;
 pub mod machine;
 mod participant;
 mod plan;

@@ -3,26 +3,24 @@
 //! the databases, over connections that each of them holds to both: notifications wake it, and a
 //! look once a second finds what got lost.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::machine::{self, Act, FlipId, FlipSeen, Kind, Seen, Standing, Step};
+use super::machine::{self, Act, FlipId, FlipSeen, Seen, Standing, Step};
 use super::records::{self, FlipRow, Look, Member, ProxyRow};
 use super::recover::Recorded;
 use super::resolve::{restore_others, seat, take_over};
-use super::servers;
 use super::sessions::{Survey, Surveys};
 use super::tandem::Tandem;
-use crate::config::{Stragglers, Switchover};
+use crate::config::Switchover;
 use crate::control::{Control, Phase, Side};
 use crate::journal;
-use crate::session::{Hold, Registry, Running, State, Straggler, Uncarried};
+use crate::session::{Hold, Registry};
 use crate::upstream::control::{Control as Connection, connect, connect_hearing, error_chain};
 
 /// Between two beats: a quarter of a second's delay counts for nothing against
@@ -31,20 +29,14 @@ const BEAT: Duration = Duration::from_millis(500);
 /// Between two questions to the sessions whether they could be carried over.
 const SURVEY: Duration = Duration::from_secs(2);
 /// Between two looks while nothing is heard, and while clients wait.
-const TICK: Duration = Duration::from_secs(1);
+pub(super) const TICK: Duration = Duration::from_secs(1);
 const TICK_HELD: Duration = Duration::from_millis(50);
 /// A server that takes longer for a look is as good as away.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 /// For what is only told.
-const COPY_MAX: Duration = Duration::from_secs(1);
+pub(super) const COPY_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at the other databases after a flip that was given up.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
-/// A hold that still waits looks so often for what need not be waited for.
-const LOOK_FOR_READS: Duration = Duration::from_millis(200);
-/// For what was ended to be gone.
-const ENDING_MAX: Duration = Duration::from_secs(2);
-/// Sessions that are named in a record; the rest are counted.
-const NAMED_MAX: usize = 50;
 
 /// The proxy that takes part.
 pub trait Host: Send + Sync + 'static {
@@ -188,19 +180,19 @@ impl Participant {
     }
 }
 
-struct Part<'a, H> {
-    participant: &'a Participant,
-    host: &'a H,
+pub(super) struct Part<'a, H> {
+    pub(super) participant: &'a Participant,
+    pub(super) host: &'a H,
     heard: Arc<Notify>,
     /// To the deciding database, on either side; with its name, which may change.
     links: [Option<(String, Connection)>; 2],
-    standing: Standing<FlipId>,
-    hold: Option<(Hold, Instant)>,
-    exclusive: Option<OwnedMutexGuard<()>>,
+    pub(super) standing: Standing<FlipId>,
+    pub(super) hold: Option<(Hold, Instant)>,
+    pub(super) exclusive: Option<OwnedMutexGuard<()>>,
     /// The last flip that was given up, since when other databases are looked at for what it left.
     restored: Option<(FlipId, Instant, AbortOnDropHandle<()>)>,
     /// What follows a flip without hurry.
-    settling: Option<AbortOnDropHandle<()>>,
+    pub(super) settling: Option<AbortOnDropHandle<()>>,
 }
 
 /// What was found, and what it was found by.
@@ -209,14 +201,6 @@ struct Found {
     uninstalled: bool,
     seen: Seen<u8>,
     flip: Option<FlipRow>,
-}
-
-/// How waiting for open transactions ended.
-enum Drain {
-    Done,
-    Stragglers(Vec<Straggler>),
-    /// The flip was, meanwhile.
-    GivenUp,
 }
 
 /// A side that could not be asked says nothing; one that was may have nothing to say.
@@ -375,7 +359,7 @@ impl<H: Host> Part<'_, H> {
         })
     }
 
-    async fn ask(&mut self, side: Side, tell: bool) -> Asked {
+    pub(super) async fn ask(&mut self, side: Side, tell: bool) -> Asked {
         let asked = timeout(LOOK_MAX, async {
             let client = self.link(side).await?;
             let look = records::look(client).await.map_err(|error| error_chain(&error))?;
@@ -403,7 +387,7 @@ impl<H: Host> Part<'_, H> {
         }
     }
 
-    async fn link(&mut self, side: Side) -> Result<&Connection, String> {
+    pub(super) async fn link(&mut self, side: Side) -> Result<&Connection, String> {
         let tandems = self.host.tandems();
         let seat = seat(&tandems).ok_or("there is no database")?;
         let slot = &mut self.links[side as usize];
@@ -426,7 +410,7 @@ impl<H: Host> Part<'_, H> {
     }
 
     /// Says something on the side that decides; its coordinator reads it there.
-    async fn answer(&mut self, flip: &FlipRow, word: &str, detail: Value) {
+    pub(super) async fn answer(&mut self, flip: &FlipRow, word: &str, detail: Value) {
         let me = self.participant.me.clone();
         for side in [flip.from, flip.to.primary] {
             // A copy for the history is not worth the time of clients that wait.
@@ -438,7 +422,7 @@ impl<H: Host> Part<'_, H> {
     }
 
     /// Over a connection that may be dead without anybody having been told: it is given up then.
-    async fn say(
+    pub(super) async fn say(
         &mut self,
         side: Side,
         patience: Duration,
@@ -459,297 +443,6 @@ impl<H: Host> Part<'_, H> {
         said
     }
 
-    fn is_ours(&self, flip: &FlipRow) -> bool {
-        flip.coordinator == self.participant.me.name
-    }
-
-    /// Other changes of the phase wait until this is over; those that are under way go first. The
-    /// coordinator has seen to that for its own proxy.
-    fn exclude(&mut self, flip: &FlipRow) -> bool {
-        if !self.is_ours(flip) && self.exclusive.is_none() {
-            self.exclusive = self.host.try_exclude();
-            if self.exclusive.is_none() {
-                tracing::info!("a change of the phase is under way and goes first");
-                return false;
-            }
-        }
-        true
-    }
-
-    async fn prepare(&mut self, flip: &FlipRow) {
-        if !self.exclude(flip) {
-            return;
-        }
-        self.standing = Standing::Prepared(flip.id.clone());
-        self.settling = None;
-        let began = Instant::now();
-        let host = self.host;
-        let prepared = tokio::select! {
-            prepared = host.registry().prepare(flip.to.primary) => prepared,
-            () = self.given_up(flip) => return,
-        };
-        let waits = self.host.policy().stragglers == Stragglers::Wait && flip.kind == Kind::Flip;
-        let mut detail = json!({
-            "opened": prepared.opened,
-            "ms": ms(began),
-            "in_the_way": in_the_way(&prepared.uncarriable),
-            "failed": in_the_way(&prepared.failed),
-        });
-        let refusal = match (&prepared.failed[..], &prepared.uncarriable[..]) {
-            ([], uncarriable) if uncarriable.is_empty() || !waits => None,
-            ([], uncarriable) => Some(format!(
-                "{} sessions cannot be carried over, the first: {}",
-                uncarriable.len(),
-                first(uncarriable)
-            )),
-            (failed, _) => Some(format!(
-                "{} sessions have no connection to the other side, the first: {}",
-                failed.len(),
-                first(failed)
-            )),
-        };
-        match refusal {
-            Some(why) => {
-                detail["why"] = json!(why);
-                self.answer(flip, "refused", detail).await;
-            }
-            None => self.answer(flip, "prepared", detail).await,
-        }
-    }
-
-    /// Holds, waits for open transactions, carries over; or says what was in the way.
-    async fn hold(&mut self, flip: &FlipRow) {
-        if !self.exclude(flip) {
-            return;
-        }
-        let hold = self.host.registry().hold();
-        let tapered = self.host.registry().taper(&hold).await;
-        let began = Instant::now();
-        self.standing = Standing::Held(flip.id.clone());
-        self.hold = Some((hold, began));
-        let Some((hold, _)) = &self.hold else { return };
-        // Those that have come to rest see to it while others are still waited for.
-        let ready = self.host.registry().make_ready(hold, flip.to.primary);
-        let (mut ended, mut stayed) = (Vec::new(), Vec::new());
-        let drain = self.drain(flip).await;
-        let given_up = matches!(drain, Drain::GivenUp);
-        if let Drain::Stragglers(stragglers) = drain {
-            let named = json!(stragglers.iter().take(NAMED_MAX).map(straggling).collect::<Vec<_>>());
-            let why = format!(
-                "{} sessions still had a transaction open after {:?}, the first: {}",
-                stragglers.len(),
-                self.host.policy().drain_timeout,
-                stragglers.first().map_or_else(String::new, |session| format!(
-                    "{} ({}), process {}",
-                    session.user, session.application, session.pid
-                ))
-            );
-            if !self.may_end(flip) {
-                let detail = json!({ "why": why, "in_the_way": named, "drain_ms": ms(began) });
-                self.answer(flip, "refused", detail).await;
-                return;
-            }
-            ended = stragglers.iter().map(straggling).collect();
-            self.end_stragglers(&stragglers, flip).await;
-        }
-        if given_up {
-            return;
-        }
-        let drained = ms(began);
-        let stay = self.all_ready(ready, flip.to.primary).await;
-        if !stay.is_empty() {
-            if flip.kind == Kind::Flip && !self.may_end(flip) {
-                let why = format!(
-                    "{} sessions cannot be carried over, the first: {}",
-                    stay.len(),
-                    first(&stay)
-                );
-                let detail = json!({ "why": why, "in_the_way": in_the_way(&stay) });
-                self.answer(flip, "refused", detail).await;
-                return;
-            }
-            stayed = in_the_way(&stay);
-            if self.may_end(flip) {
-                self.end_uncarried(&stay, flip.to.primary);
-                ended.append(&mut stayed);
-            }
-        }
-        let detail = json!({
-            "approach": tapered,
-            "drain_ms": drained,
-            "carry_ms": ms(began) - drained,
-            "sessions": self.host.registry().len(),
-            "reading": self.host.registry().reading(),
-            "in_the_way": stayed,
-            "ended": ended,
-        });
-        self.answer(flip, "held", detail).await;
-    }
-
-    /// Waits for those that see to it already, and has the others do it: sessions that were still
-    /// connecting when the hold began.
-    async fn all_ready(&self, under_way: impl Future<Output = Vec<Uncarried>>, to: Side) -> Vec<Uncarried> {
-        under_way.await;
-        match &self.hold {
-            Some((hold, _)) => self.host.registry().make_ready(hold, to).await,
-            None => Vec::new(),
-        }
-    }
-
-    fn may_end(&self, flip: &FlipRow) -> bool {
-        self.host.policy().stragglers == Stragglers::End && flip.kind == Kind::Flip
-    }
-
-    /// Waits for open transactions, unless the flip is given up meanwhile.
-    async fn drain(&mut self, flip: &FlipRow) -> Drain {
-        let deadline = Instant::now() + self.host.policy().drain_timeout;
-        loop {
-            let Some((hold, _)) = &self.hold else {
-                return Drain::GivenUp;
-            };
-            let until = deadline.min(Instant::now() + LOOK_FOR_READS);
-            match self.host.registry().drained(hold, until).await {
-                Ok(()) => return Drain::Done,
-                Err(stragglers) if Instant::now() >= deadline => return Drain::Stragglers(stragglers),
-                Err(_) if self.is_given_up(flip).await => return Drain::GivenUp,
-                Err(_) => {
-                    if let Some((hold, since)) = self.hold.take() {
-                        self.let_reads_be(&hold, flip.from).await;
-                        self.hold = Some((hold, since));
-                    }
-                }
-            }
-        }
-    }
-
-    /// Sessions of `side` that only read are not waited for.
-    async fn let_reads_be(&mut self, hold: &Hold, side: Side) {
-        let registry = self.host.registry().clone();
-        let ask = async |pids: Vec<i32>| match self.running(side, &pids).await {
-            Ok(running) => running,
-            Err(cause) => {
-                tracing::debug!(%side, cause, "not told what is running");
-                HashMap::new()
-            }
-        };
-        registry.let_reads_be(hold, ask).await;
-    }
-
-    async fn running(&mut self, side: Side, pids: &[i32]) -> Result<HashMap<i32, Running>, String> {
-        let client = self.link(side).await?;
-        let asked = timeout(COPY_MAX, servers::running(client, pids)).await;
-        asked
-            .map_err(|_| "no answer".to_owned())?
-            .map_err(|error| error_chain(&error))
-    }
-
-    async fn is_given_up(&mut self, flip: &FlipRow) -> bool {
-        let seen = self.ask(flip.from, false).await.and_then(|look| look.flip);
-        seen.is_some_and(|seen| seen.id != flip.id || seen.step == Step::Aborted)
-    }
-
-    async fn given_up(&mut self, flip: &FlipRow) {
-        loop {
-            tokio::time::sleep(TICK).await;
-            if self.is_given_up(flip).await {
-                return;
-            }
-        }
-    }
-
-    async fn end_stragglers(&self, stragglers: &[Straggler], flip: &FlipRow) {
-        let registry = self.host.registry();
-        for session in stragglers {
-            tracing::warn!(
-                user = session.user,
-                application = session.application,
-                pid = session.pid,
-                "ended for a switchover"
-            );
-        }
-        let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
-        let reason = format!(
-            "terminating connection: its transaction was open for longer than switchover.drain_timeout ({:?}) while the primary is switched over to {}",
-            self.host.policy().drain_timeout,
-            flip.to.primary
-        );
-        registry.end(&ids, &reason);
-        if let Some((hold, _)) = &self.hold {
-            registry.drained(hold, Instant::now() + ENDING_MAX).await.ok();
-        }
-    }
-
-    fn end_uncarried(&self, stay: &[Uncarried], to: Side) {
-        for session in stay {
-            tracing::warn!(
-                user = session.user,
-                reason = session.reason,
-                "a session cannot be carried over and is ended"
-            );
-            let reason = format!(
-                "terminating connection: the primary is switched over to {to}, and this session cannot be carried over: {}",
-                session.reason
-            );
-            self.host.registry().end(&[session.id], &reason);
-        }
-    }
-
-    /// Everything as before: nothing was decided.
-    async fn release(&mut self) {
-        let held_ms = self.hold.take().map_or(0.0, |(_, since)| ms(since));
-        self.over(held_ms).await;
-    }
-
-    /// Clients belong on another side, or have for a while.
-    async fn adopt(&mut self, control: Control) {
-        let (hold, since) = match self.hold.take() {
-            Some(held) => held,
-            None => self.hold_for(control.primary).await,
-        };
-        self.host.adopt(control).await;
-        tracing::info!(primary = %control.primary, epoch = %control.epoch, held_ms = ms(since), "clients belong there now");
-        drop(hold);
-        self.over(ms(since)).await;
-    }
-
-    /// Nobody has prepared anything: whoever cannot move is ended.
-    async fn hold_for(&mut self, primary: Side) -> (Hold, Instant) {
-        let registry = self.host.registry();
-        let (hold, since) = (registry.hold(), Instant::now());
-        let ready = registry.make_ready(&hold, primary);
-        let deadline = since + self.host.policy().drain_timeout;
-        if registry.drained(&hold, Instant::now() + LOOK_FOR_READS).await.is_err() {
-            self.let_reads_be(&hold, primary.other()).await;
-        }
-        if let Err(stragglers) = registry.drained(&hold, deadline).await {
-            let ids: Vec<_> = stragglers.iter().map(|session| session.id).collect();
-            registry.end(&ids, &format!("terminating connection: the primary is {primary} now"));
-            registry.drained(&hold, Instant::now() + ENDING_MAX).await.ok();
-        }
-        ready.await;
-        let stay = registry.make_ready(&hold, primary).await;
-        self.end_uncarried(&stay, primary);
-        (hold, since)
-    }
-
-    /// Connections that are not needed any more are closed, and the coordinator hears how long
-    /// clients were held.
-    async fn over(&mut self, held_ms: f64) {
-        let registry = self.host.registry().clone();
-        self.settling = Some(AbortOnDropHandle::new(tokio::spawn(async move {
-            registry.settle().await;
-        })));
-        self.exclusive = None;
-        let standing = std::mem::replace(&mut self.standing, Standing::Serving);
-        if let Standing::Prepared(id) | Standing::Held(id) = standing {
-            let me = self.participant.me.clone();
-            let detail = json!({ "held_ms": held_ms, "sessions": self.host.registry().len() });
-            for side in [Side::Legacy, Side::New] {
-                self.say(side, COPY_MAX, &me, &id, "released", &detail).await.ok();
-            }
-        }
-    }
-
     async fn take_over(&self, flip: &FlipRow) {
         let why = format!("its coordinator, {}, was lost", flip.coordinator);
         match take_over(&self.host.tandems(), flip, &self.participant.me.name, &why).await {
@@ -758,31 +451,4 @@ impl<H: Host> Part<'_, H> {
         }
         self.heard.notify_one();
     }
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
-}
-
-fn in_the_way(sessions: &[Uncarried]) -> Vec<Value> {
-    sessions
-        .iter()
-        .take(NAMED_MAX)
-        .map(|session| json!({ "user": session.user, "application": session.application, "reason": session.reason }))
-        .collect()
-}
-
-fn straggling(session: &Straggler) -> Value {
-    let reason = match session.state {
-        State::Opening => "it is connecting",
-        State::InTransaction => "it is idle in a transaction",
-        _ => "a statement is running",
-    };
-    json!({ "user": session.user, "application": session.application, "pid": session.pid, "reason": reason })
-}
-
-fn first(sessions: &[Uncarried]) -> String {
-    sessions.first().map_or_else(String::new, |session| {
-        format!("{} ({}): {}", session.user, session.application, session.reason)
-    })
 }

@@ -44,6 +44,8 @@ impl Shadow for Witness {
     }
 
     fn observe(&self, read: &Read<'_>) -> Option<Box<dyn Observer>> {
+        // It knows no kinds of statements.
+        read.script?;
         let call = match read.call {
             Call::Simple => "simple".to_owned(),
             Call::Extended { types, values } => format!("extended({}, {})", types.len() / 4, values.len()),
