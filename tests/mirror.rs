@@ -11,6 +11,8 @@ mod reads;
 #[path = "mirror/rehearsals.rs"]
 mod rehearsals;
 mod rig;
+#[path = "mirror/settings.rs"]
+mod settings;
 
 use pgtandem::admin::api::Status;
 use pgtandem::control::{Phase, Side};

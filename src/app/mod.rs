@@ -16,6 +16,7 @@ mod acknowledge;
 mod canaries;
 mod flips;
 mod gauges;
+mod leaving;
 mod operations;
 mod phases;
 mod rehearsals;

@@ -180,10 +180,4 @@ impl Pace for TandemPace {
     fn sequences_are_compared(&self) -> bool {
         self.applier().is_some_and(|applier| applier.sequences_are_compared())
     }
-
-    fn sequences_moved(&self) {
-        if let Some(applier) = self.applier() {
-            applier.sequences_moved();
-        }
-    }
 }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::acknowledge::BothSides;
 use super::canaries::Canaries;
 use super::flips::Ordered;
+use super::leaving::{beside, end_others};
 use super::rehearsals::Rehearsals;
 use super::shadows::Shadows;
 use crate::admin::api::{Flip, ReloadAnswer};
@@ -376,6 +377,13 @@ impl World {
                 self.tandems().iter().cloned().partition(|tandem| {
                     tandem.targets().legacy.dbname() == name || tandem.targets().new.dbname() == name
                 });
+            let primary = self.control_now().primary;
+            for targets in gone.iter().filter_map(|gone| {
+                let mut staying = staying.iter();
+                staying.find_map(|staying| beside(gone.targets(), staying.targets(), primary))
+            }) {
+                tokio::spawn(end_others(name.clone(), targets, Instant::now() + LEFT_ALONE));
+            }
             self.set_tandems(staying);
             self.attend();
             for tandem in gone {

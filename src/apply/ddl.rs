@@ -417,7 +417,7 @@ impl Session {
         };
         secondary
             .batch_execute(&format!(
-                "RESET ROLE; {PINNED_SETTINGS} SET session_replication_role = replica"
+                "SET ROLE NONE; {PINNED_SETTINGS} SET session_replication_role = replica"
             ))
             .await
             .map_err(doing("restore the applier's settings"))?;

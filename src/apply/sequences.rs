@@ -37,11 +37,9 @@ pub(super) struct Sequences {
     names: Vec<(String, String)>,
     /// What they are called on the secondary, where that is otherwise.
     renamed: HashMap<(String, String), (String, String)>,
-    /// What the secondary has, as far as this session wrote or read it.
-    copied: HashMap<(String, String), Value>,
+    /// What the secondary does not take.
+    refused: Values,
     next: Option<Instant>,
-    /// Others have changed what the secondary has.
-    moved: bool,
     pub errors: Vec<String>,
 }
 
@@ -50,16 +48,11 @@ impl Sequences {
         self.names.len()
     }
 
-    /// Others have changed what the secondary has.
-    pub(super) const fn moved(&mut self) {
-        self.moved = true;
-    }
-
     /// The catalog changed: which ones there are must be asked again, and whether the secondary
     /// has them.
     pub(super) fn forget(&mut self) {
         self.names.clear();
-        self.copied.clear();
+        self.refused.clear();
         self.next = None;
     }
 }
@@ -94,23 +87,7 @@ impl Session {
                 })
                 .collect();
             let names: Vec<(String, String)> = listed.into_iter().filter(|name| here.contains(&there(name))).collect();
-            let theirs: Vec<(String, String)> = names.iter().map(there).collect();
-            let copied = read(&self.secondary, &theirs).await?;
-            let pairs = names.iter().zip(&theirs);
-            self.sequences.copied = pairs
-                .filter_map(|(name, theirs)| Some((name.clone(), *copied.get(theirs)?)))
-                .collect();
             self.sequences.names = names;
-        }
-        if std::mem::take(&mut self.sequences.moved) {
-            let there = |name: &(String, String)| self.sequences.renamed.get(name).unwrap_or(name).clone();
-            let names = self.sequences.names.clone();
-            let theirs: Vec<(String, String)> = names.iter().map(there).collect();
-            let found = read(&self.secondary, &theirs).await?;
-            let pairs = names.iter().zip(&theirs);
-            self.sequences.copied = pairs
-                .filter_map(|(name, theirs)| Some((name.clone(), *found.get(theirs)?)))
-                .collect();
         }
         let values = match read(&self.aside, &self.sequences.names).await {
             Ok(values) => values,
@@ -121,12 +98,23 @@ impl Session {
             }
             Err(error) => return Err(error),
         };
+        // The secondary's as well: whatever rehearses there, of any proxy, draws from them.
+        let there = |name: &(String, String)| self.sequences.renamed.get(name).unwrap_or(name).clone();
+        let theirs: Vec<(String, String)> = self.sequences.names.iter().map(there).collect();
+        let found = match read(&self.secondary, &theirs).await {
+            Ok(found) => found,
+            Err(ApplyError::Postgres { source, .. }) if source.code() == Some(&SqlState::UNDEFINED_TABLE) => {
+                self.sequences.forget();
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        };
         let complete = values.len() == self.sequences.names.len();
         for (name, value) in values {
-            if self.sequences.copied.get(&name) == Some(&value) {
+            let there = self.sequences.renamed.get(&name).unwrap_or(&name);
+            if found.get(there) == Some(&value) || self.sequences.refused.get(&name) == Some(&value) {
                 continue;
             }
-            let there = self.sequences.renamed.get(&name).unwrap_or(&name);
             let sql = format!(
                 "SELECT setval({}::regclass, {}, {})",
                 literal(&qualified(&there.0, &there.1)),
@@ -134,9 +122,7 @@ impl Session {
                 value.called
             );
             match self.secondary.batch_execute(&sql).await {
-                Ok(()) => {
-                    self.sequences.copied.insert(name, value);
-                }
+                Ok(()) => {}
                 Err(error) if error.code().is_some() && !self.secondary.is_closed() => {
                     // Out of the bounds that it has here, or gone: said, and tried again when
                     // the catalog changes.
@@ -148,7 +134,7 @@ impl Session {
                     );
                     tracing::warn!(sequence = text, "a sequence cannot be brought forward");
                     self.sequences.errors.push(text);
-                    self.sequences.copied.insert(name, value);
+                    self.sequences.refused.insert(name, value);
                 }
                 Err(error) => return Err(doing("bring a sequence forward")(error)),
             }

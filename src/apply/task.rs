@@ -94,8 +94,6 @@ pub(super) struct Shared {
     wanted_sequences: AtomicU64,
     /// What is recorded of the tables was changed by somebody else.
     tables_changed: AtomicBool,
-    /// Somebody else drew from the secondary's sequences.
-    sequences_moved: AtomicBool,
     /// How many compare the sequences just now.
     sequences_compared: AtomicU64,
     wake: Notify,
@@ -217,12 +215,6 @@ impl Applier {
     /// The last round that is known to be applied; 0 for none.
     pub fn applied_round(&self) -> u64 {
         self.done.borrow().cut.as_ref().map_or(0, |cut| cut.round)
-    }
-
-    /// Somebody has drawn from the secondary's sequences: what they hold is looked at again before
-    /// the next copy.
-    pub fn sequences_moved(&self) {
-        self.shared.sequences_moved.store(true, Ordering::SeqCst);
     }
 
     /// While it lives, nobody shall draw from the secondary's sequences.
@@ -562,9 +554,6 @@ impl Task {
                 session.load_held(None).await?;
             }
             let (outcome, exported) = session.round(request.is_some() || mending.is_some()).await?;
-            if self.shared.sequences_moved.swap(false, Ordering::SeqCst) {
-                session.sequences.moved();
-            }
             let copied = session.copy_sequences(sequences_wanted > sequences_done).await?;
             let cut = Cut {
                 round: session.round,

@@ -294,7 +294,7 @@ impl Session {
     }
 
     fn begin_turn(&mut self, turn: Turn) -> Result<Look, End> {
-        if !self.begin()? {
+        if !self.begin(None)? {
             return Ok(Look::Wait);
         }
         let still_on = self.canary_hook().is_some();

@@ -101,11 +101,7 @@ impl Statements {
     /// says whether its values are kept.
     pub(super) fn bound(&mut self, body: &[u8], all: bool, sampled: impl FnOnce(&Known, &[u8]) -> bool) {
         let Some(bind) = Bind::read(body) else { return };
-        let statement = if bind.statement.is_empty() {
-            self.unnamed_known.clone()
-        } else {
-            self.named.get(bind.statement).cloned()
-        };
+        let statement = self.of_name(bind.statement).cloned();
         let statement = statement.filter(|statement| all || statement.sniff.tells());
         let portal = statement.map(|statement| Portal {
             values: sampled(&statement, bind.values).then(|| bind.values.into()),
@@ -137,6 +133,15 @@ impl Statements {
                 self.portals.remove(name);
             }
             None => {}
+        }
+    }
+
+    /// The statement of that name, or the unnamed one, where it is known.
+    pub(super) fn of_name(&self, name: &[u8]) -> Option<&Rc<Known>> {
+        if name.is_empty() {
+            self.unnamed_known.as_ref()
+        } else {
+            self.named.get(name)
         }
     }
 

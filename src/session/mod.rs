@@ -40,6 +40,7 @@ mod state;
 mod taper;
 mod tls;
 mod turn;
+mod two_phase;
 mod upward;
 mod verifiers;
 

@@ -39,7 +39,7 @@ pub enum State {
     Active,
     /// Inside BEGIN … COMMIT.
     InTransaction,
-    /// Finishes a read where it began; a flip does not wait for it.
+    /// Finishes a read, or ends a prepared transaction, where it began; a flip does not wait for it.
     Reading,
     Ended,
 }

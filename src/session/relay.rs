@@ -32,6 +32,7 @@ use super::rehearse::Rehearsing;
 use super::reported::Reported;
 use super::sniff::Access;
 use super::standby::Standby;
+use super::upward::Frame;
 use crate::control::{Control, Side};
 use crate::routing::Pair;
 use crate::sql::LexSettings;
@@ -129,7 +130,8 @@ pub(super) struct Session {
     pub changes_schema: bool,
     /// What it has said that it may do.
     pub access: Option<Access>,
-    /// It is a read that is finished where it began, whatever becomes of the primary.
+    /// It is finished where it began, whatever becomes of the primary: a read, or the end of a
+    /// prepared transaction.
     pub reading: bool,
     pub client_done: bool,
     pub terminated: bool,
@@ -329,12 +331,17 @@ impl Session {
         }
     }
 
-    /// A transaction is about to begin. False: it has to wait.
-    pub(super) fn begin(&mut self) -> Result<bool, End> {
+    /// A transaction is about to begin, with this frame where it lies here whole. False: it has to
+    /// wait.
+    pub(super) fn begin(&mut self, first: Option<Frame<'_>>) -> Result<bool, End> {
         let registry = &self.registered.registry;
         // First said, then looked: see the registry.
         self.registered.shared.publish(State::Active);
         if registry.held() && !self.registered.shared.take_admission() {
+            if first.is_some_and(|frame| self.ends_prepared(frame)) {
+                self.pass_through_hold();
+                return Ok(true);
+            }
             self.registered.shared.publish(State::Idle);
             registry.came_to_rest();
             registry.wait_in_line(&self.registered.shared);

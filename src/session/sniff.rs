@@ -14,12 +14,14 @@ pub(super) struct Sniff {
     pub word: Word,
     /// It begins a transaction, or says what the open one may do.
     pub access: Option<Access>,
+    /// COMMIT PREPARED, ROLLBACK PREPARED.
+    pub ends_prepared: bool,
 }
 
 impl Sniff {
     /// Whether its runs must be noticed, however often it is run.
     pub(super) fn tells(self) -> bool {
-        self.ddl || matches!(self.access, Some(Access::ReadOnly | Access::ReadWrite))
+        self.ddl || self.ends_prepared || matches!(self.access, Some(Access::ReadOnly | Access::ReadWrite))
     }
 }
 
@@ -121,6 +123,11 @@ pub(super) fn sniff(text: &[u8]) -> Sniff {
     let harmless = single
         && (text.is_empty() || HARMLESS.iter().any(|harmless| is(harmless)))
         && !((is(b"select") || is(b"with")) && contains(text, b"into"));
+    let ends_prepared = single && (is(b"commit") || is(b"rollback")) && {
+        let next = skip_space(&text[word.len()..]);
+        let len = next.iter().take_while(|byte| byte.is_ascii_alphabetic()).count();
+        next[..len].eq_ignore_ascii_case(b"prepared")
+    };
     let inside = &text[text.iter().take_while(|byte| **byte == b'(').count()..];
     let first = &inside[..inside.iter().take_while(|byte| byte.is_ascii_alphabetic()).count()];
     let first_is = |words: &[&[u8]]| words.iter().any(|wanted| first.eq_ignore_ascii_case(wanted));
@@ -143,6 +150,7 @@ pub(super) fn sniff(text: &[u8]) -> Sniff {
         write: !(harmless || single && word == Word::Read && !contains(text, b"into")) || !rowless || dml(),
         word,
         access: if single { access(text) } else { None },
+        ends_prepared,
     }
 }
 
@@ -224,6 +232,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_ends_a_prepared_transaction() {
+        for (text, ends) in [
+            ("COMMIT PREPARED 'a'", true),
+            (" /* x */ rollback -- y\n Prepared 'a;' ;", false),
+            (" /* x */ rollback -- y\n Prepared 'a' ; ", true),
+            ("commit prepared 'a'; insert into t values (1)", false),
+            ("commit", false),
+            ("rollback to prepared", false),
+            ("commit preparedness", false),
+            ("prepare transaction 'a'", false),
+        ] {
+            assert_eq!(sniff(text.as_bytes()).ends_prepared, ends, "{text}");
+        }
+    }
 
     #[test]
     fn what_is_looked_at_more_closely() {

@@ -27,6 +27,13 @@ enum Plan {
     Steps,
 }
 
+/// A message of the client's.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Frame<'a> {
+    pub kind: u8,
+    pub body: &'a [u8],
+}
+
 impl Session {
     /// Goes through a chunk; returns how much of it was used. What is not used is presented again,
     /// with more behind it or when what it waits for has happened.
@@ -61,7 +68,11 @@ impl Session {
             if understand && rest.len() < header.total {
                 break;
             }
-            if !self.may_pass(header.kind)? {
+            let whole = understand.then(|| Frame {
+                kind: header.kind,
+                body: &rest[HEADER_LEN..header.total],
+            });
+            if !self.may_pass(header.kind, whole)? {
                 self.up.blocked = true;
                 break;
             }
@@ -127,8 +138,9 @@ impl Session {
         }
     }
 
-    /// Whether a frame may go now. Frames that wait stay unread, so the client waits too.
-    fn may_pass(&mut self, kind: u8) -> Result<bool, End> {
+    /// Whether a frame, of which `whole` is there, may go now. Frames that wait stay unread, so the
+    /// client waits too.
+    fn may_pass(&mut self, kind: u8, whole: Option<Frame<'_>>) -> Result<bool, End> {
         if kind == b'X' {
             self.terminated = true;
         }
@@ -139,7 +151,7 @@ impl Session {
             return Ok(self.tracker.copy_in() && matches!(kind, b'd' | b'c' | b'f'));
         }
         if !self.active {
-            return if kind == b'X' { Ok(true) } else { self.begin() };
+            return if kind == b'X' { Ok(true) } else { self.begin(whole) };
         }
         // Pipelined transactions: during a hold, one that has not begun waits for the end of those
         // before it.

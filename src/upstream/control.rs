@@ -27,6 +27,20 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// nothing is under way, by missing acknowledgements where something is.
 const PEER_SILENCE_MAX: Duration = Duration::from_secs(30);
 
+/// What a server's configuration, a database's or the role's may say otherwise, and the proxy's own
+/// statements rely on: no time limits but those that they set themselves (an idle lease must not
+/// be ended), transactions that write and see what others commit, SQL that means what it says.
+/// Settings that an old server does not know are left alone there; the names are all qualified
+/// because the search path is among what may be hostile.
+const OWN_SETTINGS: &str = "\
+    SET ROLE NONE; SET search_path = pg_catalog; SET standard_conforming_strings = on; SET exit_on_error = off; \
+    SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+    SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'; \
+    SET default_transaction_deferrable = off; SET transform_null_equals = off; SET array_nulls = on; \
+    SET quote_all_identifiers = off; SET check_function_bodies = on; SET plpgsql.extra_errors = none; SET plpgsql.extra_warnings = none; SET client_min_messages = notice; \
+    SELECT pg_catalog.set_config('idle_session_timeout', '0', false) WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL; \
+    SELECT pg_catalog.set_config('transaction_timeout', '0', false) WHERE pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL";
+
 /// A connection of the proxy's own role. Its driver task ends with it.
 pub struct Control {
     client: Client,
@@ -122,10 +136,18 @@ pub async fn connect_hearing(target: &Target, purpose: &str, heard: Arc<Notify>)
         // Whoever waits for a notification finds out that none will come.
         heard.notify_one();
     });
-    Ok(Control {
+    let control = Control {
         client,
         _driver: AbortOnDropHandle::new(driver),
-    })
+    };
+    tokio::time::timeout(CONNECT_TIMEOUT, control.batch_execute(OWN_SETTINGS))
+        .await
+        .map_err(|_elapsed| failed(format!("no answer within {CONNECT_TIMEOUT:?}"), None))?
+        .map_err(|error| {
+            let sqlstate = error.code().map(|code| code.code().to_owned());
+            failed(error_chain(&error), sqlstate)
+        })?;
+    Ok(control)
 }
 
 /// An error with its causes on one line: tokio-postgres keeps the server's words one level down.

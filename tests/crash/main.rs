@@ -28,3 +28,4 @@ mod secondary;
 mod stage;
 mod strays;
 mod together;
+mod two_phase;

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 use crate::another::{Another, mirroring};
 use crate::processes;
 use crate::rig::storm::Weather;
-use crate::rig::{APP, DATABASE};
+use crate::rig::{APP, DATABASE, Rig};
 use crate::stage::{Stage, rounds};
 
 /// How the status begins to name a proxy.
@@ -290,4 +290,54 @@ async fn stop_and_check(stage: Stage, mut other: Another) {
     other.kill();
     stage.rig.until(|status| mirroring(status).state == "running").await;
     stage.assert_exact().await;
+}
+
+/// As a rehearsal does, which another proxy may run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_else_drew_from_the_secondarys_sequences_is_set_right() {
+    let stage = Stage::set(Phase::DualWrite).await;
+    let client = stage.rig.client().await;
+    client.batch_execute("INSERT INTO jobs DEFAULT VALUES").await.unwrap();
+    stage.rig.wait_caught_up().await;
+    let value = "SELECT last_value FROM jobs_id_seq";
+    let primary = stage.rig.value(Side::Legacy, value).await;
+    stage
+        .rig
+        .value(Side::New, "nextval('jobs_id_seq') + nextval('jobs_id_seq')")
+        .await;
+    assert_ne!(stage.rig.value(Side::New, value).await, primary);
+    stage.rig.wait_caught_up().await;
+    assert_eq!(stage.rig.value(Side::New, value).await, primary);
+}
+
+/// Each of them is connected to it for purposes of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_two_proxies_serve_is_dropped_through_one() {
+    let mut rig = Rig::new();
+    for server in [&rig.legacy, &rig.new] {
+        server.sql("postgres", &format!("ALTER ROLE {APP} CREATEDB")).unwrap();
+    }
+    rig.spawn_with_every_database(Phase::DualWrite);
+    rig.until(|status| status.phase == Phase::DualWrite && status.problem.is_none())
+        .await;
+    let other = Another::beside(&rig, Phase::DualWrite).await;
+    let client = rig.client().await;
+    client.batch_execute("CREATE DATABASE spare").await.unwrap();
+    let knows = |status: &Status| {
+        let spare = status.databases.iter().find(|database| database.name == "spare");
+        spare.is_some_and(|spare| spare.mirroring.as_ref().is_some_and(|m| m.error.is_none()))
+    };
+    rig.until(knows).await;
+    other.until(&rig, knows).await;
+    client.batch_execute("DROP DATABASE spare").await.unwrap();
+    rig.wait_caught_up().await;
+    let there = "SELECT count(*) FROM pg_database WHERE datname = 'spare'";
+    while rig.value(Side::New, there).await != "0" {
+        sleep(Duration::from_millis(50)).await;
+    }
+    other
+        .until(&rig, |status| {
+            !status.databases.iter().any(|database| database.name == "spare")
+        })
+        .await;
 }

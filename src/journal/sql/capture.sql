@@ -251,7 +251,7 @@ DECLARE
                                         WHEN 'zzz_pgtandem_truncate' THEN 'ENABLE ALWAYS'
                                         WHEN 'zzz_pgtandem_attach_by_a_statement_through_the_proxy' THEN 'DISABLE'
                                         ELSE 'ENABLE' END || ' TRIGGER ' || quote_ident(g.tgname), ', ')
-          FROM pg_trigger g WHERE g.tgrelid = switch_on.rel AND g.tgname LIKE 'zzz\_pgtandem\_%');
+          FROM pg_trigger g WHERE g.tgrelid = switch_on.rel AND g.tgname LIKE E'zzz\\_pgtandem\\_%');
 BEGIN
     IF actions IS NOT NULL THEN
         EXECUTE format('ALTER TABLE ONLY %s %s', pgtandem.name_of(rel), actions);

@@ -248,8 +248,8 @@ $$;
 CREATE OR REPLACE FUNCTION pgtandem.names_temporary(statement text) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT statement ~* '%\s*type\M' OR EXISTS (
-        SELECT FROM regexp_matches(statement, '\mlike\s+(?:pg_temp\.)?("[^"]+"|[^\s,()"]+)', 'gi') m
+    SELECT statement ~* E'%\\s*type\\M' OR EXISTS (
+        SELECT FROM regexp_matches(statement, E'\\mlike\\s+(?:pg_temp\\.)?("[^"]+"|[^\\s,()"]+)', 'gi') m
           JOIN pg_class c ON c.relnamespace = pg_my_temp_schema()
                          AND c.relname = CASE WHEN m[1] LIKE '"%' THEN trim(BOTH '"' FROM m[1]) ELSE lower(m[1]) END)
 $$;
@@ -324,7 +324,7 @@ BEGIN
         IF others IS NULL THEN
             RETURN;
         ELSIF facts ->> 'tag' LIKE 'DROP %' THEN
-            statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* '\mcascade\M' THEN ' CASCADE' ELSE '' END);
+            statement := format('%s %s%s', facts ->> 'tag', others, CASE WHEN statement ~* E'\\mcascade\\M' THEN ' CASCADE' ELSE '' END);
         ELSE
             roots := ARRAY(SELECT o::oid FROM jsonb_array_elements_text(facts -> 'other_rels') o);
         END IF;
@@ -376,13 +376,13 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
             MESSAGE = format('%s is not a member of %s', session_user, caller_role);
     END IF;
-    IF regexp_replace(statement, '^(\s+|--[^\n]*(\n|$)|/\*([^*]|\*[^/])*\*+/)+', '') ~* '^reindex\M' THEN
+    IF regexp_replace(statement, E'^(\\s+|--[^\\n]*(\\n|$)|/\\*([^*]|\\*[^/])*\\*+/)+', '') ~* E'^reindex\\M' THEN
         PERFORM pgtandem.reindexed(statement);
         RETURN;
     END IF;
     -- An index alone concerns no row: where its table has another shape on the other side, it stays here.
-    IF statement ~* '\mindex\M' AND EXISTS (SELECT FROM pgtandem.transform t JOIN pg_class c ON c.oid = t.source
-                                             WHERE statement ~* format('\mON\s+(ONLY\s+)?(\S+\.)?"?%s\M', regexp_replace(c.relname, '(\W)', '\\\1', 'g'))) THEN
+    IF statement ~* E'\\mindex\\M' AND EXISTS (SELECT FROM pgtandem.transform t JOIN pg_class c ON c.oid = t.source
+                                             WHERE statement ~* format(E'\\mON\\s+(ONLY\\s+)?(\\S+\\.)?"?%s\\M', regexp_replace(c.relname, E'(\\W)', E'\\\\\\1', 'g'))) THEN
         RAISE WARNING USING MESSAGE = 'pgtandem: this index is on a transformed table and is not made on the other side';
         RETURN;
     END IF;
@@ -400,15 +400,15 @@ DECLARE
     indexes jsonb;
 BEGIN
     SELECT jsonb_agg(jsonb_build_array(pg_get_userbyid(t.relowner),
-               regexp_replace(pg_get_indexdef(i.indexrelid), '^CREATE (UNIQUE )?INDEX ', 'CREATE \1INDEX IF NOT EXISTS ')))
+               regexp_replace(pg_get_indexdef(i.indexrelid), '^CREATE (UNIQUE )?INDEX ', E'CREATE \\1INDEX IF NOT EXISTS ')))
       INTO indexes
       FROM pg_index i
       JOIN pg_class x ON x.oid = i.indexrelid AND x.relkind = 'i' AND NOT x.relispartition
       JOIN pg_class t ON t.oid = i.indrelid AND t.relpersistence <> 't'
       JOIN pg_namespace n ON n.oid = t.relnamespace
-     WHERE i.indisvalid AND n.nspname NOT LIKE 'pg\_%' AND n.nspname NOT IN ('pgtandem', 'information_schema')
+     WHERE i.indisvalid AND n.nspname NOT LIKE E'pg\\_%' AND n.nspname NOT IN ('pgtandem', 'information_schema')
        AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.contype IN ('p', 'u', 'x'))
-       AND (statement ~* '\m(schema|database|system)\M' OR strpos(lower(statement), lower(x.relname)) > 0
+       AND (statement ~* E'\\m(schema|database|system)\\M' OR strpos(lower(statement), lower(x.relname)) > 0
             OR strpos(lower(statement), lower(t.relname)) > 0);
     IF indexes IS NOT NULL THEN
         PERFORM pgtandem.ddl_effects('-- REINDEX, by what it left', pgtandem.definitions_context('[]', indexes), false);
@@ -460,7 +460,7 @@ $$;
 CREATE OR REPLACE FUNCTION pgtandem.bare(statement text) RETURNS text
 LANGUAGE sql IMMUTABLE
 AS $$
-    SELECT pg_catalog.regexp_replace(pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, '[;\s]+$', ''), '(\$[A-Za-z_]*\$).*?\1', '', 'g'), '''[^'']*''', '', 'g')
+    SELECT pg_catalog.regexp_replace(pg_catalog.regexp_replace(pg_catalog.regexp_replace(statement, E'[;\\s]+$', ''), E'(\\$[A-Za-z_]*\\$).*?\\1', '', 'g'), '''[^'']*''', '', 'g')
 $$;
 
 -- The roots (objects.sql) that the commands of an event concern, none of them temporary or ours.
@@ -513,7 +513,7 @@ BEGIN
     -- of one server only.
     IF current_setting('pgtandem.ddl', true) <> ''
         OR session_user = current_user
-        OR substr(stack, strpos(stack || chr(10), chr(10))) ~ '\mpgtandem\.'
+        OR substr(stack, strpos(stack || chr(10), chr(10))) ~ E'\\mpgtandem\\.'
         OR pgtandem.is_single(stack, pgtandem.bare(current_query()))
         OR TG_TAG ~ '^REINDEX|TABLESPACE|SUBSCRIPTION|LARGE OBJECT|DEFAULT PRIVILEGES|EVENT TRIGGER'
         OR NOT pgtandem.is_captured_primary() THEN
@@ -568,7 +568,7 @@ LANGUAGE plpgsql
 AS $$
 DECLARE
     context text;
-    statement text := pg_catalog.regexp_replace(pg_catalog.current_query(), '[;\s]+$', '');
+    statement text := pg_catalog.regexp_replace(pg_catalog.current_query(), E'[;\\s]+$', '');
     bare text := pgtandem.bare(statement);
     temporary boolean;
 BEGIN
@@ -576,7 +576,7 @@ BEGIN
     -- Known already (the proxy's hooks stand around it), inside something else, or several.
     IF pg_catalog.current_setting('pgtandem.ddl', true) OPERATOR(pg_catalog.<>) ''
         OR NOT pgtandem.is_single(context, bare)
-        OR bare OPERATOR(pg_catalog.~*) '\mconcurrently\M|\mtablespace\M|\msubscription\M|\mlarge\s+object\M|^\s*reindex\M'
+        OR bare OPERATOR(pg_catalog.~*) E'\\mconcurrently\\M|\\mtablespace\\M|\\msubscription\\M|\\mlarge\\s+object\\M|^\\s*reindex\\M'
         OR NOT pgtandem.is_captured_primary() THEN
         RETURN;
     END IF;
@@ -589,7 +589,7 @@ BEGIN
         IF TG_TAG OPERATOR(pg_catalog.~~) 'DROP %' THEN
             RETURN;
         END IF;
-        temporary := (SELECT pg_catalog.bool_or(c.schema_name OPERATOR(pg_catalog.~~) 'pg\_temp%') FROM pg_catalog.pg_event_trigger_ddl_commands() c);
+        temporary := (SELECT pg_catalog.bool_or(c.schema_name OPERATOR(pg_catalog.~~) E'pg\\_temp%') FROM pg_catalog.pg_event_trigger_ddl_commands() c);
     END IF;
     IF temporary THEN
         RETURN;
@@ -619,7 +619,7 @@ DECLARE
 BEGIN
     -- The proxy's own role, the way to be rid of pgtandem, and what is of one server only.
     IF session_user = current_user
-        OR current_query() ~* '^\s*DROP SCHEMA (IF EXISTS )?"?pgtandem"? CASCADE'
+        OR current_query() ~* E'^\\s*DROP SCHEMA (IF EXISTS )?"?pgtandem"? CASCADE'
         OR TG_TAG ~ '^REINDEX|TABLESPACE|PUBLICATION|SUBSCRIPTION|EVENT TRIGGER' THEN
         RETURN;
     END IF;
@@ -629,7 +629,7 @@ BEGIN
     END IF;
     CASE TG_EVENT
     WHEN 'ddl_command_start' THEN
-        IF maybe_temporary AND current_query() !~* '\mconcurrently\M' THEN
+        IF maybe_temporary AND current_query() !~* E'\\mconcurrently\\M' THEN
             RETURN;
         END IF;
     WHEN 'sql_drop' THEN

@@ -229,7 +229,7 @@ SELECT c.oid AS rel,
                     AND pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_replica' AND t.tgenabled = 'R')
                     AND pg_catalog.bool_or(t.tgname = 'zzz_pgtandem_truncate' AND t.tgenabled = 'A'), false)
           FROM pg_catalog.pg_trigger t
-         WHERE t.tgrelid = c.oid AND t.tgname LIKE 'zzz\_pgtandem\_%'
+         WHERE t.tgrelid = c.oid AND t.tgname LIKE E'zzz\\_pgtandem\\_%'
            AND t.tgfoid IN (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
                              WHERE pn.nspname = 'pgtandem' AND p.pronargs = 0
                                AND p.proname IN ('capture_nothing', pg_catalog.concat('capture_', c.oid), pg_catalog.concat('capture_', c.oid, '_insert'),
@@ -241,4 +241,4 @@ SELECT c.oid AS rel,
  WHERE c.relkind = 'r'
    AND c.relpersistence <> 't'
    AND n.nspname NOT IN ('pgtandem', 'information_schema')
-   AND n.nspname NOT LIKE 'pg\_%';
+   AND n.nspname NOT LIKE E'pg\\_%';

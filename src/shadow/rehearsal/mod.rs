@@ -125,9 +125,6 @@ pub trait Pace: Send + Sync + 'static {
 
     /// Whether nothing shall be drawn from the secondary's sequences now.
     fn sequences_are_compared(&self) -> bool;
-
-    /// Rehearsals have drawn from the secondary's sequences.
-    fn sequences_moved(&self);
 }
 
 /// What the rehearsals of one database need.

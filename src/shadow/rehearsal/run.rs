@@ -93,7 +93,6 @@ pub(super) async fn run(
             }
         }
     };
-    worker.shared.pace.sequences_moved();
     let (round, said) = outcome?;
     Ok(Run { round, said, gave_way })
 }
