@@ -201,6 +201,36 @@ async fn the_star_stands_for_every_other_database() {
     );
 }
 
+/// The first database by name decides flips, so every proxy has been connected to it on both sides.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_database_that_decided_a_flip_can_be_dropped() {
+    let mut rig = Rig::new();
+    for side in [Side::Legacy, Side::New] {
+        rig.server(side)
+            .sql(
+                "postgres",
+                "ALTER ROLE app CREATEDB; ALTER ROLE pgtandem CREATEDB; \
+                 CREATE DATABASE aaa OWNER app",
+            )
+            .unwrap();
+    }
+    rig.spawn_with_every_database(Phase::DualWrite);
+    let mirrored = |status: &Status, name: &str| status.databases.iter().any(|database| database.name == name);
+    rig.until(|status| status.phase == Phase::DualWrite && mirrored(status, "shop") && mirrored(status, "aaa"))
+        .await;
+    rig.wait_caught_up().await;
+    for side in ["new", "legacy"] {
+        rig.check(&["switchover", "--to", side], 0, "");
+    }
+    let shop = rig.client().await;
+    shop.batch_execute("DROP DATABASE aaa").await.unwrap();
+    rig.wait_caught_up().await;
+    let left = rig
+        .value(Side::New, "SELECT count(*) FROM pg_database WHERE datname = 'aaa'")
+        .await;
+    assert_eq!(left, "0");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_role_may_not_is_said_as_sql_for_a_dba() {
     let mut rig = Rig::new();

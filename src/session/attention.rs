@@ -17,12 +17,14 @@ use super::observe::Observation;
 use super::outbox::Gather;
 use super::relay::Session;
 use crate::sql::{Class, DdlKind, Script};
-use crate::wire::backend::shift_position;
+use crate::wire::backend::{self, shift_position};
 use crate::wire::tracker::{Mark, Owner, Request, Tracker};
 use crate::wire::{frontend, put_frame};
 
 /// The hook's own statement and portal.
 const HOOK_NAME: &[u8] = b"pgtandem_ddl";
+/// in_failed_sql_transaction
+const FAILED_TRANSACTION: &[u8] = b"25P02";
 
 #[derive(Default)]
 pub(super) struct Attention {
@@ -143,6 +145,9 @@ impl Session {
     pub(super) fn attend(&mut self, kind: u8, body: &[u8], whole: bool, gather: &mut Gather<'_>) -> bool {
         let reply = self.tracker.received(kind, body);
         let Some(awaited) = reply.to else {
+            if kind == b'N' && self.says_of_us(body) {
+                return false;
+            }
             if kind == b'N' && self.tracker.front().is_some_and(|front| front.mark == Mark::Observed) {
                 self.observe_frame(kind, body, whole, false);
             }
@@ -157,6 +162,18 @@ impl Session {
             Owner::Client => self.attend_client(kind, body, awaited.mark, gather),
             Owner::Step => self.attend_step(kind, body, awaited.mark, gather),
             Owner::Hook => self.attend_hook(kind, body, awaited.request, gather),
+        }
+    }
+
+    /// Whether a notice tells of the proxy's own work around DDL, which the client did not ask for:
+    /// what a hook says, short of a warning, and at `client_min_messages = debug1` that the event
+    /// triggers are called.
+    fn says_of_us(&self, notice: &[u8]) -> bool {
+        let field = |code| backend::error_field(notice, code);
+        match self.tracker.front() {
+            Some(front) if front.owner == Owner::Hook => backend::severity(notice) != Some(b"WARNING"),
+            Some(_) => self.context.hooks.ddl.is_some() && field(b'R') == Some(b"EventTriggerInvoke"),
+            None => false,
         }
     }
 
@@ -215,11 +232,14 @@ impl Session {
             (b'C', Request::Execute) => gather.insert().append(&mut attention.held),
             (b'E', _) => {
                 attention.held.clear();
-                tracing::warn!(
-                    session = self.registered.shared.id.0,
-                    error = crate::wire::backend::error_text(body),
-                    "record a DDL statement"
-                );
+                // A transaction that has failed already refuses the client's statement likewise.
+                if backend::error_field(body, b'C') != Some(FAILED_TRANSACTION) {
+                    tracing::warn!(
+                        session = self.registered.shared.id.0,
+                        error = backend::error_text(body),
+                        "record a DDL statement"
+                    );
+                }
                 self.advance_if_answered();
                 return true;
             }

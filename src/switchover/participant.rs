@@ -213,6 +213,7 @@ impl<H: Host> Part<'_, H> {
             self.links = Default::default();
             return;
         }
+        self.leave_other_seats();
         let Some(found) = self.look(control).await else { return };
         if found.uninstalled && self.hold.is_none() && self.is_completed(control).await {
             self.host.completed().await;
@@ -242,6 +243,18 @@ impl<H: Host> Part<'_, H> {
                 .await;
             }
             (Act::TakeOver, Some(flip)) => self.take_over(&flip).await,
+        }
+    }
+
+    /// Another database may decide by now, as the former one has been dropped: where it has not gone
+    /// yet, a connection to it would stand in the way, though nobody asks there.
+    fn leave_other_seats(&mut self) {
+        let tandems = self.host.tandems();
+        let seat = seat(&tandems).map(|tandem| tandem.name());
+        for link in &mut self.links {
+            if link.as_ref().is_some_and(|(name, _)| Some(name.as_str()) != seat) {
+                *link = None;
+            }
         }
     }
 

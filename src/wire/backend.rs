@@ -58,8 +58,12 @@ pub fn error_fields(body: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
 
 /// Whether an error ends the session: its severity is FATAL or PANIC in every language.
 pub fn is_fatal(body: &[u8]) -> bool {
-    let severity = error_field(body, b'V').or_else(|| error_field(body, b'S'));
-    matches!(severity, Some(b"FATAL" | b"PANIC"))
+    matches!(severity(body), Some(b"FATAL" | b"PANIC"))
+}
+
+/// ERROR, WARNING, NOTICE, …: in English, from Postgres 9.6 on.
+pub fn severity(body: &[u8]) -> Option<&[u8]> {
+    error_field(body, b'V').or_else(|| error_field(body, b'S'))
 }
 
 /// `SQLSTATE: message`, for logs and for naming what failed.

@@ -286,6 +286,20 @@ impl Raw {
         }
     }
 
+    /// Sends frames; the notices that come before ReadyForQuery.
+    pub async fn notices(&mut self, frames: &[u8]) -> Vec<String> {
+        self.send(frames).await;
+        let mut notices = Vec::new();
+        loop {
+            let frame = self.frame().await;
+            match frame.kind {
+                b'N' => notices.push(frame.message()),
+                b'Z' => return notices,
+                _ => {}
+            }
+        }
+    }
+
     fn parameter(&mut self, frame: &Frame) {
         let (name, value) = backend::parameter(&frame.body).unwrap();
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use pgtandem::control::{Phase, Side};
+use pgtandem::servers::SUPERUSER;
 use pgtandem::session::hooks::{DdlHooks, Hooks};
 use pgtandem::wire::{backend, frontend, put_frame};
 
@@ -318,6 +319,47 @@ async fn nothing_is_added_where_nothing_is_mirrored() {
     raw.send(&out).await;
     assert_eq!(raw.kinds().await, "2CZ");
     assert_eq!(recorded(&own).await.len(), 1);
+}
+
+/// What is said around DDL of what the proxy does there is not for the client, however much it
+/// wants to hear; a warning is.
+#[tokio::test]
+async fn notices_are_those_of_the_statement() {
+    let (proxy, own) = start("ddl_notices", Phase::DualWrite).await;
+    own.batch_execute(
+        "create or replace function record(statement text, outside bool) returns void language plpgsql as $$
+         begin
+           raise debug 'a detail'; raise notice 'on the way';
+           if statement like '%warned%' then raise warning 'not mirrored'; end if;
+         end $$",
+    )
+    .await
+    .unwrap();
+    // As the journal's do where its role may.
+    let superuser = direct(Side::Legacy, SUPERUSER, "ddl_notices").await;
+    superuser
+        .batch_execute(
+            "create function watch() returns event_trigger language plpgsql as 'begin end';
+             create event trigger watch on ddl_command_end execute function watch()",
+        )
+        .await
+        .unwrap();
+    let mut raw = proxy.client().await;
+    raw.query("set client_min_messages = debug1").await;
+    let mut sent = Vec::new();
+    frontend::put_query(
+        &mut sent,
+        b"create table a (id serial); create table if not exists a (x int)",
+    );
+    assert_eq!(
+        raw.notices(&sent).await,
+        [
+            "CREATE TABLE will create implicit sequence \"a_id_seq\" for serial column \"a.id\"",
+            "relation \"a\" already exists, skipping",
+        ]
+    );
+    let one_by_one = [&extended("", "create table warned (x int)")[..], frontend::SYNC].concat();
+    assert_eq!(raw.notices(&one_by_one).await, ["not mirrored"]);
 }
 
 #[tokio::test]
