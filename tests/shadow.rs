@@ -105,6 +105,10 @@ impl Pair {
         };
         let primary = connect(&targets.legacy, "test").await.unwrap();
         let secondary = connect(&targets.new, "test").await.unwrap();
+        for client in [&primary, &secondary] {
+            // That of clients, not the proxy's own.
+            client.batch_execute("RESET search_path").await.unwrap();
+        }
         let pair = Self {
             primary,
             secondary,

@@ -59,9 +59,12 @@ pub fn target(side: Side, role: &str, database: &str) -> Target {
 
 /// A connection to one of the servers, not through the proxy.
 pub async fn direct(side: Side, role: &str, database: &str) -> pgtandem::upstream::control::Control {
-    pgtandem::upstream::control::connect(&target(side, role, database), "test")
+    let client = pgtandem::upstream::control::connect(&target(side, role, database), "test")
         .await
-        .unwrap()
+        .unwrap();
+    // That of clients, not the proxy's own.
+    client.batch_execute("RESET search_path").await.unwrap();
+    client
 }
 
 pub const APP: &str = "app";

@@ -12,7 +12,7 @@ use pgtandem::reconcile::backfill::{BackfillStatus, Desk, Hook, InsertAt, Order}
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::bed::{Bed, caught_up};
+use crate::bed::{Bed, as_a_client, caught_up};
 use crate::ddl::ddl;
 
 const SCHEMA: &str = r#"
@@ -184,7 +184,7 @@ fn aimed(bed: &Bed, calls: &Arc<AtomicU64>, sql: fn(i64) -> String) -> Hook {
     Arc::new(move |open| {
         let (target, calls) = (target.clone(), calls.clone());
         Box::pin(async move {
-            let client = pgtandem::upstream::control::connect(&target, "test").await.unwrap();
+            let client = as_a_client(&target).await;
             for (table, keys) in open {
                 if table != "\"public\".\"ints\"" {
                     continue;

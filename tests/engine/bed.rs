@@ -93,6 +93,13 @@ pub struct Bed {
     pub dbname: String,
 }
 
+/// A connection with the search path that clients have, not the proxy's own.
+pub async fn as_a_client(target: &Target) -> Control {
+    let client = connect(target, "test").await.unwrap();
+    client.batch_execute("RESET search_path").await.unwrap();
+    client
+}
+
 impl Bed {
     /// Databases called `name` on both shared servers; `schema` is run by role app on both.
     pub async fn new(name: &str, schema: &str) -> Self {
@@ -130,9 +137,7 @@ impl Bed {
     }
 
     async fn client(&self, side: Side, role: &str) -> Control {
-        connect(&self.pair.target(side, role, &self.dbname), "test")
-            .await
-            .unwrap()
+        as_a_client(&self.pair.target(side, role, &self.dbname)).await
     }
 
     /// As the superuser.

@@ -117,6 +117,23 @@ fn doing(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> NotCopied
     move |error| NotCopied::of(doing, &error)
 }
 
+/// Columns and tables are looked up as they are now, not as of the snapshot that is read: what is
+/// missing was changed by DDL that is on its way to the secondary, where the plan is found outdated
+/// once it has come.
+fn not_read(error: tokio_postgres::Error) -> NotCopied {
+    const GONE: [SqlState; 4] = [
+        SqlState::UNDEFINED_TABLE,
+        SqlState::UNDEFINED_COLUMN,
+        SqlState::UNDEFINED_FUNCTION,
+        SqlState::UNDEFINED_OBJECT,
+    ];
+    const DOING: &str = "read rows on the primary";
+    if error.code().is_some_and(|code| GONE.contains(code)) {
+        return NotCopied::Failing(format!("{DOING}: {}", error_chain(&error)));
+    }
+    NotCopied::of(DOING, &error)
+}
+
 /// A stretch of rows that was refused.
 struct Refused {
     refusal: Refusal,
@@ -496,16 +513,12 @@ impl Worker {
             .copy_in::<_, Bytes>(&plan.write(&into, format))
             .await
             .map_err(doing("write rows on the secondary"))?;
-        let rows = self
-            .source
-            .copy_out(read)
-            .await
-            .map_err(doing("read rows on the primary"))?;
+        let rows = self.source.copy_out(read).await.map_err(not_read)?;
         pin_mut!(rows, sink);
         let (mut messages, mut bytes, mut first) = (0, 0, None);
         let mut piece = BytesMut::with_capacity(PIECE_BYTES * 2);
         while let Some(row) = rows.next().await {
-            let row = row.map_err(doing("read rows on the primary"))?;
+            let row = row.map_err(not_read)?;
             messages += 1;
             bytes += row.len() as u64;
             piece.extend_from_slice(&row);
