@@ -72,6 +72,7 @@ impl Cuts for StaticCuts {
             let next = self.after_cut.lock().await.pop_front();
             if let Some(sql) = next {
                 let other = connect(&self.primary, "test").await.unwrap();
+                other.batch_execute("reset search_path").await.unwrap();
                 other.batch_execute(sql).await.unwrap();
             }
             Ok(HeldCut::new(self.rounds.load(Ordering::Relaxed), row.get(0), client))

@@ -31,6 +31,7 @@ mod verify;
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio_postgres::error::SqlState;
 
 pub use repair::repair;
 pub use sides::Sides;
@@ -59,6 +60,13 @@ pub enum VerifyError {
     Abandoned,
     #[error("{0}")]
     NotMended(String),
+}
+
+/// The server ended a wait for a lock: for a deadlock among others perhaps, in which a reader only
+/// stood in the queue.
+fn was_interrupted(error: &tokio_postgres::Error) -> bool {
+    let code = error.code();
+    code.is_some_and(|code| [SqlState::T_R_DEADLOCK_DETECTED, SqlState::LOCK_NOT_AVAILABLE].contains(code))
 }
 
 /// RFC 3339, UTC.

@@ -90,6 +90,11 @@ impl ShadowRead {
         self.analysis.0.get_or_init(|| Arc::new(analyze(&self.text)))
     }
 
+    /// Whether the text itself has been looked at, and not only its kind.
+    pub(super) fn is_analysed(&self) -> bool {
+        self.analysis.0.get().is_some()
+    }
+
     pub fn fingerprint(&self) -> &Fingerprint {
         self.script().fingerprint(&self.text)
     }

@@ -137,12 +137,13 @@ impl Worker {
     }
 
     async fn judge(&self, read: &ShadowRead) -> Outcome {
+        let of_its_kind = !read.is_analysed();
         let facts = match crate::sql::single_read(read.script()) {
             Ok(facts) => facts,
             Err(reason) => return Outcome::NotComparable(reason),
         };
-        // Of its kind that is known; a constant may say 'now'.
-        if let Err(reason) = shadowable(facts, &self.catalog.load().functions) {
+        // Others of its kind can be compared; here a constant may say 'now'.
+        if of_its_kind && let Err(reason) = shadowable(facts, &self.catalog.load().functions) {
             return Outcome::NotComparable(reason);
         }
         let facts = &*fetched(facts, &read.digest);

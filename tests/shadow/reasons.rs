@@ -149,7 +149,7 @@ async fn each_has_a_read_that_produces_it() {
     assert!(shadows.sink.wants(&unread("select timestamptz 'now'")));
     let mut read = shadows.ask("select timestamptz 'now'", Call::Simple).await;
     read.analysis = Analysis::default();
-    produced.one(&shadows.judge(read).await.0, "not_comparable.clock");
+    assert_eq!(shadows.judge(read).await.0, ["not_comparable.clock"]);
 
     // Parameters and answers that cannot be repeated.
     let row = pair

@@ -29,11 +29,11 @@ use self::record::mark_synced;
 use self::scope::choose;
 pub use self::scope::{Chosen, Options, SecondarySnapshot};
 pub use self::unheard::{verify_over_and_over, verify_unseeded};
-use self::work::prepare;
+use self::work::prepare_patiently;
 use super::compare::{self, Outcome};
 use super::readers::{Pair, Readers, reader};
 use super::report::{CutReport, DatabaseReport, Event, ServerReport, TableReport, TableResult};
-use super::{Sides, VerifyError, now, sequences};
+use super::{Sides, VerifyError, now, sequences, was_interrupted};
 use crate::apply::{Applier, ApplierState, Stopped};
 use crate::config::Target;
 use crate::upstream::control::{Control, error_chain};
@@ -62,7 +62,7 @@ pub async fn verify(
     let (primary, secondary) = tokio::try_join!(reader(&sides.primary), reader(&sides.secondary))?;
     let mut works = Vec::with_capacity(chosen.len());
     for status in chosen {
-        works.push(prepare(&primary, &secondary, status, options).await?);
+        works.push(prepare_patiently(&primary, &secondary, status, options).await?);
     }
     let left: VecDeque<(usize, usize)> = works
         .iter()
@@ -179,6 +179,10 @@ impl Verification<'_> {
             match compare::compare(pair, &plan, &range).await {
                 Ok(Some(outcome)) => self.note(at, part, round, outcome).await?,
                 Ok(None) => self.queue().put_off(at, part),
+                Err(error) if was_interrupted(&error) => {
+                    self.queue().put_off(at, part);
+                    return Ok(());
+                }
                 Err(error) if error.code().is_some() && !pair.primary.is_closed() && !pair.secondary.is_closed() => {
                     // The transaction is void: this worker rests until the next cut.
                     self.queue().give_up(at, error_chain(&error));

@@ -9,7 +9,7 @@ use super::work::Work;
 use crate::reconcile::compare::Plan;
 use crate::reconcile::key::KeyRange;
 
-/// How often a table's ranges may meet a TRUNCATE.
+/// How often a table's ranges may meet a TRUNCATE, or a deadlock.
 const PUT_OFF_MAX: u32 = 100;
 
 /// What the workers share.
@@ -35,7 +35,10 @@ impl Queue {
     pub(super) fn put_off(&mut self, at: usize, part: usize) {
         self.works[at].put_off += 1;
         if self.works[at].put_off > PUT_OFF_MAX {
-            self.give_up(at, "it was truncated or rewritten whenever it was to be read".into());
+            self.give_up(
+                at,
+                "it was truncated, rewritten or locked whenever it was to be read".into(),
+            );
         } else {
             self.later.push((at, part));
         }

@@ -9,12 +9,12 @@ use tokio_postgres::Client;
 use super::Options;
 use crate::apply::TableStatus;
 use crate::catalog::quote::identifier;
-use crate::reconcile::VerifyError;
 use crate::reconcile::compare::{Outcome, Plan};
 use crate::reconcile::digest::RowDigest;
 use crate::reconcile::key::{self, KeyRange};
 use crate::reconcile::place::Place;
 use crate::reconcile::report::{Differing, DifferingRow, RangeReport, TableDigest, TableReport, TableResult};
+use crate::reconcile::{VerifyError, was_interrupted};
 
 /// A table, while it is compared.
 pub(super) struct Work {
@@ -119,8 +119,27 @@ impl Work {
     }
 }
 
+/// As often the reading of a table's key may be a deadlock's victim.
+const PREPARE_AGAIN: usize = 20;
+
+/// As [`prepare`], again where a wait for a lock was ended.
+pub(super) async fn prepare_patiently(
+    primary: &Client,
+    secondary: &Client,
+    status: TableStatus,
+    options: &Options,
+) -> Result<Work, VerifyError> {
+    for _ in 0..PREPARE_AGAIN {
+        match prepare(primary, secondary, status.clone(), options).await {
+            Err(VerifyError::Postgres(error)) if was_interrupted(&error) => {}
+            prepared => return prepared,
+        }
+    }
+    prepare(primary, secondary, status, options).await
+}
+
 /// What is known of a table before it is read.
-pub(super) async fn prepare(
+async fn prepare(
     primary: &Client,
     secondary: &Client,
     status: TableStatus,
