@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::pipeline::ImageArray;
 use super::round::{Ending, Stop, wait_flushed};
 use super::rows::{NotWritten, Writes};
-use super::session::{Session, Target};
+use super::session::Session;
 use super::statements::Source;
 use super::tables::column_names;
 use super::{ApplyError, doing, image};
@@ -298,11 +298,7 @@ impl Session {
         entries: &[i64],
         actor: &str,
     ) -> Result<Mended, NotWritten> {
-        let end = Target {
-            snapshot: self.since.clone(),
-            position: self.position,
-            piece: 0,
-        };
+        let end = self.standing();
         let ending = Ending {
             end: &end,
             stop: Stop::Target,

@@ -310,6 +310,15 @@ impl Session {
         Ok(())
     }
 
+    /// Where the secondary stands: what is written between two rounds goes no further.
+    pub(super) fn standing(&self) -> Target {
+        Target {
+            snapshot: self.since.clone(),
+            position: self.position,
+            piece: 0,
+        }
+    }
+
     /// A new transaction of the round has no effect yet.
     pub(super) fn begin_counting(&mut self, transactions: usize) {
         self.cleared_in_round.clear();

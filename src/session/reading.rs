@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use super::registry::{Hold, Registry, Shared, State, order};
 use super::relay::Session;
 use super::sniff::{Access, Sniff};
+use crate::control::Side;
 use crate::wire::backend::Status;
 
 /// Sessions that are between two of their turns answer later, and are asked again.
@@ -49,15 +50,22 @@ enum Said {
 }
 
 impl Registry {
-    /// Lets busy sessions finish what only reads; `ask` tells what server processes are running.
-    pub async fn let_reads_be(&self, _hold: &Hold, ask: impl AsyncFnOnce(Vec<i32>) -> HashMap<i32, Running>) {
-        let undecided = self.ask_readers(|session| session.is_busy().then_some(None)).await;
+    /// Lets busy sessions of `side` finish what only reads; `ask` tells what server processes are
+    /// running there.
+    pub async fn let_reads_be(
+        &self,
+        _hold: &Hold,
+        side: Side,
+        ask: impl AsyncFnOnce(Vec<i32>) -> HashMap<i32, Running>,
+    ) {
+        let undecided = self.ask_readers(side, |session, _| session.is_busy().then_some(None));
+        let undecided = undecided.await;
         if undecided.is_empty() {
             return;
         }
         let running = ask(undecided).await;
-        let told = |pid: i32| running.get(&pid).cloned().map(Some);
-        self.ask_readers(|session| told(session.backend()?.pid)).await;
+        self.ask_readers(side, |_, pid| running.get(&pid).cloned().map(Some))
+            .await;
     }
 
     /// How many sessions finish a read where it began.
@@ -67,12 +75,15 @@ impl Registry {
         reading
     }
 
-    /// Asks those sessions that `with` gives something for; returns the processes of those whose
-    /// statement decides.
-    async fn ask_readers(&self, with: impl Fn(&Shared) -> Option<Option<Running>>) -> Vec<i32> {
+    /// Asks those sessions of `side` that `with` gives something for, by their server process; returns
+    /// the processes of those whose statement decides.
+    async fn ask_readers(&self, side: Side, with: impl Fn(&Shared, i32) -> Option<Option<Running>>) -> Vec<i32> {
         let mut answers = Vec::new();
         self.each(|session| {
-            if let (Some(running), Some(backend)) = (with(session), session.backend()) {
+            let Some(backend) = session.backend().filter(|backend| backend.target.side == side) else {
+                return;
+            };
+            if let Some(running) = with(session, backend.pid) {
                 let (answer, answered) = oneshot::channel();
                 session.asked().read = Some(ReadAsked { running, answer });
                 session.order(order::READ);

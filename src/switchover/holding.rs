@@ -223,7 +223,7 @@ impl<H: Host> Part<'_, H> {
                 HashMap::new()
             }
         };
-        registry.let_reads_be(hold, ask).await;
+        registry.let_reads_be(hold, side, ask).await;
     }
 
     async fn running(&mut self, side: Side, pids: &[i32]) -> Result<HashMap<i32, Running>, String> {

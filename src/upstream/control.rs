@@ -37,7 +37,8 @@ const OWN_SETTINGS: &str = "\
     SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
     SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'; \
     SET default_transaction_deferrable = off; SET transform_null_equals = off; SET array_nulls = on; \
-    SET quote_all_identifiers = off; SET check_function_bodies = on; SET plpgsql.extra_errors = none; SET plpgsql.extra_warnings = none; SET client_min_messages = notice; \
+    SET quote_all_identifiers = off; SET check_function_bodies = on; SET client_min_messages = notice; \
+    SET plpgsql.extra_errors = none; SET plpgsql.extra_warnings = none; \
     SELECT pg_catalog.set_config('idle_session_timeout', '0', false) WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL; \
     SELECT pg_catalog.set_config('transaction_timeout', '0', false) WHERE pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL";
 

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 
 use pgtandem::apply::{self, Applier, ApplierConfig, Order, Seeding};
-use pgtandem::config::Backfill;
 use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::joined::{Joined, JoinedPart};
-use pgtandem::reconcile::backfill::Desk;
 use pgtandem::transform::{Missing, Part, TableMap, Transform};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -14,8 +12,8 @@ use tokio_postgres::Client;
 
 use crate::bed::{Bed, caught_up};
 use crate::transform::{
-    assert_clean, backfilled, bed, column, config, flipped, forget_capture, name, part, rows, sql, table, unequal,
-    verified,
+    assert_clean, backfilled, backfilled_between, bed, column, config, flipped, forget_capture, name, part, rows, sql,
+    table, unequal, verified,
 };
 
 /// An order may have no note; a person without an account is not on legacy; three parts with a key of
@@ -321,17 +319,7 @@ async fn a_split_table_there_and_back() {
         .batch_execute("SET session_replication_role = replica; UPDATE orders SET note = 'stale' WHERE id < 5; DELETE FROM orders WHERE id > 9000")
         .await
         .unwrap();
-    let desk = Desk::new(Backfill::default());
-    let sides = bed.sides(Side::New, epoch, &applier);
-    desk.start(&sides, &order).await.unwrap();
-    let mut status = desk.watch();
-    let done = status
-        .wait_for(|status| status.as_ref().is_some_and(|status| status.state != "running"))
-        .await
-        .unwrap()
-        .clone()
-        .unwrap();
-    assert_eq!(done.state, "done", "{done:#?}");
+    backfilled_between(&bed.sides(Side::New, epoch, &applier), &order).await;
     assert_clean(&applier).await;
     assert_joined(&bed).await;
 

@@ -10,7 +10,7 @@ use pgtandem::control::{Epoch, Side};
 use pgtandem::journal::{SideRole, SideState, fence};
 use pgtandem::reconcile::backfill::{Desk, Order};
 use pgtandem::reconcile::report::{DatabaseReport, TableResult};
-use pgtandem::reconcile::{Chosen, Options, repair, verify};
+use pgtandem::reconcile::{Chosen, Options, Sides, repair, verify};
 use pgtandem::transform::check::examine;
 use pgtandem::transform::{Name, Origin, Part, TableMap, Transform};
 use rand::rngs::StdRng;
@@ -254,9 +254,12 @@ pub(crate) fn unequal(report: &DatabaseReport) -> Vec<(String, u64)> {
 }
 
 pub(crate) async fn backfilled(bed: &Bed, applier: &Arc<Applier>) {
+    backfilled_between(&bed.sides(Side::Legacy, Epoch::FIRST, applier), &Order::default()).await;
+}
+
+pub(crate) async fn backfilled_between(sides: &Sides, order: &Order) {
     let desk = Desk::new(Backfill::default());
-    let sides = bed.sides(Side::Legacy, Epoch::FIRST, applier);
-    desk.start(&sides, &Order::default()).await.unwrap();
+    desk.start(sides, order).await.unwrap();
     let mut status = desk.watch();
     let done = status
         .wait_for(|status| status.as_ref().is_some_and(|status| status.state != "running"))

@@ -7,7 +7,7 @@ use crate::apply::plan::DdlRecord;
 use crate::apply::refusal::Refusal;
 use crate::apply::round::{Ending, Stop, wait_flushed};
 use crate::apply::rows::{Mode, NotWritten, Writes};
-use crate::apply::session::{Session, Target};
+use crate::apply::session::Session;
 use crate::apply::{ApplyError, doing};
 use crate::catalog::Oid;
 use crate::journal::read::{Change, Operation, Raw, Unsigned};
@@ -184,11 +184,7 @@ impl Session {
         mode: Mode,
         actor: &str,
     ) -> Result<(), NotWritten> {
-        let end = Target {
-            snapshot: self.since.clone(),
-            position: self.position,
-            piece: 0,
-        };
+        let end = self.standing();
         let ending = Ending {
             end: &end,
             stop: Stop::Target,
