@@ -34,6 +34,7 @@ mod heal;
 pub mod held;
 pub mod image;
 mod isolate;
+mod kin;
 mod lease;
 mod memory;
 mod mend;

@@ -8,6 +8,7 @@ mod backlog;
 mod bed;
 mod capture;
 mod catalog;
+mod copies;
 mod ddl;
 mod dml;
 mod errands;
