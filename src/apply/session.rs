@@ -126,6 +126,8 @@ impl Session {
             kin = kin::look(&aside, lease.connection(), &config).await?;
         }
         let primary = connect_primary(&config, &purpose(config.epoch)).await?;
+        pass_any_bytes(&primary).await?;
+        pass_any_bytes(&secondary).await?;
         not_overtaken(&secondary, &config).await?;
         // It may have been away when mirroring began. What is recorded there stays.
         let role = SideRole::from(config.stray_writers);
@@ -315,6 +317,18 @@ pub(super) async fn connect_primary(config: &ApplierConfig, purpose: &str) -> Re
         .await
         .map_err(doing("prepare the connection to the primary"))?;
     Ok(primary)
+}
+
+/// An SQL_ASCII database holds bytes of any encoding, which its server would otherwise refuse to send
+/// or to take as what they are not. Where only one side is of that kind, the other one decides.
+async fn pass_any_bytes(client: &Client) -> Result<(), ApplyError> {
+    client
+        .batch_execute(
+            "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)
+              WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'",
+        )
+        .await
+        .map_err(doing("set the encoding of rounds"))
 }
 
 async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError> {

@@ -198,3 +198,17 @@ pub async fn uninstall(client: &mut Client) -> Result<(), JournalError> {
         .await
         .map_err(doing("drop schema pgtandem"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A database in LATIN1 refuses the rest, in comments, too.
+    #[test]
+    fn scripts_are_of_characters_that_every_encoding_has() {
+        for script in SCRIPTS.into_iter().chain([objects::SQL]) {
+            let other = script.chars().find(|character| !character.is_ascii());
+            assert_eq!(other, None, "{script}");
+        }
+    }
+}

@@ -11,6 +11,7 @@ mod catalog;
 mod copies;
 mod ddl;
 mod dml;
+mod encodings;
 mod errands;
 mod failures;
 mod fence;
