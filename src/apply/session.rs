@@ -344,7 +344,7 @@ async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError
 /// write to; one that connects after that must not go on, least of all with sequences.
 async fn not_overtaken(secondary: &Client, config: &ApplierConfig) -> Result<(), ApplyError> {
     match journal::read_state(secondary).await? {
-        Some(state) if state.role == SideRole::Primary && state.epoch >= config.epoch => Err(ApplyError::Deposed(
+        Some(state) if state.role == SideRole::Primary && state.epoch >= config.epoch => Err(ApplyError::Flipped(
             format!("{} is the primary, in epoch {}", config.secondary.side, state.epoch),
         )),
         _ => Ok(()),

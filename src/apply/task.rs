@@ -359,6 +359,8 @@ impl Task {
             };
             if awaited {
                 tracing::debug!(error = text, "waiting for the round that creates the database");
+            } else if matches!(error, ApplyError::Flipped(_)) {
+                tracing::info!(why = text, "the applier of this direction ends");
             } else if self.status.borrow().state != state {
                 tracing::warn!(error = text, "the applier is interrupted; the journal keeps what comes");
             }
