@@ -216,9 +216,8 @@ fn judge(primary: &Primary, secondary: &Secondary, primary_side: Side) -> Result
     };
     let reached = watermark.target.as_ref();
     let position = reached.map_or(watermark.position, |target| target.position.max(watermark.position));
-    let xmax = reached.map_or(watermark.snapshot.xmax(), |target| {
-        target.snapshot.xmax().max(watermark.snapshot.xmax())
-    });
+    let seen = watermark.snapshot.xmax();
+    let xmax = reached.map_or(seen, |target| target.snapshot.xmax().max(seen));
     if position > primary.log_end || xmax > primary.xmax {
         return Err(format!(
             "{secondary_side} has more than {primary_side} has: it was brought up to {} and transaction {xmax}, {primary_side} stands at {} and transaction {}. \
