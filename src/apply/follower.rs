@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::kin;
 use super::lease::Lease;
 use super::session::{WatermarkRow, connect_primary, read_watermark};
 use super::status::{ApplierStatus, Seeding, TableStatus, WatermarkStatus};
@@ -35,9 +36,12 @@ pub(super) struct Sight {
 
 impl<'a> Follower<'a> {
     pub(super) async fn connect(config: &ApplierConfig, lease: &'a Lease) -> Result<Self, ApplyError> {
+        let primary = connect_primary(config, "follower").await?;
+        // The watermark of another pair would say nothing of this primary.
+        kin::look(&primary, lease.connection(), config).await?;
         Ok(Self {
             lease,
-            primary: connect_primary(config, "follower").await?,
+            primary,
             asked: None,
         })
     }

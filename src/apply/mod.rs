@@ -34,6 +34,7 @@ mod heal;
 pub mod held;
 pub mod image;
 mod isolate;
+mod kin;
 mod lease;
 mod memory;
 mod mend;
@@ -160,6 +161,9 @@ pub(crate) enum ApplyError {
     Silent(&'static str),
     #[error("{0}")]
     Deposed(String),
+    /// A flip has ended this direction.
+    #[error("{0}")]
+    Flipped(String),
     #[error("proxy.yaml describes what cannot be mirrored; `pgtandem check` lists it: {0}")]
     Transform(String),
     #[error("schema pgtandem is not installed on {0}")]

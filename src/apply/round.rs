@@ -138,11 +138,11 @@ impl Session {
         if state.side.epoch == self.config.epoch && follows {
             Ok(())
         } else {
-            Err(ApplyError::Deposed(deposed(
-                state.side.epoch,
-                state.side.role,
-                self.config.epoch,
-            )))
+            let why = deposed(state.side.epoch, state.side.role, self.config.epoch);
+            Err(match state.side.epoch > self.config.epoch {
+                true => ApplyError::Flipped(why),
+                false => ApplyError::Deposed(why),
+            })
         }
     }
 

@@ -11,6 +11,7 @@ use tokio_postgres::error::SqlState;
 
 use super::faces::Faces;
 use super::held::HeldKeys;
+use super::kin::{self, Kin};
 use super::lease::{Lease, end_leftovers};
 use super::memory::Memory;
 use super::quarantine::{EntryNumbers, QuarantineStatus};
@@ -36,6 +37,10 @@ pub(super) struct Target {
 
 pub(super) struct Session {
     pub config: Arc<ApplierConfig>,
+    /// The name that both sides bear.
+    pub pair: String,
+    /// The journal no longer has all that the secondary lacked when this session began.
+    pub gap: bool,
     /// Reads rounds; may be inside a round's transaction.
     pub primary: Control,
     /// To the primary as well, for everything beside the reading: flushing, rotation, catalog,
@@ -107,20 +112,35 @@ impl Session {
         lease: &Lease,
         memory: Arc<Memory>,
     ) -> Result<Self, ApplyError> {
+        let aside = connect_primary(&config, &purpose(config.epoch)).await?;
+        let mut kin = kin::look(&aside, lease.connection(), &config).await?;
         end_leftovers(lease.connection(), config.epoch).await?;
         let mut secondary = connect_secondary(&config).await?;
         become_replica(&secondary).await?;
-        let aside = connect_primary(&config, &purpose(config.epoch)).await?;
-        end_leftovers(&aside, config.epoch).await?;
-        let primary = connect_primary(&config, &purpose(config.epoch)).await?;
-        if journal::read_state(&primary).await?.is_none() {
-            return Err(ApplyError::NotInstalled(config.primary.describe()));
+        if kin == Kin::Strangers {
+            kin::refuse_to_displace(&aside, &config).await?;
         }
+        end_leftovers(&aside, config.epoch).await?;
+        if let Kin::Gap(_) = kin {
+            // A former applier may have gone on between the two looks.
+            kin = kin::look(&aside, lease.connection(), &config).await?;
+        }
+        let primary = connect_primary(&config, &purpose(config.epoch)).await?;
+        pass_any_bytes(&primary).await?;
+        pass_any_bytes(&secondary).await?;
         not_overtaken(&secondary, &config).await?;
         // It may have been away when mirroring began. What is recorded there stays.
         let role = SideRole::from(config.stray_writers);
         journal::install(&mut secondary, config.secondary.side, role, config.epoch).await?;
 
+        let pair = match &kin {
+            Kin::Strangers | Kin::Unnamed => kin::name_pair(&aside, &secondary).await?,
+            Kin::Pair(pair) | Kin::Gap(pair) => pair.clone(),
+        };
+        kin::adopt(&secondary, &pair).await?;
+        if let Kin::Gap(_) = kin {
+            kin::mark_gap(&secondary).await?;
+        }
         let mut aside = aside;
         let faces = Faces::put(&config, &mut aside, &mut secondary).await?;
         let reader = RoundReader::prepare(&primary, config.read_by, &faces.shapes())
@@ -153,6 +173,8 @@ impl Session {
             quarantine: QuarantineStatus::default(),
             memory,
             progress: Progress::default(),
+            gap: matches!(kin, Kin::Gap(_)),
+            pair,
             config,
             primary,
             aside,
@@ -297,6 +319,18 @@ pub(super) async fn connect_primary(config: &ApplierConfig, purpose: &str) -> Re
     Ok(primary)
 }
 
+/// An SQL_ASCII database holds bytes of any encoding, which its server would otherwise refuse to send
+/// or to take as what they are not. Where only one side is of that kind, the other one decides.
+async fn pass_any_bytes(client: &Client) -> Result<(), ApplyError> {
+    client
+        .batch_execute(
+            "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)
+              WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'",
+        )
+        .await
+        .map_err(doing("set the encoding of rounds"))
+}
+
 async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError> {
     let secondary = connect(&config.secondary, &purpose(config.epoch)).await?;
     secondary
@@ -310,7 +344,7 @@ async fn connect_secondary(config: &ApplierConfig) -> Result<Control, ApplyError
 /// write to; one that connects after that must not go on, least of all with sequences.
 async fn not_overtaken(secondary: &Client, config: &ApplierConfig) -> Result<(), ApplyError> {
     match journal::read_state(secondary).await? {
-        Some(state) if state.role == SideRole::Primary && state.epoch >= config.epoch => Err(ApplyError::Deposed(
+        Some(state) if state.role == SideRole::Primary && state.epoch >= config.epoch => Err(ApplyError::Flipped(
             format!("{} is the primary, in epoch {}", config.secondary.side, state.epoch),
         )),
         _ => Ok(()),

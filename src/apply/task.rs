@@ -359,6 +359,8 @@ impl Task {
             };
             if awaited {
                 tracing::debug!(error = text, "waiting for the round that creates the database");
+            } else if matches!(error, ApplyError::Flipped(_)) {
+                tracing::info!(why = text, "the applier of this direction ends");
             } else if self.status.borrow().state != state {
                 tracing::warn!(error = text, "the applier is interrupted; the journal keeps what comes");
             }
@@ -636,6 +638,10 @@ impl Task {
                 position: session.position,
                 applied_at: Instant::now(),
             };
+            if std::mem::take(&mut session.gap) {
+                // What the journal still had has been applied: from here on there is no gap.
+                session.store_watermark().await?;
+            }
             let worked = began.elapsed();
             self.publish(&session, began);
             self.done.send_replace(Done {
@@ -700,10 +706,22 @@ impl Task {
     async fn look_around(&self, session: &mut Session, watch: &mut CatalogWatch) -> Result<(), ApplyError> {
         session.keep_in_step(watch).await?;
         session.compare_everything(watch).await?;
-        let mut size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
+        let mut size = rotation::rotate(
+            &mut session.aside,
+            &session.durable,
+            &session.pair,
+            &self.config.journal,
+        )
+        .await?;
         if size.waits_for_watermark && session.durable != session.since {
             session.store_watermark().await?;
-            size = rotation::rotate(&mut session.aside, &session.durable, &self.config.journal).await?;
+            size = rotation::rotate(
+                &mut session.aside,
+                &session.durable,
+                &session.pair,
+                &self.config.journal,
+            )
+            .await?;
         }
         if size.stopped {
             session

@@ -26,6 +26,10 @@ pub(super) async fn run(config: &Config, json: bool, sql: bool, only: Option<&st
     Ok(reports.iter().all(|report| report.count(Level::Blocks) == 0))
 }
 
+fn warnings(count: usize) -> String {
+    format!("{count} warning{}", if count == 1 { "" } else { "s" })
+}
+
 fn print(report: &Report) {
     let (blocks, warns) = (report.count(Level::Blocks), report.count(Level::Warns));
     say(&format!(
@@ -33,8 +37,9 @@ fn print(report: &Report) {
         report.database,
         match (blocks, warns) {
             (0, 0) => "all is fine".to_owned(),
-            (0, _) => format!("nothing blocks, {warns} warnings"),
-            _ => format!("{blocks} findings block, {warns} warnings"),
+            (0, _) => format!("nothing blocks, {}", warnings(warns)),
+            (1, _) => format!("1 finding blocks, {}", warnings(warns)),
+            _ => format!("{blocks} findings block, {}", warnings(warns)),
         },
         report.primary
     ));

@@ -5,6 +5,10 @@
 //! end (see `sql/capture.sql`), before it reads the state. So whoever holds it exclusively
 //! knows that no transaction has acted on the old state and not yet ended, and that every later
 //! one will read the new.
+//!
+//! A prepared transaction that wrote nothing holds no such lock; the fence waits for it all the same.
+//! Whoever ends it asks for it by name, on the side that is primary then, and it would be left behind
+//! with its locks.
 
 use std::time::Duration;
 
@@ -60,6 +64,12 @@ pub async fn fence(client: &mut Client, timeout: Duration) -> Result<Fence<'_>, 
             ))
             .await;
         match locked {
+            Ok(()) if any_prepared(&transaction).await? => {
+                transaction
+                    .batch_execute("ROLLBACK TO SAVEPOINT slice")
+                    .await
+                    .map_err(doing("raise the fence"))?;
+            }
             Ok(()) => {
                 transaction
                     .batch_execute("SET LOCAL lock_timeout = 0")
@@ -128,16 +138,29 @@ impl Fence<'_> {
     }
 }
 
+async fn any_prepared(transaction: &Transaction<'_>) -> Result<bool, JournalError> {
+    let row = transaction
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database())",
+            &[],
+        )
+        .await
+        .map_err(doing("look for prepared transactions"))?;
+    Ok(row.get(0))
+}
+
 async fn writers_in_flight(transaction: &Transaction<'_>) -> Result<String, JournalError> {
     let row = transaction
         .query_one(
-            "SELECT COALESCE(pg_catalog.string_agg(
-                        CASE WHEN a.pid IS NULL THEN 'a prepared transaction'
-                             ELSE pg_catalog.format('pid %s (%s, %s, %s)', a.pid, a.usename, a.application_name, a.state) END, '; '), 'none any more')
-               FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+            "SELECT COALESCE(pg_catalog.string_agg(w.who, '; '), 'none any more') FROM (
+             SELECT pg_catalog.format('pid %s (%s, %s, %s)', a.pid, a.usename, a.application_name, a.state) AS who
+               FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
               WHERE l.locktype = 'advisory' AND l.classid = $1::integer::oid AND l.objid = $2::integer::oid AND l.objsubid = 2
                 AND l.granted AND l.mode = 'ShareLock'
-                AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())",
+                AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
+             UNION ALL
+             SELECT pg_catalog.format('the prepared transaction %L', p.gid)
+               FROM pg_catalog.pg_prepared_xacts p WHERE p.database = pg_catalog.current_database()) w",
             &[&LOCK_CLASS, &LOCK_FENCE],
         )
         .await

@@ -66,6 +66,8 @@ pub enum JournalError {
     Privileges(String),
     #[error("schema pgtandem says that this database is {found}, the configuration calls it {expected}")]
     WrongSide { found: String, expected: String },
+    #[error("this journal is read for another secondary now")]
+    AnotherFollows,
     #[error("schema pgtandem is not installed here")]
     NotInstalled,
     #[error("the state sequence holds {0}, which this version cannot read")]

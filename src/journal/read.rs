@@ -423,7 +423,7 @@ impl RoundReader {
 /// Why a round could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum RoundReadError {
-    #[error(transparent)]
+    #[error("read a round: {}", crate::upstream::control::error_chain(.0))]
     Postgres(#[from] tokio_postgres::Error),
     #[error(transparent)]
     Snapshot(#[from] crate::catalog::snapshot::NotASnapshot),

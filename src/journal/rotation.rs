@@ -43,10 +43,12 @@ pub async fn measure(client: &Client) -> Result<u64, JournalError> {
 }
 
 /// Empties what may be emptied and moves writers on when it is time. `durable` is the snapshot
-/// stored on the secondary, not one that is only in the applier's memory.
+/// stored on the secondary, not one that is only in the applier's memory; `pair` the name that it
+/// bears, for what another secondary has says nothing of this one.
 pub async fn rotate(
     client: &mut Client,
     durable: &Snapshot,
+    pair: &str,
     limit: &config::Journal,
 ) -> Result<JournalSize, JournalError> {
     let slots = client
@@ -79,7 +81,7 @@ pub async fn rotate(
         }
         match row.get::<_, Option<Unsigned>>(3) {
             Some(closed) if durable.xmin() >= closed.0 => {
-                if empty(client, slot, durable).await? {
+                if empty(client, slot, durable, pair).await? {
                     size.bytes -= bytes;
                     held[slot as usize % 3] = 0;
                 }
@@ -106,7 +108,7 @@ pub async fn rotate(
 /// TRUNCATE, but only if nobody is in the way: a dump may be reading the table, and behind a
 /// waiting TRUNCATE others would queue. What was found before is asked again under the state's
 /// lock: whoever believes to be the applier may have been deposed, and his successor moved on.
-async fn empty(client: &mut Client, slot: i16, durable: &Snapshot) -> Result<bool, JournalError> {
+async fn empty(client: &mut Client, slot: i16, durable: &Snapshot, pair: &str) -> Result<bool, JournalError> {
     let Some(transaction) = try_lock(client).await? else {
         return Ok(false);
     };
@@ -119,10 +121,20 @@ async fn empty(client: &mut Client, slot: i16, durable: &Snapshot) -> Result<boo
     if slot == i16::from(state.slot) || closed.is_none_or(|closed| durable.xmin() < closed.0) {
         return Ok(false);
     }
+    let followed = transaction
+        .execute(
+            "UPDATE pgtandem.side SET truncations = truncations + 1, emptied = GREATEST(emptied, $1::text::xid8) WHERE pair = $2",
+            &[&closed.map_or(0, |closed| closed.0).to_string(), &pair],
+        )
+        .await
+        .map_err(doing("empty a journal table"))?;
+    if followed == 0 {
+        return Err(JournalError::AnotherFollows);
+    }
     let emptied = transaction
         .batch_execute(&format!(
             "LOCK TABLE pgtandem.change_{slot} IN ACCESS EXCLUSIVE MODE NOWAIT; TRUNCATE pgtandem.change_{slot};
-             DELETE FROM pgtandem.rotation WHERE slot = {slot}; UPDATE pgtandem.side SET truncations = truncations + 1"
+             DELETE FROM pgtandem.rotation WHERE slot = {slot}"
         ))
         .await;
     match emptied {

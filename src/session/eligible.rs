@@ -129,10 +129,7 @@ impl Session {
             ) => Some(false),
             Class::Set(set) if set.local => match &set.what {
                 SetWhat::Setting(name) => (name != "transaction_read_only").then_some(false),
-                SetWhat::Transaction => {
-                    let writes = text.to_ascii_lowercase().windows(5).any(|word| word == b"write");
-                    (!writes).then_some(false)
-                }
+                SetWhat::Transaction { read_write } => (!read_write).then_some(false),
                 SetWhat::Constraints | SetWhat::Role => Some(false),
                 SetWhat::SessionAuthorization | SetWhat::SessionCharacteristics => None,
             },

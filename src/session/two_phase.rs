@@ -2,9 +2,9 @@
 //!
 //! They begin no transaction, they end one: one that may have written, and whose locks the flip's
 //! fence waits for. Held like the beginning of a transaction, they would wait for the flip and the
-//! flip for them, until its deadline. So they pass, and nobody waits for them but the fence, and that
-//! only for what has written; the session moves afterwards, as after a read (`reading.rs`). Under the
-//! fence no prepared transaction is left that wrote anything.
+//! flip for them, until its deadline. So they pass, and nobody waits for them but the fence; the
+//! session moves afterwards, as after a read (`reading.rs`). Under the fence no prepared transaction is
+//! left, whether it wrote anything or not.
 
 use super::registry::State;
 use super::relay::Session;

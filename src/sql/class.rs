@@ -314,8 +314,10 @@ pub enum SetWhat {
     Setting(String),
     Role,
     SessionAuthorization,
-    /// SET TRANSACTION
-    Transaction,
+    /// SET TRANSACTION; whether it says READ WRITE
+    Transaction {
+        read_write: bool,
+    },
     /// SET SESSION CHARACTERISTICS AS TRANSACTION
     SessionCharacteristics,
     /// SET CONSTRAINTS

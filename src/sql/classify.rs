@@ -210,9 +210,14 @@ fn set(cursor: &mut Cursor<'_>) -> Class {
             Some("AUTHORIZATION") => SetWhat::SessionAuthorization,
             _ => return Class::Unknown,
         }
-    } else if cursor.at("TRANSACTION") {
+    } else if cursor.eat("TRANSACTION") {
         local = true;
-        SetWhat::Transaction
+        let mut read_write = false;
+        while cursor.peek_kind().is_some() {
+            read_write |= cursor.at("WRITE");
+            cursor.next();
+        }
+        SetWhat::Transaction { read_write }
     } else {
         let Some(name) = setting_name(cursor) else {
             return Class::Unknown;

@@ -170,7 +170,7 @@ fn session_statements() {
     );
     check(
         "set transaction read only",
-        "Set(Set { what: Transaction, local: true })",
+        "Set(Set { what: Transaction { read_write: false }, local: true })",
     );
     check(
         "set session characteristics as transaction read only",
@@ -786,6 +786,13 @@ fn explanations() {
         ("select now()", true, "only within a transaction that only reads"),
         ("begin read only", true, "5% of such transactions"),
         ("begin", false, "unless it says READ ONLY"),
+        (
+            "set transaction isolation level serializable, read only",
+            true,
+            "within a transaction",
+        ),
+        ("set transaction read write", false, "may write"),
+        ("set local transaction_read_only = off", false, "may write"),
         ("declare c cursor for select a from t", true, "within a transaction"),
         (
             "declare c cursor with hold for select a from t",

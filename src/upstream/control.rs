@@ -151,16 +151,19 @@ pub async fn connect_hearing(target: &Target, purpose: &str, heard: Arc<Notify>)
     Ok(control)
 }
 
-/// An error with its causes on one line: tokio-postgres keeps the server's words one level down.
+/// An error with its causes on one line: tokio-postgres keeps the server's words one level down,
+/// under words of its own that say nothing.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
+    let mut links = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        next = error.source();
+        let text = error.to_string();
+        if next.is_none() || text != "db error" {
+            links.push(text);
+        }
     }
-    text
+    links.join(": ")
 }
 
 #[derive(Clone)]

@@ -42,7 +42,7 @@ impl Pair {
         })
     }
 
-    fn shared() -> Arc<Self> {
+    pub fn shared() -> Arc<Self> {
         static SHARED: Mutex<Weak<Pair>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(pair) = shared.upgrade() {
@@ -107,6 +107,11 @@ impl Bed {
     }
 
     pub async fn on(pair: Arc<Pair>, name: &str, schema: &str) -> Self {
+        Self::created(pair, name, "", schema).await
+    }
+
+    /// `options`: CREATE DATABASE's.
+    pub async fn created(pair: Arc<Pair>, name: &str, options: &str, schema: &str) -> Self {
         pair.create_roles().await;
         let bed = Self {
             pair,
@@ -117,7 +122,7 @@ impl Bed {
                 .await
                 .unwrap();
             admin
-                .batch_execute(&format!("CREATE DATABASE \"{name}\" OWNER pgtandem"))
+                .batch_execute(&format!("CREATE DATABASE \"{name}\" OWNER pgtandem {options}"))
                 .await
                 .unwrap();
             bed.admin(side)

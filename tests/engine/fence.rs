@@ -49,6 +49,30 @@ async fn a_stray_writer_is_reported() {
     assert_eq!(status.strays, 2);
 }
 
+/// Left behind, it could no longer be ended where its owner looks for it.
+#[tokio::test]
+async fn waits_for_prepared_transactions_that_wrote_nothing() {
+    let (bed, _applier) = Bed::mirrored("fence_prepared", SCHEMA).await;
+    let client = bed.app(Side::Legacy).await;
+    client
+        .batch_execute("BEGIN; SELECT count(*) FROM t; PREPARE TRANSACTION 'it looked'")
+        .await
+        .unwrap();
+    let mut control = bed.proxy(Side::Legacy).await;
+    match fence(&mut control, Duration::from_millis(300)).await {
+        Err(FenceError::Timeout { writers, .. }) => assert!(writers.contains("'it looked'"), "{writers}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("a transaction was prepared"),
+    }
+    client.batch_execute("COMMIT PREPARED 'it looked'").await.unwrap();
+    fence(&mut control, Duration::from_secs(5))
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+}
+
 #[tokio::test]
 async fn waits_for_writers_in_flight_and_turns() {
     let (bed, applier) = Bed::mirrored("fence_turns", SCHEMA).await;

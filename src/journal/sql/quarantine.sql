@@ -14,7 +14,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.quarantine (
     detail text,
     follows bigint,
     tables text[] NOT NULL,
-    -- The first keys, for whoever lists it: [["schema.table", "(key)"], …].
+    -- The first keys, for whoever lists it: [["schema.table", "(key)"], ...].
     keys jsonb NOT NULL DEFAULT '[]',
     changes bigint NOT NULL,
     attempts integer NOT NULL DEFAULT 0

@@ -13,6 +13,11 @@ CREATE TABLE IF NOT EXISTS pgtandem.side (
     truncations bigint NOT NULL DEFAULT 0
 );
 
+-- The name of the pair whose journal this is, the same on both sides; and the id below which
+-- transactions' changes may be gone from it (apply::kin).
+ALTER TABLE pgtandem.side ADD COLUMN IF NOT EXISTS pair text;
+ALTER TABLE pgtandem.side ADD COLUMN IF NOT EXISTS emptied xid8;
+
 -- Epoch, role and journal slot packed into one number, because a sequence is read as it is
 -- now, whatever the reader's snapshot. journal::state packs and unpacks it:
 -- epoch * 256 + full * 32 + role * 4 + slot.

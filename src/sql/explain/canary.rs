@@ -65,6 +65,7 @@ pub(super) fn canary(script: &Script, class: &Class, context: &ExplainContext<'_
 }
 
 fn place(script: &Script, class: &Class, context: &ExplainContext<'_>) -> Result<Place, &'static str> {
+    const MAY_WRITE: &str = "from there on the transaction may write";
     match class {
         Class::Transaction(TransactionControl::Begin { read_only: true }) => Ok(Place::Begins),
         Class::Transaction(TransactionControl::Begin { read_only: false }) => {
@@ -77,8 +78,10 @@ fn place(script: &Script, class: &Class, context: &ExplainContext<'_>) -> Result
             place_of_read(&crate::sql::analyze(&declare.query), context).map(|_| Place::Within(""))
         }
         Class::Fetch(_) | Class::Close(_) | Class::Show => Ok(Place::Within("")),
-        Class::Set(set) => match set.what {
+        Class::Set(set) => match &set.what {
             SetWhat::SessionAuthorization | SetWhat::SessionCharacteristics => Err(ONLY_READS),
+            SetWhat::Transaction { read_write: true } => Err(MAY_WRITE),
+            SetWhat::Setting(name) if name == "transaction_read_only" => Err(MAY_WRITE),
             _ if set.local => Ok(Place::Within("")),
             _ => Err(ONLY_READS),
         },

@@ -7,7 +7,7 @@ use super::{Measured, NOTHING, gate, span};
 use crate::admin::api::{DatabaseStatus, Gate, Proxy, ServerStatus};
 use crate::control::Side;
 
-/// One that has written holds the fence open: the flip would wait for it and be given up.
+/// The fence waits for it: one that nobody ends has the flip given up.
 pub(super) fn prepared(primary: &ServerStatus, most: Duration) -> Gate {
     let required = format!("none for longer than {}", span(most.as_secs_f64()));
     match &primary.prepared {
