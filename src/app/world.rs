@@ -101,7 +101,7 @@ impl World {
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
-        let rehearsals = Rehearsals::new(&config, receiver.clone());
+        let rehearsals = Rehearsals::new(&config, receiver.clone(), &shadows);
         let canaries = Canaries::new(
             &config.reads.canary,
             shadows.catalogs(),
@@ -522,12 +522,13 @@ impl World {
         }
     }
 
-    /// Writes what the shadow and canary reads came to since the last such lines.
+    /// Writes what the shadow and canary reads and the rehearsed writes came to since the last such lines.
     ///
     /// # Errors
     /// The log cannot be written.
     pub(super) async fn record_reads(&self) -> Result<Head, String> {
         self.canaries.record_statistics().await?;
+        self.rehearsals.record_statistics(self.shadows.log()).await?;
         self.shadows.record_statistics().await
     }
 

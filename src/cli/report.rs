@@ -1,6 +1,5 @@
 //! `pgtandem report`: the auditor's page.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
@@ -10,7 +9,7 @@ use time::OffsetDateTime;
 use super::quarantine::actor;
 use super::schema::pairs;
 use super::{Common, client, load, print_json, say};
-use crate::admin::api::{Recorded, ShadowsAnswer, Status};
+use crate::admin::api::{Recorded, Status};
 use crate::admin::client::{AdminClient, AdminError};
 use crate::report::{Report, Wanted, gather};
 use crate::shadow::Filter;
@@ -45,17 +44,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
         .transpose()
         .map_err(|error| anyhow!("--since: {error}"))?;
     let proxy = ask_proxy(&client(&arguments.common)?).await?;
-    let rehearsals = match &proxy {
-        Some(_) => {
-            client(&arguments.common)?
-                .get::<ShadowsAnswer>("/api/v1/shadows")
-                .await?
-                .rehearsals
-        }
-        None => BTreeMap::new(),
-    };
     let wanted = Wanted {
-        rehearsals,
         since,
         by: actor(),
         verifications: arguments.verifications,

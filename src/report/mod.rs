@@ -125,7 +125,7 @@ pub struct Database {
     pub kinds: BTreeMap<&'static str, u64>,
     /// The period's counts, coverage and latencies.
     pub reads: ShadowReport,
-    /// Rehearsed writes, since the running proxy's start; absent where there were none.
+    /// The period's rehearsed writes; absent where there were none.
     pub writes: Option<RehearsalReport>,
     /// Absent where the secondary was not asked to answer any.
     pub canary: Option<CanaryPeriod>,
@@ -181,8 +181,6 @@ pub struct Wanted {
     /// How many times as slow as legacy a statement is on new to be named
     /// (`reads.slower_ratio`).
     pub slower_ratio: f64,
-    /// What the running proxy knows of its rehearsed writes, by database.
-    pub rehearsals: BTreeMap<String, RehearsalReport>,
 }
 
 /// Reads everything and puts it together.
@@ -306,7 +304,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         canary: tale.canary(&name),
         mismatches: by_fingerprint(&found, &tale.acknowledgements),
         reads,
-        writes: wanted.rehearsals.get(&name).cloned(),
+        writes: tale.writes(&name, wanted.slower_ratio),
         legacy,
         new,
         name,

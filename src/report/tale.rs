@@ -12,6 +12,7 @@ use time::format_description::well_known::Rfc3339;
 use super::{Database, RecordedFlip};
 use crate::admin::api::Flip;
 use crate::chain;
+use crate::shadow::rehearsal::RehearsalReport;
 use crate::shadow::{
     Acknowledgement, CanaryCounts, CanaryLine, CanaryNews, Interval, Mismatch, Parsed, Period, ShadowReport,
     SlowerOnNew, events, parse,
@@ -247,6 +248,10 @@ impl Tale {
         self.periods
             .get(database)
             .map_or_else(ShadowReport::default, |period| period.report(slower))
+    }
+
+    pub(super) fn writes(&self, database: &str, slower: f64) -> Option<RehearsalReport> {
+        self.periods.get(database)?.writes(slower)
     }
 
     pub(super) fn canary(&self, database: &str) -> Option<CanaryPeriod> {

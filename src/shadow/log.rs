@@ -142,6 +142,9 @@ impl Acknowledgement {
 pub struct LogStatus {
     pub path: String,
     pub head: Head,
+    /// The line that tells of this process's first opening; absent until there is one.
+    #[serde(default)]
+    pub opened: Option<u64>,
     /// Of the current file.
     pub bytes: u64,
     /// Why it cannot be written, while it cannot.
@@ -194,6 +197,7 @@ impl MismatchLog {
                 seq: 0,
                 hash: chain::GENESIS.into(),
             },
+            opened: None,
             bytes: 0,
             failing: None,
             lost: 0,
@@ -372,6 +376,10 @@ impl Writer {
         }
         match Chain::open(self.options.clone(), opened) {
             Ok(chain) => {
+                let opened = chain.head().seq;
+                self.told(|status| {
+                    status.opened.get_or_insert(opened);
+                });
                 self.chain = Some(chain);
                 self.lost = 0;
                 self.written();

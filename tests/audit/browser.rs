@@ -125,6 +125,7 @@ async fn report(directory: &Path) -> Report {
         max_age: std::time::Duration::from_secs(3600),
         fsync: Fsync::Never,
         statistics_every: std::time::Duration::from_secs(300),
+        count_back: std::time::Duration::ZERO,
     };
     let mut chain = Chain::open(Options { ..log.chain() }, Map::new()).unwrap();
     let mut fingerprints: Vec<Value> = (0..14).map(fingerprint).collect();
@@ -180,7 +181,6 @@ async fn report(directory: &Path) -> Report {
         chain.append(event, keys(body)).unwrap();
     }
     let wanted = Wanted {
-        rehearsals: std::collections::BTreeMap::new(),
         since: None,
         by: "auditor".into(),
         verifications: Vec::new(),

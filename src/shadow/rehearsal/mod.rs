@@ -14,6 +14,7 @@
 
 mod confirm;
 mod desk;
+mod interval;
 mod run;
 mod sink;
 mod stats;
@@ -29,6 +30,7 @@ use tokio::sync::{Mutex, Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use interval::{WriteInterval, WritePeriod};
 pub use sink::RehearsalSink;
 pub use stats::{RehearsalReport, Rehearsed, RehearsedStatement, SlowerWrite, WriteCounts};
 pub use worker::read_reach;
