@@ -59,6 +59,8 @@ pub struct Transaction {
     pub round: u64,
     pub steps: Vec<Step>,
     pub committed: bool,
+    /// A refusal of its last write may be what COMMIT said: of what is checked only then.
+    pub refused_at_end: bool,
     /// Why it is not to be rehearsed, where that is known already.
     pub left_out: Option<LeftOut>,
 }
@@ -101,6 +103,13 @@ impl Said {
             Self::Done(_) => None,
             Self::Refused(code) => Some(code),
         }
+    }
+}
+
+impl Transaction {
+    /// What is checked at COMMIT is held against it.
+    fn last_write(&self) -> Option<usize> {
+        self.steps.iter().rposition(Step::is_write)
     }
 }
 
