@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
     Analysis, Asked, Call, Candidate, Catalog, Counted, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval,
-    MismatchLog, NoCut, Outcome, Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped,
+    MismatchLog, NoCut, Outcome, Plans, Sampling, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped,
     SlowerWatch, Timing, ValueWriter, events, load_or_create_key, read_counted, spawn,
 };
 use crate::sql::{FingerprintId, Script};
@@ -44,6 +44,8 @@ pub(super) struct Shadows {
     _look_back: AbortOnDropHandle<()>,
     /// By database, what this run's lines of statistics have told.
     told: Mutex<HashMap<String, ShadowReport>>,
+    /// What the log was last told of the shares that are compared.
+    sampling: Mutex<Option<Sampling>>,
     /// By database, what is known of statements that are slower on new.
     slower: Mutex<HashMap<String, SlowerWatch>>,
     control: watch::Receiver<Control>,
@@ -81,6 +83,7 @@ impl Shadows {
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
             log,
             told: Mutex::default(),
+            sampling: Mutex::default(),
             slower: Mutex::default(),
             control,
         })
@@ -102,6 +105,35 @@ impl Shadows {
             told.insert(database, now);
         }
         Ok(self.log.status().head)
+    }
+
+    /// Tells the log what share of the traffic is compared from now on, where that is not what it was
+    /// told last.
+    pub(super) async fn record_sampling(&self, config: &Config) {
+        let mut told = self.sampling.lock().await;
+        let now = Sampling::of(config);
+        if told.as_ref() == Some(&now) {
+            return;
+        }
+        let recorded = match chain::body(&now) {
+            Ok(keys) => self.log.record(events::SAMPLING, keys).await.map(|_| ()),
+            Err(error) => Err(error.to_string()),
+        };
+        match recorded {
+            Ok(()) => *told = Some(now),
+            Err(error) => tracing::warn!(error, "the mismatch log does not tell what share is compared"),
+        }
+    }
+
+    /// The last line: this proxy was not killed.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_end(&self) -> Result<(), String> {
+        self.log
+            .record(events::CLOSED, serde_json::Map::new())
+            .await
+            .map(|_| ())
     }
 
     /// Tells the log of statements that take clearly longer on new.

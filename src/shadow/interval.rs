@@ -263,10 +263,28 @@ impl Period {
         }
         self.others = combine(&self.others, &interval.others, u64::saturating_add);
         if interval.writes.is_empty() {
-            self.ignores.clone_from(&interval.ignores);
+            self.ignored(&interval.ignores);
         }
         self.since.get_or_insert_with(|| interval.since.clone());
         self.writes.add(interval);
+    }
+
+    /// What is ignored from now on; what was before stays told.
+    pub fn ignored(&mut self, now: &[IgnoreReport]) {
+        let same = |one: &IgnoreReport, other: &IgnoreReport| {
+            let bare = |of: &IgnoreReport| IgnoreReport {
+                expired: false,
+                withdrawn: false,
+                ..of.clone()
+            };
+            bare(one) == bare(other)
+        };
+        let gone = self
+            .ignores
+            .drain(..)
+            .filter(|old| !now.iter().any(|new| same(old, new)));
+        let gone = gone.map(|old| IgnoreReport { withdrawn: true, ..old });
+        self.ignores = now.iter().cloned().chain(gone.collect::<Vec<_>>()).collect();
     }
 
     /// Counts the rarest fingerprints together, where there are more than so many.

@@ -33,6 +33,10 @@ pub mod events {
     pub const SWITCHOVER: &str = "switchover";
     pub const STRAYS_ACKNOWLEDGED: &str = "strays_acknowledged";
     pub const CANARY: &str = "canary";
+    /// What share of the traffic is compared from now on.
+    pub const SAMPLING: &str = "sampling";
+    /// The proxy stopped in order; without it, it was killed.
+    pub const CLOSED: &str = "closed";
 }
 
 /// A confirmed mismatch.
@@ -206,6 +210,7 @@ impl MismatchLog {
             opened: json!({
                 "pgtandem": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
+                "started": super::now(),
                 "values": values.mode(),
                 "values_key": values.key_id(),
             }),

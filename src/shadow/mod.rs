@@ -31,6 +31,7 @@ pub mod rehearsal;
 mod rows;
 mod rules;
 mod sample;
+mod sampling;
 mod shown;
 mod sink;
 mod slower;
@@ -56,11 +57,12 @@ pub use interval::{Interval, Period};
 pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
 pub use log_reader::{
     Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged,
-    is_slower_acknowledged, parse, read_log,
+    is_slower_acknowledged, joined, parse, read_log,
 };
 pub use plans::{Planner, Plans};
 pub use read::{Analysis, BindValues, Call, ShadowRead};
 pub use sample::Asked;
+pub use sampling::{Sampling, Share, ShareRule};
 pub use sink::{Candidate, ShadowSink};
 pub use slower::{PlanShape, PlanShapes, Quantiles, Rule, SlowerOnNew, SlowerWatch};
 pub use stats::{

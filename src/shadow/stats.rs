@@ -539,6 +539,9 @@ pub struct IgnoreReport {
     pub expires: String,
     /// It is over: what it covered is compared again, and `check` refuses it.
     pub expired: bool,
+    /// In a report of the log: it was in force in the period, and is in proxy.yaml no more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub withdrawn: bool,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]

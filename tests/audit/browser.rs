@@ -181,6 +181,7 @@ async fn report(directory: &Path) -> Report {
         chain.append(event, keys(body)).unwrap();
     }
     let wanted = Wanted {
+        logs: Vec::new(),
         since: None,
         by: "auditor".into(),
         verifications: Vec::new(),
@@ -291,6 +292,7 @@ async fn the_page_opens_without_network_and_can_be_read() {
                 "Database shop",
                 "Verifications",
                 "Switchovers",
+                "When a proxy ran, and what share it compared",
                 "What happened",
                 "The log that this report rests on"
             ]

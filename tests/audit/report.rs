@@ -291,6 +291,47 @@ async fn what_was_counted_outlives_the_proxy() {
         (&reads.since, reads.matched, reads.skipped)
     );
     assert_eq!(rehearsed(&now), told);
+    // Killed once, and what was to be compared.
+    let told = report(&rig, 0, &[]);
+    let runs: Vec<_> = told["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| run["ended"].clone())
+        .collect();
+    assert_eq!(runs, ["killed", "running"], "{}", told["runs"]);
+    assert!(told["runs"][0]["blind_seconds"].as_f64().is_some());
+    let sampled = told["sampled"].as_array().unwrap();
+    assert_eq!(sampled.len(), 2, "{sampled:?}");
+    assert_eq!(sampled[1]["sampling"]["shadow"]["percent"], 100.0);
+    assert_eq!(sampled[1]["sampling"]["rehearse"]["percent"], 100.0);
+    // Another proxy's log: both counts, each with its head.
+    let path = rig.directory.path().join("mismatches.jsonl");
+    let other = rig.directory.path().join("other.jsonl");
+    fs::copy(&path, &other).unwrap();
+    let (path, other) = (path.to_string_lossy(), other.to_string_lossy());
+    let both = report(&rig, 0, &["--log", &path, "--log", &other]);
+    assert_eq!(
+        both["overall"]["compared"],
+        2 * told["overall"]["compared"].as_u64().unwrap()
+    );
+    assert_eq!(both["runs"].as_array().unwrap().len(), 4);
+    assert_eq!(both["runs"][3]["log"], 1);
+    assert_eq!(both["other_logs"][0]["chain"]["intact"], true);
+    let absent = rig.command(&["report", "--log", "nowhere.jsonl"]);
+    assert_eq!(absent.status.code(), Some(2), "{absent:?}");
+    let head = told["log"]["chain"]["head"]["hash"].as_str().unwrap();
+    rig.check(
+        &["mismatches", "--verify-log", "--head", head],
+        0,
+        "the head that was kept is line number",
+    );
+    rig.check(
+        &["mismatches", "--verify-log", "--head", &"5f".repeat(32)],
+        1,
+        "is none of its lines",
+    );
+    rig.check(&["mismatches", "--verify-log", "--head", "5f"], 2, "64 hex digits");
     let since = format!("since {}", reads.since[..19].replace('T', " "));
     rig.check(&["status"], 0, &since);
     let gates = rig::printed(&rig.command(&["switchover", "--to", "new", "--dry-run"]));
