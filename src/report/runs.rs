@@ -53,21 +53,30 @@ pub struct Sampled {
 
 /// The runs of one log, in order.
 #[derive(Default)]
-pub(super) struct Runs(Vec<Run>);
+pub(super) struct Runs {
+    runs: Vec<Run>,
+    /// A command writes, while no proxy runs.
+    command: bool,
+}
+
+/// What a writer tells of the log before it says that it opened it.
+const OF_THE_NEXT: [&str; 3] = [
+    chain::events::TORN,
+    chain::events::LINES_MISSING,
+    chain::events::SET_ASIDE,
+];
 
 impl Runs {
     /// Every line goes through here.
     pub(super) fn passed(&mut self, log: usize, event: &str, time: &str) {
-        let run = match self.0.last_mut() {
-            Some(run) => run,
-            None => {
-                self.0.push(Run { log, ..Run::default() });
-                let at = self.0.len() - 1;
-                &mut self.0[at]
-            }
-        };
+        if self.command || OF_THE_NEXT.contains(&event) {
+            return;
+        }
+        if self.runs.is_empty() {
+            self.runs.push(Run { log, ..Run::default() });
+        }
+        let Some(run) = self.runs.last_mut() else { return };
         time.clone_into(&mut run.last);
-        // An acknowledgement may be written while no proxy runs: that opens the log, too.
         run.ended = match event {
             events::CLOSED => Ended::Stopped,
             _ => Ended::Unknown,
@@ -81,8 +90,16 @@ impl Runs {
     pub(super) fn opened(&mut self, log: usize, envelope: &Envelope, value: &Value) -> bool {
         debug_assert_eq!(envelope.event, chain::events::OPENED);
         let text = |key: &str| value[key].as_str().map(str::to_owned);
+        self.command = text("command").is_some();
+        if self.command {
+            // The log has one writer, so no proxy runs.
+            if let Some(before) = self.runs.last_mut().filter(|run| run.ended == Ended::Unknown) {
+                before.ended = Ended::Killed;
+            }
+            return false;
+        }
         let id = text("started").or_else(|| Some(value["pid"].to_string()));
-        if let Some(before) = self.0.last_mut() {
+        if let Some(before) = self.runs.last_mut() {
             if before.id == id {
                 return false;
             }
@@ -91,7 +108,7 @@ impl Runs {
             }
             before.blind_seconds = seconds_between(&before.last, &envelope.time);
         }
-        self.0.push(Run {
+        self.runs.push(Run {
             log,
             began: Some(envelope.time.clone()),
             last: envelope.time.clone(),
@@ -103,7 +120,7 @@ impl Runs {
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = &Run> {
-        self.0.iter()
+        self.runs.iter()
     }
 }
 
@@ -118,9 +135,11 @@ mod tests {
 
     use super::*;
 
-    fn opened(runs: &mut Runs, seconds: u32, started: &str) -> bool {
+    fn opened(runs: &mut Runs, seconds: u32, by: (&str, &str)) -> bool {
         let time = format!("2026-01-02T03:04:{seconds:02}Z");
-        let value = json!({ "version": 2, "seq": 1, "time": time, "event": "opened", "prev": "", "started": started, "pgtandem": "0.1.0" });
+        let mut value =
+            json!({ "version": 2, "seq": 1, "time": time, "event": "opened", "prev": "", "pgtandem": "0.1.0" });
+        value[by.0] = by.1.into();
         let envelope = serde_json::from_value(value.clone()).unwrap();
         runs.opened(0, &envelope, &value)
     }
@@ -130,13 +149,19 @@ mod tests {
         let mut runs = Runs::default();
         let at = |seconds: u32| format!("2026-01-02T03:04:{seconds:02}Z");
         runs.passed(0, events::STATISTICS, &at(1));
-        assert!(opened(&mut runs, 5, "a"));
+        assert!(opened(&mut runs, 5, ("started", "a")));
         runs.passed(0, events::STATISTICS, &at(7));
         runs.passed(0, events::MISMATCH, &at(8));
         // The disk was full for a while: the same process.
-        assert!(!opened(&mut runs, 9, "a"));
+        assert!(!opened(&mut runs, 9, ("started", "a")));
         runs.passed(0, events::CLOSED, &at(10));
-        assert!(opened(&mut runs, 30, "b"));
+        assert!(opened(&mut runs, 30, ("started", "b")));
+        // Killed; somebody acknowledges something; and what the next one finds torn is not of this one.
+        runs.passed(0, events::MISMATCH, &at(31));
+        assert!(!opened(&mut runs, 40, ("command", "mismatches ack")));
+        runs.passed(0, events::ACKNOWLEDGED, &at(41));
+        runs.passed(0, chain::events::TORN, &at(50));
+        assert!(opened(&mut runs, 51, ("started", "c")));
         let told: Vec<_> = runs
             .all()
             .map(|run| (run.began.is_some(), run.ended, run.blind_seconds))
@@ -146,6 +171,7 @@ mod tests {
             [
                 (false, Ended::Killed, Some(4.0)),
                 (true, Ended::Stopped, Some(20.0)),
+                (true, Ended::Killed, Some(20.0)),
                 (true, Ended::Unknown, None)
             ]
         );

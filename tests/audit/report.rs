@@ -206,6 +206,15 @@ async fn a_migration_as_an_auditor_sees_it() {
         "values are hidden"
     );
     rig.check(&["report", "--md"], 0, "# Migration report");
+    // Killed once; that somebody acknowledged something in between was no run.
+    let told = report(&rig, 0, &[]);
+    let runs: Vec<_> = told["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| run["ended"].clone())
+        .collect();
+    assert_eq!(runs, ["killed", "running"], "{}", told["runs"]);
     // As the databases record it, with who and why; one that was given up besides.
     let flips = report(&rig, 0, &[])["flips"].clone();
     assert_eq!(flips.as_array().unwrap().len(), 2, "{flips}");
