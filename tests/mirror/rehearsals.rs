@@ -244,6 +244,17 @@ async fn what_only_new_refuses_is_found() {
             assert_eq!((last.rows.primary, last.rows.secondary), (2, 1));
         }
     }
+    // Another type behind the same name: RETURNING tells, whatever the rows are.
+    app.batch_execute("alter table warm alter n type bigint").await.unwrap();
+    let returning = "insert into warm values (1) returning n, n as again";
+    client.simple_query(returning).await.unwrap();
+    settled(&rig, &client).await;
+    let found = mismatches(&rig).await;
+    let last = found.last().unwrap();
+    assert_eq!(
+        (last.kind, &last.differing_columns),
+        (Kind::WriteColumns, &vec!["n".into(), "again".into()])
+    );
     // The other way round: new lets through what legacy refuses.
     rig.direct(Side::Legacy, APP)
         .await

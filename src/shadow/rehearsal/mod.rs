@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use dashmap::DashMap;
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
@@ -191,6 +192,7 @@ pub fn spawn_rehearsals(rehearsals: Rehearsals<'_>) -> (RehearsalSink, Rehearsal
         log_counters: reads.0.counters.clone(),
         pool: Pool::new(),
         desk,
+        alike: DashMap::new(),
         deadline: rehearse.timeout,
         truncations: Mutex::default(),
     };
