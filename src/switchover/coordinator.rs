@@ -232,10 +232,12 @@ impl<'a> Lead<'a> {
                 Ok(measured)
             }
             Step::Decided => {
+                let began = Instant::now();
                 // None of ours may be in the way; those of other proxies are ended.
                 for tandem in self.order.tandems {
                     tandem.stop_applier().await;
                 }
+                let stopped = began.elapsed();
                 for crossing in &mut self.crossings {
                     if let Err(cause) = crossing.turn_new().await {
                         tracing::warn!(cause, "the new side is turned over another connection");
@@ -243,7 +245,9 @@ impl<'a> Lead<'a> {
                         break;
                     }
                 }
-                Ok(json!({}))
+                Ok(
+                    json!({ "stop_ms": stopped.as_secs_f64() * 1000.0, "turn_ms": (began.elapsed() - stopped).as_secs_f64() * 1000.0 }),
+                )
             }
             Step::Turned => self.answers("released", RELEASE_MAX).await,
             Step::Done | Step::Aborted => Ok(json!({})),
