@@ -326,10 +326,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         *kinds.entry(Kind::as_str(mismatch.kind)).or_default() += 1;
     }
     let (legacy, new) = match targets {
-        Some([legacy, new]) => tokio::join!(
-            history::of_side(legacy, Side::Legacy, since),
-            history::of_side(new, Side::New, since)
-        ),
+        Some([legacy, new]) => tokio::join!(history::of_side(legacy, since), history::of_side(new, since)),
         None => (unnamed(), unnamed()),
     };
     Database {

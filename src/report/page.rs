@@ -221,6 +221,17 @@ impl Say {
         fingerprints.filter(|one| one.noise.disagreed > 0).collect()
     }
 
+    fn asked_twice(self, database: &Database) -> u64 {
+        let fingerprints = database.reads.fingerprints.iter();
+        fingerprints.map(|one| one.noise.asked_twice).sum()
+    }
+
+    /// Whether a database could not tell what it records.
+    fn unheard(self, report: &Report) -> bool {
+        let sides = report.databases.iter().flat_map(|one| [&one.legacy, &one.new]);
+        { sides }.any(|side| side.error.is_some())
+    }
+
     fn most_read(self, database: &Database) -> Vec<&FingerprintReport> {
         database.reads.fingerprints.iter().take(ROWS_MAX).collect()
     }

@@ -30,6 +30,8 @@ pub(super) struct Tale {
     pub(super) sampled: Vec<Sampled>,
     slower: Vec<SlowerOnNew>,
     periods: BTreeMap<String, Period>,
+    /// Of a database of which nothing was read.
+    unread: Period,
     /// With the lines that tell of them.
     flips: Vec<(u64, Flip)>,
     canaries: BTreeMap<String, CanaryPeriod>,
@@ -256,7 +258,7 @@ impl Tale {
             }
             events::SAMPLING => {
                 if let Ok(sampling) = serde_json::from_value::<Sampling>(value) {
-                    for period in self.periods.values_mut() {
+                    for period in self.periods.values_mut().chain([&mut self.unread]) {
                         period.ignored(&sampling.ignores);
                     }
                     self.sampled.push(Sampled {
@@ -342,9 +344,8 @@ impl Tale {
     }
 
     pub(super) fn reads(&self, database: &str, slower: f64) -> ShadowReport {
-        self.periods
-            .get(database)
-            .map_or_else(ShadowReport::default, |period| period.report(slower))
+        // Where nothing was read, what would have been ignored is told all the same.
+        self.periods.get(database).unwrap_or(&self.unread).report(slower)
     }
 
     pub(super) fn writes(&self, database: &str, slower: f64) -> Option<RehearsalReport> {
