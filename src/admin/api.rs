@@ -134,6 +134,9 @@ pub struct CanaryStatus {
     pub on_seconds: f64,
     /// Per cent of the reads considered that the secondary answered.
     pub share: f64,
+    /// When its proxy began to count, RFC 3339.
+    #[serde(default)]
+    pub since: String,
     /// Since the proxy started.
     pub counts: CanaryCounts,
     /// Within the budget's window.
@@ -320,6 +323,9 @@ pub struct TableStatus {
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ShadowReads {
+    /// When counting began, RFC 3339: with `mismatch_log.count_back`, before the proxy's start.
+    #[serde(default)]
+    pub since: String,
     pub matched: u64,
     pub mismatched: u64,
     /// Different at first, equal at a cut.

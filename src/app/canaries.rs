@@ -283,7 +283,8 @@ impl Canaries {
     pub(super) fn status(&self, name: &str) -> Option<CanaryStatus> {
         let config = self.config.load();
         let database = self.databases.get(name)?;
-        let counts = self.sinks.sink(name).map(|sink| sink.canary()).unwrap_or_default();
+        let sink = self.sinks.sink(name);
+        let counts = sink.as_ref().map(|sink| sink.canary()).unwrap_or_default();
         if !config.any() && counts == CanaryCounts::default() {
             return None;
         }
@@ -298,6 +299,7 @@ impl Canaries {
             share: share(&counts),
             window_seconds: config.budget.window.as_secs_f64(),
             spent: Spent::of(&state.within),
+            since: sink.map(|sink| sink.stats().since).unwrap_or_default(),
             counts,
             turned_off: state.turned_off.clone(),
         })

@@ -1,24 +1,25 @@
 //! The rehearsed writes of every database: starts one intake for each, and leaves there the
 //! transactions that sessions come by.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
-use super::shadows::Shadows;
+use super::shadows::{Earlier, Shadows};
 use crate::apply;
+use crate::chain;
 use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks;
-use crate::shadow::Asked;
 use crate::shadow::rehearsal::{
     Pace, RehearsalReport, RehearsalSink, RehearsalTasks, Rehearsals as Wanted, Rehearsed, Transaction,
     spawn_rehearsals,
 };
+use crate::shadow::{Asked, Interval, MismatchLog, events};
 use crate::sql::Script;
 use crate::switchover::Tandem;
 
@@ -27,6 +28,10 @@ pub(super) struct Rehearsals {
     /// Whether proxy.yaml wants any write rehearsed.
     wanted: Arc<AtomicBool>,
     control: watch::Receiver<Control>,
+    /// What earlier runs counted.
+    earlier: Earlier,
+    /// By database, what this run's lines of statistics have told.
+    told: Mutex<HashMap<String, RehearsalReport>>,
 }
 
 struct Intake {
@@ -35,8 +40,10 @@ struct Intake {
 }
 
 impl Rehearsals {
-    pub(super) fn new(config: &Config, control: watch::Receiver<Control>) -> Self {
+    pub(super) fn new(config: &Config, control: watch::Receiver<Control>, shadows: &Shadows) -> Self {
         Self {
+            earlier: shadows.earlier(),
+            told: Mutex::default(),
             databases: Arc::default(),
             wanted: Arc::new(AtomicBool::new(config.rehearse.any())),
             control,
@@ -83,17 +90,54 @@ impl Rehearsals {
 
     /// Absent where nothing was ever rehearsed, nor is to be.
     pub(super) fn of_database(&self, name: &str) -> Option<Rehearsed> {
-        let stats = self.databases.get(name)?.sink.stats();
+        let mut stats = self.databases.get(name)?.sink.stats();
+        if let Some(earlier) = self.earlier.load().get(name) {
+            stats = earlier.writes(&stats).unwrap_or(stats);
+        }
         (self.wanted.load(Ordering::Relaxed) || stats.counts.executions > 0).then_some(stats)
     }
 
-    /// All that is known of the writes, by database.
-    pub(super) fn report(&self, slower: f64) -> BTreeMap<String, RehearsalReport> {
+    /// What this run has counted of the writes, by database.
+    fn counted(&self, slower: f64) -> BTreeMap<String, RehearsalReport> {
         self.databases
             .iter()
             .map(|database| (database.key().clone(), database.sink.report(slower)))
+            .collect()
+    }
+
+    /// All that is known of the writes, by database: with what earlier runs counted.
+    pub(super) fn report(&self, slower: f64) -> BTreeMap<String, RehearsalReport> {
+        let earlier = self.earlier.load();
+        self.counted(slower)
+            .into_iter()
+            .map(|(name, live)| match earlier.get(&name) {
+                Some(earlier) if earlier.writes(&live.totals).is_some() => {
+                    let whole = earlier.write_report(&live, slower);
+                    (name, whole)
+                }
+                _ => (name, live),
+            })
             .filter(|(_, report)| report.totals.counts.executions > 0 || report.totals.waiting > 0)
             .collect()
+    }
+
+    /// Writes what the rehearsals came to since the last such lines. What cannot be written is told by
+    /// the next ones.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_statistics(&self, log: &MismatchLog) -> Result<(), String> {
+        let mut told = self.told.lock().await;
+        // What is slower is not told here.
+        for (database, now) in self.counted(f64::INFINITY) {
+            let before = told.get(&database).cloned().unwrap_or_default();
+            for interval in Interval::of_writes(&database, &before, &now) {
+                let keys = chain::body(&interval).map_err(|error| error.to_string())?;
+                log.record(events::STATISTICS, keys).await?;
+            }
+            told.insert(database, now);
+        }
+        Ok(())
     }
 }
 

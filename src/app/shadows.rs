@@ -1,14 +1,17 @@
 //! The shadow reads of every database: starts one intake for each, and shows it the reads that
 //! sessions come by.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use dashmap::DashMap;
+use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
@@ -19,9 +22,9 @@ use crate::config::Config;
 use crate::control::Control;
 use crate::session::hooks::{self, Observer, Read};
 use crate::shadow::{
-    Analysis, Asked, Call, Candidate, Catalog, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval, MismatchLog, NoCut,
-    Outcome, Plans, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped, SlowerWatch, Timing,
-    ValueWriter, events, load_or_create_key, spawn,
+    Analysis, Asked, Call, Candidate, Catalog, Counted, Cuts, CutsFuture, DigestBuilder, HeldCut, Interval,
+    MismatchLog, NoCut, Outcome, Plans, Sampling, Shadow, ShadowRead, ShadowReport, ShadowSink, ShadowTasks, Skipped,
+    SlowerWatch, Timing, ValueWriter, events, load_or_create_key, read_counted, spawn,
 };
 use crate::sql::{FingerprintId, Script};
 use crate::switchover::Tandem;
@@ -36,12 +39,20 @@ pub(super) struct Shadows {
     log: MismatchLog,
     _log_writer: JoinHandle<()>,
     _phases: AbortOnDropHandle<()>,
-    /// By database, what the log's lines of statistics have told.
+    /// What earlier runs counted.
+    earlier: Earlier,
+    _look_back: AbortOnDropHandle<()>,
+    /// By database, what this run's lines of statistics have told.
     told: Mutex<HashMap<String, ShadowReport>>,
+    /// What the log was last told of the shares that are compared.
+    sampling: Mutex<Option<Sampling>>,
     /// By database, what is known of statements that are slower on new.
     slower: Mutex<HashMap<String, SlowerWatch>>,
     control: watch::Receiver<Control>,
 }
+
+/// By database, what the log tells of runs before this one; empty until it has been read.
+pub(super) type Earlier = Arc<ArcSwap<BTreeMap<String, Counted>>>;
 
 struct Intake {
     sink: ShadowSink,
@@ -55,11 +66,16 @@ impl Shadows {
     /// The key of the hashes cannot be had. A log that cannot be written is alarmed instead.
     pub(super) fn start(config: &Config, control: watch::Receiver<Control>) -> anyhow::Result<Self> {
         let log = &config.mismatch_log;
+        let (path, back) = (log.path.clone(), log.count_back);
         let key = load_or_create_key(&log.key_file)
             .with_context(|| format!("mismatch_log: key_file: {}", log.key_file.display()))?;
         let values = ValueWriter::with_key(log.values, key).by_column(log.columns.clone());
         let (log, log_writer) = MismatchLog::open(log.chain(), values);
+        let earlier = Earlier::default();
+        let look_back = look_back(path, back, log.clone(), earlier.clone());
         Ok(Self {
+            earlier,
+            _look_back: AbortOnDropHandle::new(tokio::spawn(look_back)),
             databases: Arc::default(),
             wanted: Arc::new(AtomicBool::new(config.reads.shows_any())),
             slower_ratio: ArcSwap::from_pointee(config.reads.slower_ratio),
@@ -67,6 +83,7 @@ impl Shadows {
             _phases: AbortOnDropHandle::new(tokio::spawn(record_phases(log.clone(), control.clone()))),
             log,
             told: Mutex::default(),
+            sampling: Mutex::default(),
             slower: Mutex::default(),
             control,
         })
@@ -79,7 +96,7 @@ impl Shadows {
     /// The log cannot be written.
     pub(super) async fn record_statistics(&self) -> Result<Head, String> {
         let mut told = self.told.lock().await;
-        for (database, now) in self.report().databases {
+        for (database, now) in self.counted() {
             let before = told.get(&database).cloned().unwrap_or_default();
             for interval in Interval::between(&database, &before, &now) {
                 let keys = chain::body(&interval).map_err(|error| error.to_string())?;
@@ -90,6 +107,35 @@ impl Shadows {
         Ok(self.log.status().head)
     }
 
+    /// Tells the log what share of the traffic is compared from now on, where that is not what it was
+    /// told last.
+    pub(super) async fn record_sampling(&self, config: &Config) {
+        let mut told = self.sampling.lock().await;
+        let now = Sampling::of(config);
+        if told.as_ref() == Some(&now) {
+            return;
+        }
+        let recorded = match chain::body(&now) {
+            Ok(keys) => self.log.record(events::SAMPLING, keys).await.map(|_| ()),
+            Err(error) => Err(error.to_string()),
+        };
+        match recorded {
+            Ok(()) => *told = Some(now),
+            Err(error) => tracing::warn!(error, "the mismatch log does not tell what share is compared"),
+        }
+    }
+
+    /// The last line: this proxy was not killed.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(super) async fn record_end(&self) -> Result<(), String> {
+        self.log
+            .record(events::CLOSED, serde_json::Map::new())
+            .await
+            .map(|_| ())
+    }
+
     /// Tells the log of statements that take clearly longer on new.
     ///
     /// # Errors
@@ -97,7 +143,7 @@ impl Shadows {
     pub(super) async fn record_slower(&self) -> Result<(), String> {
         let mut watches = self.slower.lock().await;
         let ratio = **self.slower_ratio.load();
-        for (database, now) in self.report().databases {
+        for (database, now) in self.counted() {
             let planner = self.databases.get(&database).map(|intake| intake.tasks.planner.clone());
             let Some(planner) = planner else { continue };
             let watch = watches.entry(database.clone()).or_default();
@@ -192,8 +238,12 @@ impl Shadows {
             return ShadowReads::default();
         };
         let stats = database.sink.stats();
-        let counts = stats.counts;
+        let (since, counts) = match self.earlier.load().get(name) {
+            Some(earlier) => earlier.reads(&stats),
+            None => (stats.since, stats.counts),
+        };
         ShadowReads {
+            since,
             matched: counts.matched,
             mismatched: counts.mismatched,
             transient: counts.transient,
@@ -223,16 +273,57 @@ impl Shadows {
         outcome
     }
 
-    /// All that is known of the reads, by database.
-    pub(super) fn report(&self) -> ShadowsAnswer {
+    /// What this run has counted of the reads, by database.
+    fn counted(&self) -> BTreeMap<String, ShadowReport> {
+        let slower = **self.slower_ratio.load();
         let databases = self.databases.iter();
+        databases
+            .map(|database| (database.key().clone(), database.sink.report(slower)))
+            .collect()
+    }
+
+    /// All that is known of the reads, by database: with what earlier runs counted.
+    pub(super) fn report(&self) -> ShadowsAnswer {
+        let (earlier, slower) = (self.earlier.load(), **self.slower_ratio.load());
+        let whole = |name: &String, live: ShadowReport| match earlier.get(name) {
+            Some(earlier) => earlier.read_report(&live, slower),
+            None => live,
+        };
         ShadowsAnswer {
-            databases: databases
-                .map(|database| (database.key().clone(), database.sink.report(**self.slower_ratio.load())))
+            databases: self
+                .counted()
+                .into_iter()
+                .map(|(name, live)| (name.clone(), whole(&name, live)))
                 .collect(),
             ..ShadowsAnswer::default()
         }
     }
+
+    /// What earlier runs counted.
+    pub(super) fn earlier(&self) -> Earlier {
+        self.earlier.clone()
+    }
+}
+
+/// Reads what the log tells of runs before this one. Where it cannot be written, nothing says which
+/// lines are theirs: then counts begin with this run.
+async fn look_back(path: PathBuf, back: Duration, log: MismatchLog, earlier: Earlier) {
+    log.flushed().await;
+    let (Some(opened), Some(from)) = (log.status().opened, OffsetDateTime::now_utc().checked_sub(span(back))) else {
+        return;
+    };
+    if back.is_zero() {
+        return;
+    }
+    match tokio::task::spawn_blocking(move || read_counted(&path, from, opened)).await {
+        Ok(Ok(counted)) => earlier.store(Arc::new(counted)),
+        Ok(Err(error)) => tracing::warn!(%error, "the mismatch log does not tell what was counted before"),
+        Err(error) => tracing::warn!(%error, "the mismatch log was not read to its end"),
+    }
+}
+
+fn span(of: Duration) -> time::Duration {
+    of.try_into().unwrap_or(time::Duration::MAX)
 }
 
 /// The log says where the migration stood when.

@@ -101,7 +101,7 @@ impl World {
         let (sender, receiver) = watch::channel(control);
         let shadows = Shadows::start(&config, receiver.clone())?;
         let both_sides = BothSides::new(config.writes, shadows.catalogs(), receiver.clone());
-        let rehearsals = Rehearsals::new(&config, receiver.clone());
+        let rehearsals = Rehearsals::new(&config, receiver.clone(), &shadows);
         let canaries = Canaries::new(
             &config.reads.canary,
             shadows.catalogs(),
@@ -444,6 +444,7 @@ impl World {
         self.tandems().iter().for_each(|tandem| tandem.go_on());
         self.sessions.reload(settings);
         self.shadows.reload(&new);
+        self.shadows.record_sampling(&new).await;
         self.rehearsals.reload(&new);
         self.both_sides.reload(new.writes);
         self.canaries.reload(&new.reads.canary);
@@ -520,19 +521,26 @@ impl World {
         if let Err(error) = self.record_reads().await {
             tracing::warn!(error, "the mismatch log does not tell of the last reads");
         }
+        if let Err(error) = self.shadows.record_end().await {
+            tracing::warn!(error, "the mismatch log does not tell that the proxy stopped");
+        }
     }
 
-    /// Writes what the shadow and canary reads came to since the last such lines.
+    /// Writes what the shadow and canary reads and the rehearsed writes came to since the last such lines.
     ///
     /// # Errors
     /// The log cannot be written.
     pub(super) async fn record_reads(&self) -> Result<Head, String> {
         self.canaries.record_statistics().await?;
+        // Where the log could not take it before.
+        self.shadows.record_sampling(&self.config.load()).await;
+        self.rehearsals.record_statistics(self.shadows.log()).await?;
         self.shadows.record_statistics().await
     }
 
     /// The log's lines of statistics, as long as the process lives.
     pub(super) async fn keep_statistics(self: Arc<Self>) {
+        self.shadows.record_sampling(&self.config.load()).await;
         loop {
             tokio::time::sleep(self.config.load().mismatch_log.statistics_every).await;
             if let Err(error) = self.record_reads().await {

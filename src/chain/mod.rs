@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 pub use reader::{Follower, Line, Lines, files, lines};
-pub use verify::{Broken, FileVerified, HeadFile, Incident, Verification, verify};
+pub use verify::{Broken, FileVerified, HeadFile, Incident, Kept, Verification, verify, verify_against};
 pub use writer::{Chain, Fsync, MacKey, Options};
 
 /// The schema of the lines; grows when a key changes its meaning. Version 1 was not chained.

@@ -5,10 +5,17 @@ use std::io::{self, BufReader};
 use std::path::Path;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::reader::{next_line, open_files};
 use super::{Envelope, GENESIS, Head, MacKey, VERSION, events, hash, read_head};
+
+/// Told beside what the chain records itself, of a line that is older than the one before it.
+const CLOCK_WENT_BACK: &str = "clock_went_back";
+/// Clocks are set right all the time by less.
+const CLOCK_MAY_STEP: time::Duration = time::Duration::SECOND;
 
 /// What checking a log found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -22,6 +29,9 @@ pub struct Verification {
     pub head: Head,
     pub broken: Vec<Broken>,
     pub head_file: HeadFile,
+    /// Where a head that was kept is; absent where none was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
     /// Bytes of an unfinished last line: written at this moment, or left by a writer that was
     /// killed; the next start sets them aside and records it.
     pub torn_bytes: u64,
@@ -55,6 +65,18 @@ pub struct Incident {
     pub details: Value,
 }
 
+/// Where a head is that somebody kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kept {
+    /// It is the line of this number: nothing up to there was changed, and nothing cut off.
+    Line(u64),
+    /// The log's first line follows it: what was up to there is in files that are not here.
+    BeforeTheFirst,
+    /// It is nowhere.
+    Missing,
+}
+
 /// What `<log>.head` says of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -74,9 +96,17 @@ pub enum HeadFile {
 /// # Errors
 /// A file cannot be read.
 pub fn verify(log: &Path, mac_key: Option<&MacKey>) -> io::Result<Verification> {
+    verify_against(log, mac_key, None)
+}
+
+/// The same, and that it goes on from a head that was kept: the hash of a line.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn verify_against(log: &Path, mac_key: Option<&MacKey>, kept: Option<&str>) -> io::Result<Verification> {
     // Before the log, which may grow meanwhile: so it is never ahead of what is read.
     let known = read_head(log)?;
-    let mut check = Check::new(mac_key, known.as_ref());
+    let mut check = Check::new(mac_key, known.as_ref(), kept);
     for (path, file) in open_files(log)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut reader = BufReader::new(file);
@@ -100,6 +130,10 @@ struct Check<'a> {
     mac_key: Option<&'a MacKey>,
     known: Option<&'a Head>,
     known_found: Option<bool>,
+    kept: Option<&'a str>,
+    kept_found: Option<Kept>,
+    /// When the line before was written.
+    time: Option<OffsetDateTime>,
     /// Of the line before; its hash is what it really is, whatever the next line says.
     head: Option<Head>,
     /// A break was told of and not yet left behind.
@@ -115,11 +149,14 @@ struct Check<'a> {
 }
 
 impl<'a> Check<'a> {
-    fn new(mac_key: Option<&'a MacKey>, known: Option<&'a Head>) -> Self {
+    fn new(mac_key: Option<&'a MacKey>, known: Option<&'a Head>, kept: Option<&'a str>) -> Self {
         Self {
             mac_key,
             known,
             known_found: None,
+            kept,
+            kept_found: None,
+            time: None,
             head: None,
             lost: false,
             file: FileVerified {
@@ -188,6 +225,10 @@ impl<'a> Check<'a> {
         if let Some(known) = self.known.filter(|known| known.seq == head.seq) {
             self.known_found = Some(*known == head);
         }
+        if self.kept == Some(head.hash.as_str()) {
+            self.kept_found = Some(Kept::Line(head.seq));
+        }
+        self.clock(&envelope);
         if self.file.lines == 1 {
             self.file.first = envelope.seq;
         }
@@ -205,6 +246,7 @@ impl<'a> Check<'a> {
         }
         match self.head.clone() {
             None if envelope.seq == 1 && envelope.prev == GENESIS => {}
+            None if self.kept == Some(envelope.prev.as_str()) => self.kept_found = Some(Kept::BeforeTheFirst),
             None => self.broken(format!(
                 "the chain begins with line number {}: what was before it is not here",
                 envelope.seq
@@ -222,6 +264,23 @@ impl<'a> Check<'a> {
                     ));
                 }
             }
+        }
+    }
+
+    /// A line that says that it is older than the one before it: no break, but whoever goes by times
+    /// must know.
+    fn clock(&mut self, envelope: &Envelope) {
+        let Ok(time) = OffsetDateTime::parse(&envelope.time, &Rfc3339) else {
+            return;
+        };
+        let before = self.time.replace(time);
+        if let Some(before) = before.filter(|before| *before - time > CLOCK_MAY_STEP) {
+            self.incidents.push(Incident {
+                seq: envelope.seq,
+                time: envelope.time.clone(),
+                event: CLOCK_WENT_BACK.into(),
+                details: json!({ "seconds": (before - time).as_seconds_f64() }),
+            });
         }
     }
 
@@ -265,6 +324,14 @@ impl<'a> Check<'a> {
 
     fn finish(mut self) -> Verification {
         let known = self.known;
+        let kept = self.kept.map(|kept| {
+            if self.kept_found.is_none() {
+                self.broken(format!(
+                    "the head that was kept, {kept}, is none of its lines: lines were cut off or changed, or it is another log"
+                ));
+            }
+            self.kept_found.unwrap_or(Kept::Missing)
+        });
         let head = self.head.clone().unwrap_or_else(Head::genesis);
         let head_file = match (known, self.known_found) {
             (None, _) => HeadFile::None,
@@ -292,6 +359,7 @@ impl<'a> Check<'a> {
             head,
             broken: self.broken,
             head_file,
+            kept,
             torn_bytes: self.torn_bytes,
             incidents: self.incidents,
         }
@@ -316,6 +384,16 @@ impl fmt::Display for Verification {
         }
         for broken in &self.broken {
             writeln!(f, "BROKEN    {}:{}: {}", broken.file, broken.line, broken.what)?;
+        }
+        match self.kept {
+            Some(Kept::Line(seq)) => writeln!(f, "the head that was kept is line number {seq}")?,
+            Some(Kept::BeforeTheFirst) => {
+                writeln!(
+                    f,
+                    "the first line follows the head that was kept: what was up to there is not here"
+                )?;
+            }
+            Some(Kept::Missing) | None => {}
         }
         if self.torn_bytes > 0 {
             writeln!(

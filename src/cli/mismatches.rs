@@ -50,6 +50,10 @@ pub(super) struct Arguments {
     /// Check the chain of all files, line by line, and say where it breaks. Exit 1 when it does.
     #[arg(long, conflicts_with_all = ["each", "since", "fingerprint", "kind"])]
     verify_log: bool,
+    /// With it: that this head, which a report or `status` told (the hash of a line, 64 hex digits), is in
+    /// the log or right before its first line. So an end that was cut off is found, too.
+    #[arg(long, value_name = "HASH", requires = "verify_log", value_parser = hash)]
+    head: Option<String>,
     /// Ask the running proxy for both sides' plans, of this fingerprint or of all statements that are
     /// slower on new.
     #[arg(long, conflicts_with_all = ["each", "since", "kind", "follow", "verify_log"])]
@@ -81,6 +85,13 @@ struct Ack {
     output: Output,
 }
 
+fn hash(text: &str) -> Result<String, String> {
+    let right = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    right
+        .then(|| text.to_lowercase())
+        .ok_or_else(|| "64 hex digits, as a report and `status --json` have them".into())
+}
+
 /// A kind by its name in the log.
 fn kind(text: &str) -> Result<Kind, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
@@ -96,7 +107,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
     }
     let config = load(&arguments.common)?;
     if arguments.verify_log {
-        return verify(&config, arguments.output.json);
+        return verify(&config, arguments.head.as_deref(), arguments.output.json);
     }
     let since = arguments
         .since
@@ -203,9 +214,9 @@ fn print_one(line: &(impl Display + Serialize), fingerprint: &str, statement: &s
     }
 }
 
-fn verify(config: &Config, json: bool) -> anyhow::Result<bool> {
+fn verify(config: &Config, head: Option<&str>, json: bool) -> anyhow::Result<bool> {
     let log = &config.mismatch_log;
-    let verified = chain::verify(&log.path, log.signing_key().as_ref())
+    let verified = chain::verify_against(&log.path, log.signing_key().as_ref(), head)
         .with_context(|| format!("check the mismatch log {}", log.path.display()))?;
     if json {
         print_json(&verified)?;

@@ -1,6 +1,5 @@
 //! `pgtandem report`: the auditor's page.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
@@ -10,7 +9,7 @@ use time::OffsetDateTime;
 use super::quarantine::actor;
 use super::schema::pairs;
 use super::{Common, client, load, print_json, say};
-use crate::admin::api::{Recorded, ShadowsAnswer, Status};
+use crate::admin::api::{Recorded, Status};
 use crate::admin::client::{AdminClient, AdminError};
 use crate::report::{Report, Wanted, gather};
 use crate::shadow::Filter;
@@ -31,6 +30,10 @@ pub(super) struct Arguments {
     /// As Markdown.
     #[arg(long)]
     md: bool,
+    /// Read this log instead of the one that proxy.yaml names; repeated, the logs of several proxies of
+    /// the pair, whose counts add up.
+    #[arg(long = "log", value_name = "FILE")]
+    logs: Vec<PathBuf>,
     /// A report of `verify --report FILE` to take in; may be repeated.
     #[arg(long = "verification", value_name = "FILE")]
     verifications: Vec<PathBuf>,
@@ -45,17 +48,11 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
         .transpose()
         .map_err(|error| anyhow!("--since: {error}"))?;
     let proxy = ask_proxy(&client(&arguments.common)?).await?;
-    let rehearsals = match &proxy {
-        Some(_) => {
-            client(&arguments.common)?
-                .get::<ShadowsAnswer>("/api/v1/shadows")
-                .await?
-                .rehearsals
-        }
-        None => BTreeMap::new(),
-    };
+    for log in &arguments.logs {
+        anyhow::ensure!(log.exists(), "--log: there is no {}", log.display());
+    }
     let wanted = Wanted {
-        rehearsals,
+        logs: arguments.logs,
         since,
         by: actor(),
         verifications: arguments.verifications,
@@ -78,7 +75,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<bool> {
             }
         }
     }
-    Ok(report.log.chain.intact && report.log.lost == 0)
+    Ok(report.is_whole())
 }
 
 /// The running proxy writes its newest counts to the log first. None where none runs: the report
@@ -94,17 +91,16 @@ async fn ask_proxy(client: &AdminClient) -> anyhow::Result<Option<Status>> {
 }
 
 fn summary(report: &Report, file: &std::path::Path) -> String {
-    format!(
-        "{}: {} reads compared, {} mismatched; log {}, head {} {}",
+    let mut text = format!(
+        "{}: {} reads compared, {} mismatched",
         file.display(),
         report.overall.compared,
         report.overall.mismatched,
-        if report.log.chain.intact {
-            "intact"
-        } else {
-            "NOT INTACT"
-        },
-        report.log.chain.head.seq,
-        report.log.chain.head.hash
-    )
+    );
+    for log in report.logs() {
+        let state = if log.chain.intact { "intact" } else { "NOT INTACT" };
+        let head = &log.chain.head;
+        text.push_str(&format!("; log {state}, head {} {}", head.seq, head.hash));
+    }
+    text
 }

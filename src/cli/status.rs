@@ -244,8 +244,12 @@ fn print_canary(canary: &CanaryStatus) {
         None => format!("on for {:.0} s", canary.on_seconds),
     };
     say(&format!(
-        "  canary     {state}; {} reads answered by the secondary ({:.1} % of {}), {} read-only transactions",
-        counts.served, canary.share, counts.considered, counts.transactions
+        "  canary     {state}; {} reads answered by the secondary ({:.1} % of {}), {} read-only transactions{}",
+        counts.served,
+        canary.share,
+        counts.considered,
+        counts.transactions,
+        since(&canary.since)
     ));
     let fallbacks = &counts.fallbacks;
     say(&format!(
@@ -359,8 +363,12 @@ fn print_shadow_reads(reads: &ShadowReads) {
     let not_comparable: u64 = reads.not_comparable.values().sum();
     let failed: u64 = reads.failed.values().sum();
     say(&format!(
-        "  shadow     {} matched, {} mismatched, {} transient, {not_comparable} not comparable, {} dropped, {failed} failed",
-        reads.matched, reads.mismatched, reads.transient, reads.dropped
+        "  shadow     {} matched, {} mismatched, {} transient, {not_comparable} not comparable, {} dropped, {failed} failed{}",
+        reads.matched,
+        reads.mismatched,
+        reads.transient,
+        reads.dropped,
+        since(&reads.since)
     ));
     for (reason, count) in &reads.not_comparable {
         say(&format!("             not comparable: {count} {reason}"));
@@ -370,17 +378,25 @@ fn print_shadow_reads(reads: &ShadowReads) {
     }
 }
 
+/// When counting began.
+fn since(rfc3339: &str) -> String {
+    rfc3339.get(..19).map_or_else(String::new, |seconds| {
+        format!(", since {} UTC", seconds.replacen('T', " ", 1))
+    })
+}
+
 fn print_rehearsed(writes: &Rehearsed) {
     let counts = &writes.counts;
     let sum = |map: &std::collections::BTreeMap<String, u64>| map.values().sum::<u64>();
     say(&format!(
-        "  rehearsed  {} matched, {} mismatched, {} unsettled, {} left out, {} dropped, {} failed",
+        "  rehearsed  {} matched, {} mismatched, {} unsettled, {} left out, {} dropped, {} failed{}",
         counts.matched,
         counts.mismatched,
         counts.unsettled,
         sum(&counts.left_out),
         sum(&counts.dropped),
-        sum(&counts.failed)
+        sum(&counts.failed),
+        since(&writes.since)
     ));
     for (what, reasons) in [("left out", &counts.left_out), ("failed", &counts.failed)] {
         for (reason, count) in reasons {

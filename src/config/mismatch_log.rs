@@ -26,6 +26,8 @@ pub struct MismatchLog {
     pub fsync: Fsync,
     /// Between two lines of statistics.
     pub statistics_every: Duration,
+    /// How far back a proxy that starts goes on counting from those lines; zero: not at all.
+    pub count_back: Duration,
 }
 
 impl MismatchLog {
@@ -70,6 +72,7 @@ pub(super) struct RawMismatchLog {
     max_age: Seconds,
     fsync: Text,
     statistics_every: Seconds,
+    count_back: Seconds,
 }
 
 impl Default for RawMismatchLog {
@@ -84,6 +87,7 @@ impl Default for RawMismatchLog {
             max_age: Seconds(Duration::from_secs(24 * 3600)),
             fsync: Text("1s".into()),
             statistics_every: Seconds(Duration::from_secs(300)),
+            count_back: Seconds(Duration::from_secs(24 * 3600)),
         }
     }
 }
@@ -117,6 +121,7 @@ impl RawMismatchLog {
             max_age: self.max_age.0,
             fsync: fsync(&self.fsync.0)?,
             statistics_every: self.statistics_every.0,
+            count_back: self.count_back.0,
         })
     }
 }

@@ -6,7 +6,6 @@ use tokio_postgres::{Client, Row};
 
 use crate::apply::Entry;
 use crate::config::Target;
-use crate::control::Side;
 use crate::journal::{self, SideRole};
 use crate::upstream::control::{connect, error_chain};
 
@@ -77,9 +76,9 @@ macro_rules! utc {
 }
 
 /// Asks one side, also where nothing is installed. A side that cannot be asked says why.
-pub(super) async fn of_side(target: &Target, side: Side, since: Option<OffsetDateTime>) -> SideHistory {
+pub(super) async fn of_side(target: &Target, since: Option<OffsetDateTime>) -> SideHistory {
     let failed = |error: String| SideHistory {
-        error: Some(format!("{side}: {error}")),
+        error: Some(error),
         ..SideHistory::default()
     };
     let client = match connect(target, "report").await {

@@ -5,7 +5,8 @@
 //! | --- | --- |
 //! | `bound.rs` | the upper bound of a mismatch rate |
 //! | `history.rs` | what the databases record |
-//! | `tale.rs` | what the log tells, line by line |
+//! | `tale.rs` | what the logs tell, line by line |
+//! | `runs.rs` | when proxies ran, and what share they compared |
 //! | `plot.rs` | where lines and points are drawn |
 //! | `page.rs`, `templates/report.html`, `templates/report.md` | how it looks |
 
@@ -13,10 +14,11 @@ mod bound;
 mod history;
 mod page;
 mod plot;
+mod runs;
 mod tale;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,7 @@ use time::format_description::well_known::Rfc3339;
 
 pub use bound::{CONFIDENCE, upper_bound};
 pub use history::{Divergence, QuarantineEvent, SideHistory, VerifiedTable};
+pub use runs::{Ended, Run, Sampled};
 pub use tale::Happening;
 
 use self::tale::{CanaryPeriod, Tale};
@@ -34,7 +37,7 @@ use crate::config::{MismatchLog, Target};
 use crate::control::Side;
 use crate::reconcile::report::{TableResult, VerificationReport};
 use crate::shadow::rehearsal::RehearsalReport;
-use crate::shadow::{Acknowledgement, FingerprintSummary, Kind, Mismatch, ShadowReport, SlowerOnNew, by_fingerprint};
+use crate::shadow::{Acknowledgement, FingerprintSummary, Kind, Mismatch, ShadowReport, SlowerOnNew};
 use crate::switchover::told;
 
 pub const FORMAT: &str = "pgtandem report";
@@ -65,8 +68,14 @@ pub struct Report {
     /// Phases, flips, acknowledgements, starts, in order.
     pub happenings: Vec<Happening>,
     pub acknowledgements: Vec<Acknowledgement>,
+    /// When a proxy ran; while none did, nothing was compared.
+    pub runs: Vec<Run>,
+    /// What share of the traffic was to be compared, since when.
+    pub sampled: Vec<Sampled>,
     pub verifications: Vec<VerificationFile>,
     pub log: Log,
+    /// Of other proxies: each has a chain of its own. The report's `log: 1` is the first of these.
+    pub other_logs: Vec<Log>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -125,7 +134,7 @@ pub struct Database {
     pub kinds: BTreeMap<&'static str, u64>,
     /// The period's counts, coverage and latencies.
     pub reads: ShadowReport,
-    /// Rehearsed writes, since the running proxy's start; absent where there were none.
+    /// The period's rehearsed writes; absent where there were none.
     pub writes: Option<RehearsalReport>,
     /// Absent where the secondary was not asked to answer any.
     pub canary: Option<CanaryPeriod>,
@@ -174,15 +183,15 @@ pub struct Log {
 
 /// What a report is made for.
 pub struct Wanted {
+    /// Each proxy's log. None: the one that proxy.yaml names.
+    pub logs: Vec<PathBuf>,
     pub since: Option<OffsetDateTime>,
     pub by: String,
     /// Files of `verify --report`.
-    pub verifications: Vec<std::path::PathBuf>,
+    pub verifications: Vec<PathBuf>,
     /// How many times as slow as legacy a statement is on new to be named
     /// (`reads.slower_ratio`).
     pub slower_ratio: f64,
-    /// What the running proxy knows of its rehearsed writes, by database.
-    pub rehearsals: BTreeMap<String, RehearsalReport>,
 }
 
 /// Reads everything and puts it together.
@@ -196,9 +205,18 @@ pub async fn gather(
     proxy: Option<Status>,
     wanted: &Wanted,
 ) -> anyhow::Result<Report> {
-    let reading = || format!("read the mismatch log {}", log.path.display());
-    let chain = chain::verify(&log.path, log.signing_key().as_ref()).with_context(reading)?;
-    let tale = Tale::read(&log.path, wanted.since).with_context(reading)?;
+    let paths = match &wanted.logs[..] {
+        [] => vec![log.path.clone()],
+        named => named.to_vec(),
+    };
+    let chains: Vec<Verification> = paths
+        .iter()
+        .map(|path| {
+            chain::verify(path, log.signing_key().as_ref())
+                .with_context(|| format!("read the mismatch log {}", path.display()))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let tale = Tale::read(&paths, wanted.since)?;
     let mut databases = Vec::new();
     for name in tale.databases(pairs.keys()) {
         let targets = pairs.get(&name);
@@ -211,10 +229,27 @@ pub async fn gather(
         .map(|file| verification(file))
         .collect::<anyhow::Result<_>>()?;
     let sum = |of: fn(&Rate) -> u64| databases.iter().map(|database| of(&database.rate)).sum();
-    let lost_now = proxy
-        .as_ref()
-        .and_then(|status| status.mismatch_log.as_ref())
-        .map_or(0, |log| log.lost);
+    let running = proxy.as_ref().and_then(|status| status.mismatch_log.as_ref());
+    let of_running = |path: &Path| running.filter(|status| Path::new(&status.path) == path);
+    let mut logs: Vec<Log> = paths
+        .iter()
+        .zip(chains)
+        .zip(&tale.logs)
+        .map(|((path, chain), told)| Log {
+            path: path.display().to_string(),
+            lost: told.lost.max(of_running(path).map_or(0, |status| status.lost)),
+            chain,
+        })
+        .collect();
+    let mut runs = tale.runs();
+    for (place, path) in paths.iter().enumerate() {
+        let last = runs.iter_mut().rfind(|run| run.log == place);
+        if let Some(last) = last
+            && of_running(path).is_some()
+        {
+            last.ended = Ended::Running;
+        }
+    }
     let now = OffsetDateTime::now_utc();
     Ok(Report {
         format: FORMAT,
@@ -228,13 +263,12 @@ pub async fn gather(
         happenings: tale.happenings(&databases, &flips),
         flips,
         databases,
-        acknowledgements: tale.acknowledgements.clone(),
+        acknowledgements: tale.acknowledgements(),
+        runs,
+        sampled: tale.sampled.clone(),
         verifications,
-        log: Log {
-            path: log.path.display().to_string(),
-            lost: tale.lost.max(lost_now),
-            chain,
-        },
+        log: logs.remove(0),
+        other_logs: logs,
         proxy: proxy.map(|status| Proxy {
             phase: status.phase.to_string(),
             primary: status.primary,
@@ -292,10 +326,7 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         *kinds.entry(Kind::as_str(mismatch.kind)).or_default() += 1;
     }
     let (legacy, new) = match targets {
-        Some([legacy, new]) => tokio::join!(
-            history::of_side(legacy, Side::Legacy, since),
-            history::of_side(new, Side::New, since)
-        ),
+        Some([legacy, new]) => tokio::join!(history::of_side(legacy, since), history::of_side(new, since)),
         None => (unnamed(), unnamed()),
     };
     Database {
@@ -304,9 +335,9 @@ async fn database(tale: &Tale, name: String, targets: Option<&[Target; 2]>, want
         kinds,
         slower: tale.slower_in(&name),
         canary: tale.canary(&name),
-        mismatches: by_fingerprint(&found, &tale.acknowledgements),
+        mismatches: tale.by_fingerprint(&name),
         reads,
-        writes: wanted.rehearsals.get(&name).cloned(),
+        writes: tale.writes(&name, wanted.slower_ratio),
         legacy,
         new,
         name,
@@ -380,6 +411,15 @@ fn verification(file: &Path) -> anyhow::Result<VerificationFile> {
 }
 
 impl Report {
+    pub fn logs(&self) -> impl Iterator<Item = &Log> {
+        std::iter::once(&self.log).chain(&self.other_logs)
+    }
+
+    /// Every chain holds, and no line was lost.
+    pub fn is_whole(&self) -> bool {
+        self.logs().all(|log| log.chain.intact && log.lost == 0)
+    }
+
     /// One self-contained page: no script, nothing fetched.
     ///
     /// # Errors

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use askama::Template;
 
 use super::plot::{self, Pairs, Steps, short_time};
-use super::{Database, Rate, Report, SideHistory};
+use super::{Database, Ended, Rate, Report, Run, SideHistory};
 use crate::admin::api::Flip;
 use crate::shadow::rehearsal::{RehearsalReport, RehearsedStatement, WriteCounts};
-use crate::shadow::{FingerprintReport, ReadCounts};
+use crate::shadow::{FingerprintReport, ReadCounts, Share};
 
 /// Rows of a table; the JSON has all.
 const ROWS_MAX: usize = 100;
@@ -133,9 +133,27 @@ impl Say {
         format!("{seconds} UTC")
     }
 
+    /// What would not be seen, or would turn round what stands beside it, by its number.
+    fn visible(self, text: &str) -> String {
+        let hides = |at: char| {
+            at.is_control() && !matches!(at, '\n' | '\t')
+                || matches!(at, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        };
+        let mut seen = String::with_capacity(text.len());
+        for character in text.chars() {
+            match character {
+                '\r' => {}
+                at if hides(at) => seen.extend(at.escape_unicode()),
+                at => seen.push(at),
+            }
+        }
+        seen
+    }
+
     /// The beginning of a long text.
     fn short(self, text: &str) -> String {
         const MAX: usize = 160;
+        let text = self.visible(text);
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
         match line.char_indices().nth(MAX) {
             Some((end, _)) => format!("{}…", &line[..end]),
@@ -203,6 +221,17 @@ impl Say {
         fingerprints.filter(|one| one.noise.disagreed > 0).collect()
     }
 
+    fn asked_twice(self, database: &Database) -> u64 {
+        let fingerprints = database.reads.fingerprints.iter();
+        fingerprints.map(|one| one.noise.asked_twice).sum()
+    }
+
+    /// Whether a database could not tell what it records.
+    fn unheard(self, report: &Report) -> bool {
+        let sides = report.databases.iter().flat_map(|one| [&one.legacy, &one.new]);
+        { sides }.any(|side| side.error.is_some())
+    }
+
     fn most_read(self, database: &Database) -> Vec<&FingerprintReport> {
         database.reads.fingerprints.iter().take(ROWS_MAX).collect()
     }
@@ -246,6 +275,85 @@ impl Say {
 
     fn left_out(self, all: usize) -> usize {
         all.saturating_sub(ROWS_MAX)
+    }
+
+    /// Mismatches of reads and of rehearsed writes.
+    fn found(self, report: &Report) -> [u64; 2] {
+        let databases = report.databases.iter();
+        let writes = databases
+            .flat_map(|database| &database.mismatches)
+            .flat_map(|one| &one.kinds)
+            .filter(|(kind, _)| kind.is_write())
+            .map(|(_, count)| count)
+            .sum();
+        [report.overall.mismatched, writes]
+    }
+
+    fn compared_writes(self, report: &Report) -> u64 {
+        let writes = report.databases.iter().filter_map(|database| database.writes.as_ref());
+        writes.map(|writes| writes.totals.counts.compared).sum()
+    }
+
+    /// `1.5 s`, `3 min`, `2 h`
+    fn long(self, seconds: &Option<f64>) -> String {
+        match *seconds {
+            None => "–".into(),
+            Some(seconds) if seconds < 120.0 => format!("{seconds:.1} s"),
+            Some(seconds) if seconds < 7200.0 => format!("{:.0} min", seconds / 60.0),
+            Some(seconds) => format!("{:.1} h", seconds / 3600.0),
+        }
+    }
+
+    /// How often no proxy ran, and for how long in all.
+    fn blind(self, report: &Report) -> (usize, Option<f64>) {
+        let gaps: Vec<f64> = report.runs.iter().filter_map(|run| run.blind_seconds).collect();
+        (gaps.len(), Some(gaps.iter().sum()))
+    }
+
+    fn killed(self, report: &Report) -> usize {
+        report.runs.iter().filter(|run| run.ended == Ended::Killed).count()
+    }
+
+    fn ended(self, run: &Run) -> &'static str {
+        match run.ended {
+            Ended::Running => "runs",
+            Ended::Stopped => "stopped in order",
+            Ended::Killed => "killed: what it counted after its last line of statistics is lost",
+            Ended::Unknown => "not told: it runs, or was killed",
+        }
+    }
+
+    /// A log's line; with the log's place in the list where there are several.
+    fn line(self, report: &Report, log: &usize, line: &Option<u64>) -> String {
+        line.map_or_else(|| "–".into(), |line| self.numbered(report, log, &line))
+    }
+
+    fn numbered(self, report: &Report, log: &usize, line: &u64) -> String {
+        if report.other_logs.is_empty() {
+            line.to_string()
+        } else {
+            format!("{}:{line}", log + 1)
+        }
+    }
+
+    fn of_share(self, share: &Share) -> String {
+        let mut text = format!("{} %", share.percent);
+        if share.percent > 0.0 && share.percent < 100.0 {
+            text.push_str(&format!(" by {}", self.words(&share.key)));
+        }
+        for rule in &share.rules {
+            let conditions: Vec<String> = [
+                ("fingerprint", &rule.fingerprint),
+                ("table", &rule.table),
+                ("user", &rule.user),
+                ("application", &rule.application_name),
+            ]
+            .into_iter()
+            .filter_map(|(what, of)| Some(format!("{what} {}", self.visible(of.as_ref()?))))
+            .collect();
+            text.push_str(&format!("; {} % of {}", rule.percent, conditions.join(", ")));
+        }
+        text
     }
 
     fn open(self, report: &Report) -> u64 {
@@ -312,6 +420,14 @@ mod tests {
         assert_eq!(Say.bound(&Rate::new(3, 3)), "100\u{a0}%");
         assert_eq!(Say.bound(&Rate::new(0, 0)), "–");
         assert_eq!(Say.number(1_234_567_u64), "1,234,567");
+    }
+
+    #[test]
+    fn nothing_is_hidden() {
+        assert_eq!(
+            Say.visible("select 'a\u{202e}b', 'ü\u{0}'\r\n from \"日本\""),
+            "select 'a\\u{202e}b', 'ü\\u{0}'\n from \"日本\""
+        );
     }
 
     #[test]

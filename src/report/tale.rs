@@ -2,19 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::runs::{Run, Runs, Sampled};
 use super::{Database, RecordedFlip};
 use crate::admin::api::Flip;
 use crate::chain;
+use crate::shadow::rehearsal::RehearsalReport;
 use crate::shadow::{
-    Acknowledgement, CanaryCounts, CanaryLine, CanaryNews, Interval, Mismatch, Parsed, Period, ShadowReport,
-    SlowerOnNew, events, parse,
+    Acknowledgement, CanaryCounts, CanaryLine, CanaryNews, FingerprintSummary, Interval, Mismatch, Parsed, Period,
+    Sampling, ShadowReport, SlowerOnNew, by_fingerprint, events, joined, parse,
 };
 use crate::switchover::machine::Kind;
 
@@ -22,16 +25,27 @@ use crate::switchover::machine::Kind;
 pub(super) struct Tale {
     /// Times of the first and the last line.
     pub(super) period: Option<(String, String)>,
+    /// What each log tells of itself: its acknowledgements go by its own lines' numbers.
+    pub(super) logs: Vec<LogTale>,
+    pub(super) sampled: Vec<Sampled>,
+    slower: Vec<SlowerOnNew>,
+    periods: BTreeMap<String, Period>,
+    /// Of a database of which nothing was read.
+    unread: Period,
+    /// With the lines that tell of them.
+    flips: Vec<(u64, Flip)>,
+    canaries: BTreeMap<String, CanaryPeriod>,
+    happenings: Vec<Happening>,
+}
+
+/// One of the logs.
+#[derive(Default)]
+pub(super) struct LogTale {
     pub(super) acknowledgements: Vec<Acknowledgement>,
     /// Lines that could not be written.
     pub(super) lost: u64,
+    pub(super) runs: Runs,
     mismatches: Vec<Mismatch>,
-    slower: Vec<SlowerOnNew>,
-    periods: BTreeMap<String, Period>,
-    /// By the lines that tell of them.
-    flips: BTreeMap<u64, Flip>,
-    canaries: BTreeMap<String, CanaryPeriod>,
-    happenings: Vec<Happening>,
 }
 
 /// Something that happened, with who and why where that is known.
@@ -43,6 +57,8 @@ pub struct Happening {
     pub why: Option<String>,
     /// Number of the log's line that tells of it; absent: a database does.
     pub line: Option<u64>,
+    /// Which log: its place in the report's list.
+    pub log: usize,
 }
 
 /// What the canary reads of one database came to.
@@ -74,43 +90,83 @@ impl CanaryPeriod {
     }
 }
 
+impl LogTale {
+    fn mismatches_of(&self, database: &str) -> impl Iterator<Item = &Mismatch> {
+        self.mismatches
+            .iter()
+            .filter(move |mismatch| mismatch.database == database)
+    }
+}
+
 impl Tale {
     /// Lines of `since` and later. A line of statistics counts what came before it, too, back to
     /// the line of statistics before.
-    pub(super) fn read(log: &Path, since: Option<OffsetDateTime>) -> io::Result<Self> {
+    pub(super) fn read(logs: &[PathBuf], since: Option<OffsetDateTime>) -> anyhow::Result<Self> {
         let mut tale = Self::default();
-        for line in chain::lines(log, since.map(Into::into))? {
-            match parse(&line?.bytes) {
-                Some(Parsed::Mismatch(mismatch)) if is_late(&mismatch.time, since) => {
-                    tale.passed(&mismatch.time);
-                    tale.mismatches.push(*mismatch);
-                }
-                Some(Parsed::Slower(slower)) if is_late(&slower.time, since) => {
-                    tale.passed(&slower.time);
-                    tale.slower.push(*slower);
-                }
-                Some(Parsed::Acknowledged(acknowledgement)) if is_late(&acknowledgement.time, since) => {
-                    tale.passed(&acknowledgement.time);
-                    tale.acknowledged(acknowledgement);
-                }
-                Some(Parsed::Other(envelope, value)) if is_late(&envelope.time, since) => {
-                    tale.passed(&envelope.time);
-                    tale.other(&envelope, value);
-                }
-                _ => {}
-            }
+        for path in logs {
+            tale.logs.push(LogTale::default());
+            tale.read_one(path, since)
+                .with_context(|| format!("read the mismatch log {}", path.display()))?;
         }
         Ok(tale)
     }
 
-    fn passed(&mut self, time: &str) {
+    fn read_one(&mut self, path: &Path, since: Option<OffsetDateTime>) -> io::Result<()> {
+        for line in chain::lines(path, since.map(Into::into))? {
+            match parse(&line?.bytes) {
+                Some(Parsed::Mismatch(mismatch)) if is_late(&mismatch.time, since) => {
+                    self.passed(events::MISMATCH, &mismatch.time);
+                    self.log().mismatches.push(*mismatch);
+                }
+                Some(Parsed::Slower(slower)) if is_late(&slower.time, since) => {
+                    self.passed(events::SLOWER, &slower.time);
+                    self.slower.push(*slower);
+                }
+                Some(Parsed::Acknowledged(acknowledgement)) if is_late(&acknowledgement.time, since) => {
+                    self.passed(events::ACKNOWLEDGED, &acknowledgement.time);
+                    self.acknowledged(acknowledgement);
+                }
+                Some(Parsed::Other(envelope, value)) if is_late(&envelope.time, since) => {
+                    self.other(&envelope, value);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The one that is read.
+    fn log(&mut self) -> &mut LogTale {
+        if self.logs.is_empty() {
+            self.logs.push(LogTale::default());
+        }
+        let last = self.logs.len() - 1;
+        &mut self.logs[last]
+    }
+
+    fn place(&self) -> usize {
+        self.logs.len().saturating_sub(1)
+    }
+
+    fn passed(&mut self, event: &str, time: &str) {
+        let place = self.place();
+        self.log().runs.passed(place, event, time);
         match &mut self.period {
-            Some((_, last)) => time.clone_into(last),
+            // Several logs are read one after the other.
+            Some((first, last)) => {
+                if time < first.as_str() {
+                    time.clone_into(first);
+                }
+                if time > last.as_str() {
+                    time.clone_into(last);
+                }
+            }
             None => self.period = Some((time.to_owned(), time.to_owned())),
         }
     }
 
     fn acknowledged(&mut self, acknowledgement: Acknowledgement) {
+        let log = self.place();
         let of = match (&acknowledgement.fingerprint, acknowledgement.kind, acknowledgement.line) {
             (_, _, Some(line)) => format!("mismatch #{line}"),
             (Some(fingerprint), Some(kind), _) => format!("mismatches of {fingerprint}, {}", kind.as_str()),
@@ -123,15 +179,21 @@ impl Tale {
             who: Some(acknowledgement.by.clone()),
             why: Some(acknowledgement.reason.clone()),
             line: Some(acknowledgement.seq),
+            log,
         });
-        self.acknowledgements.push(acknowledgement);
+        self.log().acknowledgements.push(acknowledgement);
     }
 
     fn other(&mut self, envelope: &chain::Envelope, value: Value) {
+        let log = self.place();
+        if envelope.event == chain::events::OPENED {
+            self.log().runs.opened(log, envelope, &value);
+        }
+        self.passed(&envelope.event, &envelope.time);
         if envelope.event == events::SWITCHOVER
             && let Ok(flip) = serde_json::from_value(value.clone())
         {
-            self.flips.insert(envelope.seq, flip);
+            self.flips.push((envelope.seq, flip));
         }
         let text = |key: &str| value[key].as_str().map(str::to_owned);
         let (what, why) = match envelope.event.as_str() {
@@ -157,6 +219,7 @@ impl Tale {
                         who: None,
                         why: reason,
                         line: Some(envelope.seq),
+                        log,
                     });
                 }
                 return;
@@ -193,9 +256,25 @@ impl Tale {
                     text("reason"),
                 )
             }
+            events::SAMPLING => {
+                if let Ok(sampling) = serde_json::from_value::<Sampling>(value) {
+                    for period in self.periods.values_mut().chain([&mut self.unread]) {
+                        period.ignored(&sampling.ignores);
+                    }
+                    self.sampled.push(Sampled {
+                        log,
+                        since: envelope.time.clone(),
+                        line: envelope.seq,
+                        sampling,
+                    });
+                }
+                return;
+            }
+            // Runs are told of by themselves.
+            events::CLOSED => return,
             chain::events::OPENED => {
                 let lost = value["lost_before"].as_u64().unwrap_or(0);
-                self.lost += lost;
+                self.log().lost += lost;
                 if lost == 0 {
                     return;
                 }
@@ -219,12 +298,29 @@ impl Tale {
             who: text("by").or_else(|| text("coordinator")),
             why,
             line: Some(envelope.seq),
+            log,
         });
     }
 
     /// Those that the log tells of, with their lines.
     pub(super) fn flips(&self) -> impl Iterator<Item = (u64, &Flip)> {
         self.flips.iter().map(|(line, flip)| (*line, flip))
+    }
+
+    pub(super) fn acknowledgements(&self) -> Vec<Acknowledgement> {
+        self.logs.iter().flat_map(|log| log.acknowledgements.clone()).collect()
+    }
+
+    pub(super) fn runs(&self) -> Vec<Run> {
+        self.logs.iter().flat_map(|log| log.runs.all().cloned()).collect()
+    }
+
+    /// By fingerprint, the most frequent first. What was acknowledged in one log was so in that one.
+    pub(super) fn by_fingerprint(&self, database: &str) -> Vec<FingerprintSummary> {
+        joined(self.logs.iter().flat_map(|log| {
+            let found: Vec<Mismatch> = log.mismatches_of(database).cloned().collect();
+            by_fingerprint(&found, &log.acknowledgements)
+        }))
     }
 
     pub(super) fn line_of(&self, flip: &str) -> Option<u64> {
@@ -234,7 +330,11 @@ impl Tale {
     /// Those of proxy.yaml, and those that only the log knows.
     pub(super) fn databases<'a>(&self, named: impl Iterator<Item = &'a String>) -> Vec<String> {
         let mut names: Vec<String> = named.cloned().collect();
-        let logged = self.mismatches.iter().map(|mismatch| &mismatch.database);
+        let logged = self
+            .logs
+            .iter()
+            .flat_map(|log| &log.mismatches)
+            .map(|mismatch| &mismatch.database);
         for name in logged.chain(self.periods.keys()) {
             if !names.contains(name) {
                 names.push(name.clone());
@@ -244,9 +344,12 @@ impl Tale {
     }
 
     pub(super) fn reads(&self, database: &str, slower: f64) -> ShadowReport {
-        self.periods
-            .get(database)
-            .map_or_else(ShadowReport::default, |period| period.report(slower))
+        // Where nothing was read, what would have been ignored is told all the same.
+        self.periods.get(database).unwrap_or(&self.unread).report(slower)
+    }
+
+    pub(super) fn writes(&self, database: &str, slower: f64) -> Option<RehearsalReport> {
+        self.periods.get(database)?.writes(slower)
     }
 
     pub(super) fn canary(&self, database: &str) -> Option<CanaryPeriod> {
@@ -254,9 +357,7 @@ impl Tale {
     }
 
     pub(super) fn mismatches_of(&self, database: &str) -> impl Iterator<Item = &Mismatch> {
-        self.mismatches
-            .iter()
-            .filter(move |mismatch| mismatch.database == database)
+        self.logs.iter().flat_map(move |log| log.mismatches_of(database))
     }
 
     pub(super) fn slower_in(&self, database: &str) -> Vec<SlowerOnNew> {
@@ -273,6 +374,7 @@ impl Tale {
             who: one.flip.by.clone().or_else(|| Some(one.flip.coordinator.clone())),
             why: one.flip.forced.clone().map(|reason| passed(&reason)),
             line: None,
+            log: 0,
         }));
         for database in databases {
             for event in [&database.legacy, &database.new]
@@ -292,6 +394,7 @@ impl Tale {
                     who: event.actor.clone(),
                     why: event.reason.clone().or_else(|| event.error.clone()),
                     line: None,
+                    log: 0,
                 });
             }
         }

@@ -36,7 +36,7 @@ pub(super) struct Rehearsing {
     /// Something failed, a statement or a commit.
     erred: bool,
     /// What the end of an explicit transaction said.
-    committed: Option<bool>,
+    ended: Option<Said>,
 }
 
 /// What one statement's answer is to be noted for.
@@ -80,7 +80,7 @@ impl Rehearsing {
                     step.said = Some(said);
                 }
             }
-            Some(Slot::End) => self.committed = Some(said == Said::Done("COMMIT".into())),
+            Some(Slot::End) => self.ended = Some(said),
             Some(Slot::Nothing) | None => {}
         }
     }
@@ -126,7 +126,24 @@ impl Rehearsing {
             // The settings are those of before.
             self.transaction.left_out.get_or_insert(LeftOut::UnknownSettings);
         }
-        done.committed = self.committed.take().unwrap_or(!self.erred);
+        match self.ended.take() {
+            // What it refuses is held against the last write.
+            Some(refused @ Said::Refused(_)) => {
+                let last = done
+                    .steps
+                    .iter_mut()
+                    .rfind(|step| matches!(step.part, Part::Write { .. }));
+                if let Some(last) = last {
+                    last.said = Some(refused);
+                }
+                done.refused_at_end = true;
+            }
+            Some(Said::Done(tag)) => done.committed = tag == "COMMIT",
+            None => {
+                done.committed = !self.erred;
+                done.refused_at_end = self.erred;
+            }
+        }
         self.erred = false;
         // What was skipped after an error, neither side has run.
         done.steps
@@ -333,6 +350,7 @@ impl Session {
                     round: round.unwrap_or_else(|| hook.applied_round(database)),
                     steps: Vec::new(),
                     committed: false,
+                    refused_at_end: false,
                     left_out: None,
                 },
                 bytes: 0,
@@ -341,7 +359,7 @@ impl Session {
                 sent: Vec::new(),
                 answered: None,
                 erred: false,
-                committed: None,
+                ended: None,
             })
         })
     }

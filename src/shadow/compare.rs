@@ -106,10 +106,12 @@ pub enum Kind {
     WriteError,
     /// A rehearsed write: another command tag, or another number of rows.
     WriteTag,
+    /// A rehearsed write: RETURNING gives columns of other names, types or number.
+    WriteColumns,
 }
 
 impl Kind {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Error,
         Self::Columns,
         Self::ColumnName,
@@ -126,6 +128,7 @@ impl Kind {
         Self::Slower,
         Self::WriteError,
         Self::WriteTag,
+        Self::WriteColumns,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -146,6 +149,7 @@ impl Kind {
             Self::Slower => "slower",
             Self::WriteError => "write_error",
             Self::WriteTag => "write_tag",
+            Self::WriteColumns => "write_columns",
         }
     }
 }
@@ -153,7 +157,7 @@ impl Kind {
 impl Kind {
     /// Of a rehearsed write, not of a read.
     pub const fn is_write(self) -> bool {
-        matches!(self, Self::WriteError | Self::WriteTag)
+        matches!(self, Self::WriteError | Self::WriteTag | Self::WriteColumns)
     }
 }
 

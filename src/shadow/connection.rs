@@ -10,7 +10,7 @@ use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::answer::{Answer, KEPT_BYTES_MAX};
-use super::digest::{Digest, DigestBuilder, described_columns};
+use super::digest::{Digest, DigestBuilder, FIRST_CUSTOM_OID, described_columns};
 use super::read::{BindValues, Call};
 use super::stats::Timing;
 use crate::config::Target;
@@ -113,6 +113,18 @@ impl Connection {
         let mut heard = Heard::default();
         self.exchange(&request(text, &call, 0, true), &mut heard).await?;
         Ok((heard, begun.elapsed()))
+    }
+
+    /// The columns that a statement would give, as far as both servers tell them alike: no OIDs of the
+    /// user's own types. Nothing is run. `None` where it cannot be told.
+    pub(super) async fn describe(&mut self, text: &[u8], types: &[u8]) -> Result<Option<Columns>, ConnectionError> {
+        let mut frames = Vec::new();
+        frontend::put_parse(&mut frames, b"", text, types);
+        frontend::put_describe_statement(&mut frames, b"");
+        frames.extend_from_slice(frontend::SYNC);
+        let mut heard = Heard::default();
+        self.exchange(&frames, &mut heard).await?;
+        Ok(heard.refused.is_none().then_some(heard.columns))
     }
 
     /// Repeats a read as the client asked it and digests the answer: of its first `rows`, or of all
@@ -360,6 +372,8 @@ pub(super) struct Heard {
     pub(super) refused: Option<Refused>,
     /// The first column of the last row.
     pub(super) value: Option<String>,
+    /// Those of its rows.
+    columns: Columns,
     kind: u8,
     body: Vec<u8>,
 }
@@ -367,6 +381,21 @@ pub(super) struct Heard {
 pub(super) struct Refused {
     pub(super) sqlstate: String,
     pub(super) text: String,
+}
+
+/// Names, and types of Postgres' own.
+pub(super) type Columns = Vec<(String, Option<u32>)>;
+
+fn columns(description: &[u8]) -> Columns {
+    described_columns(description)
+        .iter()
+        .map(|column| {
+            (
+                lossy(&column.name),
+                (column.type_oid < FIRST_CUSTOM_OID).then_some(column.type_oid),
+            )
+        })
+        .collect()
 }
 
 /// Of a row no more is looked at.
@@ -380,7 +409,7 @@ impl Sees for Heard {
 
     fn piece(&mut self, body: &[u8]) {
         let room = match self.kind {
-            b'C' | b'E' => body.len(),
+            b'C' | b'E' | b'T' => body.len(),
             b'D' => VALUE_BYTES_MAX.saturating_sub(self.body.len()).min(body.len()),
             _ => 0,
         };
@@ -390,6 +419,7 @@ impl Sees for Heard {
     fn end(&mut self) {
         match self.kind {
             b'C' => self.tag = backend::tag(&self.body),
+            b'T' => self.columns = columns(&self.body),
             b'D' => self.value = backend::columns(&self.body).next().flatten().map(lossy),
             b'E' if self.refused.is_none() => {
                 self.refused = Some(Refused {

@@ -1,5 +1,6 @@
-//! What the shadow reads came to in an interval, as the mismatch log keeps it, and intervals added
-//! up again: so a report can look back beyond a restart.
+//! What the shadow reads and rehearsed writes came to in an interval, as the mismatch log keeps it,
+//! and intervals added up again: so a report, and a proxy that starts, can look back beyond a
+//! restart.
 //!
 //! A line tells what was counted since the line before; none is cumulative, so lines of several
 //! runs of the proxy simply add up. What was counted after the last line of a proxy that was
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::canary::FingerprintCanary;
 use super::histogram::{Durations, Histogram, bucket_ending, upper_ms};
+use super::rehearsal::{RehearsalReport, WriteInterval, WritePeriod};
 use super::stats::{
     Coverage, FingerprintReport, IgnoreReport, Latency, Noise, ReadCounts, ShadowReport, ShadowStats, SideLatency,
     slower_on_new,
@@ -28,6 +30,7 @@ pub struct Interval {
     /// When counting began, RFC 3339; the line's own time is the end.
     pub since: String,
     /// Those that were read.
+    #[serde(default)]
     pub fingerprints: Vec<FingerprintInterval>,
     /// Reads of fingerprints beyond those that the proxy keeps one by one.
     #[serde(default)]
@@ -35,6 +38,9 @@ pub struct Interval {
     /// As they were in force.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignores: Vec<IgnoreReport>,
+    /// Those that were rehearsed, or left out of it. They have lines of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writes: Vec<WriteInterval>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -97,6 +103,7 @@ impl Interval {
             fingerprints: fingerprints.to_vec(),
             others,
             ignores: now.ignores.clone(),
+            writes: Vec::new(),
         };
         let mut lines: Vec<Self> = fingerprints
             .chunks(FINGERPRINTS_MAX)
@@ -109,6 +116,19 @@ impl Interval {
             }
         }
         lines
+    }
+
+    /// The same of the rehearsed writes.
+    pub fn of_writes(database: &str, before: &RehearsalReport, now: &RehearsalReport) -> Vec<Self> {
+        WriteInterval::between(before, now)
+            .chunks(FINGERPRINTS_MAX)
+            .map(|some| Self {
+                database: database.to_owned(),
+                since: now.since.clone(),
+                writes: some.to_vec(),
+                ..Self::default()
+            })
+            .collect()
     }
 }
 
@@ -150,7 +170,7 @@ fn side_between(before: &SideLatency, now: &SideLatency) -> SideInterval {
     }
 }
 
-fn buckets_between(before: &Durations, now: &Durations) -> Buckets {
+pub(super) fn buckets_between(before: &Durations, now: &Durations) -> Buckets {
     let place = |upper: f64| u32::try_from(bucket_ending(upper)).unwrap_or(u32::MAX);
     let known: BTreeMap<u32, u64> = before
         .buckets
@@ -179,7 +199,7 @@ fn counts_between(before: &ReadCounts, now: &ReadCounts) -> ReadCounts {
     combine(now, before, u64::saturating_sub)
 }
 
-fn combine(one: &ReadCounts, other: &ReadCounts, how: impl Fn(u64, u64) -> u64) -> ReadCounts {
+pub(super) fn combine(one: &ReadCounts, other: &ReadCounts, how: impl Fn(u64, u64) -> u64) -> ReadCounts {
     let maps = |one: &BTreeMap<String, u64>, other: &BTreeMap<String, u64>| -> BTreeMap<String, u64> {
         one.keys()
             .chain(other.keys())
@@ -207,15 +227,16 @@ fn combine(one: &ReadCounts, other: &ReadCounts, how: impl Fn(u64, u64) -> u64) 
 }
 
 /// Intervals of one database, added up.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Period {
     fingerprints: BTreeMap<String, Summed>,
     others: ReadCounts,
     ignores: Vec<IgnoreReport>,
     since: Option<String>,
+    writes: WritePeriod,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Summed {
     text: String,
     counts: ReadCounts,
@@ -241,8 +262,88 @@ impl Period {
             }
         }
         self.others = combine(&self.others, &interval.others, u64::saturating_add);
-        self.ignores.clone_from(&interval.ignores);
+        if interval.writes.is_empty() {
+            self.ignored(&interval.ignores);
+        }
         self.since.get_or_insert_with(|| interval.since.clone());
+        self.writes.add(interval);
+    }
+
+    /// What is ignored from now on; what was before stays told.
+    pub fn ignored(&mut self, now: &[IgnoreReport]) {
+        let same = |one: &IgnoreReport, other: &IgnoreReport| {
+            let bare = |of: &IgnoreReport| IgnoreReport {
+                expired: false,
+                withdrawn: false,
+                ..of.clone()
+            };
+            bare(one) == bare(other)
+        };
+        let gone = self
+            .ignores
+            .drain(..)
+            .filter(|old| !now.iter().any(|new| same(old, new)));
+        let gone = gone.map(|old| IgnoreReport { withdrawn: true, ..old });
+        self.ignores = now.iter().cloned().chain(gone.collect::<Vec<_>>()).collect();
+    }
+
+    /// Counts the rarest fingerprints together, where there are more than so many.
+    pub fn keep(&mut self, most: usize) {
+        let mut by_executions: Vec<(u64, String)> = self
+            .fingerprints
+            .iter()
+            .map(|(fingerprint, summed)| (summed.counts.executions, fingerprint.clone()))
+            .collect();
+        by_executions.sort_by(|one, other| other.cmp(one));
+        for (_, rare) in by_executions.iter().skip(most) {
+            if let Some(summed) = self.fingerprints.remove(rare) {
+                self.others = combine(&self.others, &summed.counts, u64::saturating_add);
+            }
+        }
+        self.writes.keep(most);
+    }
+
+    /// What became of all reads.
+    pub fn totals(&self) -> ReadCounts {
+        self.fingerprints.values().fold(self.others.clone(), |sum, one| {
+            combine(&sum, &one.counts, u64::saturating_add)
+        })
+    }
+
+    /// The rehearsed writes; `None` where there were none.
+    pub fn writes(&self, slower: f64) -> Option<RehearsalReport> {
+        self.writes.report(slower)
+    }
+
+    /// Of the writes.
+    pub const fn write_period(&self) -> &WritePeriod {
+        &self.writes
+    }
+
+    /// What a running proxy counts, on top of this.
+    pub fn continued_by(&self, live: &ShadowReport, slower: f64) -> ShadowReport {
+        let mut whole = self.clone();
+        for interval in Interval::between("", &ShadowReport::default(), live) {
+            whole.add(&interval);
+        }
+        let mut report = whole.report(slower);
+        let mut running: BTreeMap<&str, &FingerprintReport> = live
+            .fingerprints
+            .iter()
+            .map(|one| (one.fingerprint.as_str(), one))
+            .collect();
+        for one in &mut report.fingerprints {
+            if let Some(live) = running.remove(one.fingerprint.as_str()) {
+                one.text.clone_from(&live.text);
+                one.canary = live.canary.clone();
+            }
+        }
+        report.fingerprints.extend(running.into_values().cloned());
+        report.running_since.clone_from(&live.running_since);
+        report.totals.log_lost = live.totals.log_lost;
+        report.totals.waiting = live.totals.waiting;
+        report.ignores.clone_from(&live.ignores);
+        report
     }
 
     /// As the running proxy would tell it. `slower`: how many times as slow as legacy a statement
@@ -267,11 +368,10 @@ impl Period {
             })
             .collect();
         fingerprints.sort_by_key(|one| std::cmp::Reverse(one.counts.executions));
-        let counts = fingerprints.iter().fold(self.others.clone(), |sum, one| {
-            combine(&sum, &one.counts, u64::saturating_add)
-        });
+        let counts = self.totals();
         ShadowReport {
             since: self.since.clone().unwrap_or_default(),
+            running_since: None,
             coverage: Coverage::of(&counts, &fingerprints, &self.others),
             slower: slower_on_new(&fingerprints, slower),
             totals: ShadowStats {
@@ -286,6 +386,10 @@ impl Period {
 }
 
 impl Buckets {
+    pub(super) const fn is_empty(&self) -> bool {
+        self.buckets.is_empty()
+    }
+
     /// With their quantiles.
     fn reported(&self) -> Durations {
         let mut histogram = Histogram::default();
@@ -293,7 +397,7 @@ impl Buckets {
         histogram.report()
     }
 
-    fn durations(&self) -> Durations {
+    pub(super) fn durations(&self) -> Durations {
         Durations {
             sum_ms: self.sum_ms,
             max_ms: self.max_ms,

@@ -33,6 +33,10 @@ pub mod events {
     pub const SWITCHOVER: &str = "switchover";
     pub const STRAYS_ACKNOWLEDGED: &str = "strays_acknowledged";
     pub const CANARY: &str = "canary";
+    /// What share of the traffic is compared from now on.
+    pub const SAMPLING: &str = "sampling";
+    /// The proxy stopped in order; without it, it was killed.
+    pub const CLOSED: &str = "closed";
 }
 
 /// A confirmed mismatch.
@@ -142,6 +146,9 @@ impl Acknowledgement {
 pub struct LogStatus {
     pub path: String,
     pub head: Head,
+    /// The line that tells of this process's first opening; absent until there is one.
+    #[serde(default)]
+    pub opened: Option<u64>,
     /// Of the current file.
     pub bytes: u64,
     /// Why it cannot be written, while it cannot.
@@ -194,6 +201,7 @@ impl MismatchLog {
                 seq: 0,
                 hash: chain::GENESIS.into(),
             },
+            opened: None,
             bytes: 0,
             failing: None,
             lost: 0,
@@ -202,6 +210,7 @@ impl MismatchLog {
             opened: json!({
                 "pgtandem": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
+                "started": super::now(),
                 "values": values.mode(),
                 "values_key": values.key_id(),
             }),
@@ -372,6 +381,10 @@ impl Writer {
         }
         match Chain::open(self.options.clone(), opened) {
             Ok(chain) => {
+                let opened = chain.head().seq;
+                self.told(|status| {
+                    status.opened.get_or_insert(opened);
+                });
                 self.chain = Some(chain);
                 self.lost = 0;
                 self.written();

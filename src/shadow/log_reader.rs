@@ -214,6 +214,36 @@ pub fn by_fingerprint(mismatches: &[Mismatch], acknowledgements: &[Acknowledgeme
     summaries
 }
 
+/// Of several logs, the most frequent first.
+pub fn joined(summaries: impl Iterator<Item = FingerprintSummary>) -> Vec<FingerprintSummary> {
+    let mut whole: BTreeMap<String, FingerprintSummary> = BTreeMap::new();
+    for one in summaries {
+        let Some(known) = whole.get_mut(&one.fingerprint) else {
+            whole.insert(one.fingerprint.clone(), one);
+            continue;
+        };
+        known.count += one.count;
+        known.open += one.open;
+        for (kind, count) in one.kinds {
+            *known.kinds.entry(kind).or_default() += count;
+        }
+        if one.first < known.first {
+            known.first = one.first;
+        }
+        if one.last > known.last {
+            known.last = one.last;
+            known.example = one.example;
+        }
+        known.acknowledged = match (known.acknowledged.take(), one.acknowledged) {
+            (Some(known), Some(other)) if other.at > known.at => Some(other),
+            (known, other) => known.or(other),
+        };
+    }
+    let mut whole: Vec<_> = whole.into_values().collect();
+    whole.sort_by_key(|summary| std::cmp::Reverse(summary.count));
+    whole
+}
+
 impl fmt::Display for FingerprintSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kinds: Vec<String> = self

@@ -17,6 +17,7 @@ mod catalog;
 mod compare;
 mod confirm;
 mod connection;
+mod counted;
 mod cuts;
 mod digest;
 mod fingerprints;
@@ -30,6 +31,7 @@ pub mod rehearsal;
 mod rows;
 mod rules;
 mod sample;
+mod sampling;
 mod shown;
 mod sink;
 mod slower;
@@ -48,17 +50,19 @@ pub use budget::{Spent, Window, exceeded};
 pub use canary::{CanaryCounts, CanaryEvent, CanaryLine, CanaryNews, Fallback, Fallbacks, FingerprintCanary};
 pub use catalog::Catalog;
 pub use compare::Kind;
+pub use counted::{Counted, read_counted};
 pub use cuts::{Cuts, CutsFuture, HeldCut, NoCut};
 pub use digest::{Digest, DigestBuilder};
 pub use interval::{Interval, Period};
 pub use log::{Acknowledgement, BothSides, LogStatus, Mismatch, MismatchLog, events};
 pub use log_reader::{
     Acknowledged, Filter, FingerprintSummary, LogContents, Parsed, by_fingerprint, is_acknowledged,
-    is_slower_acknowledged, parse, read_log,
+    is_slower_acknowledged, joined, parse, read_log,
 };
 pub use plans::{Planner, Plans};
 pub use read::{Analysis, BindValues, Call, ShadowRead};
 pub use sample::Asked;
+pub use sampling::{Sampling, Share, ShareRule};
 pub use sink::{Candidate, ShadowSink};
 pub use slower::{PlanShape, PlanShapes, Quantiles, Rule, SlowerOnNew, SlowerWatch};
 pub use stats::{

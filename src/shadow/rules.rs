@@ -74,6 +74,7 @@ impl Rules {
                 reason: ignore.reason.clone(),
                 expires: ignore.expires.to_string(),
                 expired: ignore.expired(now),
+                withdrawn: false,
             })
             .collect()
     }

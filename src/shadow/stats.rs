@@ -234,6 +234,10 @@ pub struct ReadCounts {
 }
 
 impl ReadCounts {
+    pub fn plus(&self, other: &Self) -> Self {
+        super::interval::combine(self, other, u64::saturating_add)
+    }
+
     /// Why reads were not compared, the most frequent reason first; being out of the sample is
     /// said only where nothing else is.
     pub fn reasons(&self) -> Vec<(&str, u64)> {
@@ -296,6 +300,7 @@ impl Counters {
 
     pub(super) fn stats(&self) -> ShadowStats {
         ShadowStats {
+            since: self.since.clone(),
             counts: self.total.report(),
             log_lost: self.log_lost.0.load(Ordering::Relaxed),
             waiting: 0,
@@ -309,6 +314,7 @@ impl Counters {
         let totals = self.stats();
         ShadowReport {
             since: self.since.clone(),
+            running_since: Some(self.since.clone()),
             coverage: Coverage::of(&totals.counts, &fingerprints, &others),
             slower: slower_on_new(&fingerprints, slower),
             fingerprints,
@@ -322,6 +328,9 @@ impl Counters {
 /// The counts of one database, since the proxy's start.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShadowStats {
+    /// When counting began, RFC 3339.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub since: String,
     #[serde(flatten)]
     pub counts: ReadCounts,
     /// Mismatches that could not be written to the mismatch log.
@@ -335,6 +344,10 @@ pub struct ShadowStats {
 pub struct ShadowReport {
     /// When counting began, RFC 3339.
     pub since: String,
+    /// When the running proxy itself began; what was counted before, the mismatch log told it.
+    /// Absent in a report of the log.
+    #[serde(default)]
+    pub running_since: Option<String>,
     pub totals: ShadowStats,
     pub coverage: Coverage,
     /// Most executions first.
@@ -526,6 +539,9 @@ pub struct IgnoreReport {
     pub expires: String,
     /// It is over: what it covered is compared again, and `check` refuses it.
     pub expired: bool,
+    /// In a report of the log: it was in force in the period, and is in proxy.yaml no more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub withdrawn: bool,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]

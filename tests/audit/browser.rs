@@ -125,6 +125,7 @@ async fn report(directory: &Path) -> Report {
         max_age: std::time::Duration::from_secs(3600),
         fsync: Fsync::Never,
         statistics_every: std::time::Duration::from_secs(300),
+        count_back: std::time::Duration::ZERO,
     };
     let mut chain = Chain::open(Options { ..log.chain() }, Map::new()).unwrap();
     let mut fingerprints: Vec<Value> = (0..14).map(fingerprint).collect();
@@ -180,7 +181,7 @@ async fn report(directory: &Path) -> Report {
         chain.append(event, keys(body)).unwrap();
     }
     let wanted = Wanted {
-        rehearsals: std::collections::BTreeMap::new(),
+        logs: Vec::new(),
         since: None,
         by: "auditor".into(),
         verifications: Vec::new(),
@@ -291,6 +292,7 @@ async fn the_page_opens_without_network_and_can_be_read() {
                 "Database shop",
                 "Verifications",
                 "Switchovers",
+                "When a proxy ran, and what share it compared",
                 "What happened",
                 "The log that this report rests on"
             ]

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use pgtandem::chain::{Chain, Follower, Fsync, HeadFile, MacKey, Options, Verification, events, files, lines, verify};
+use pgtandem::chain::{
+    Chain, Follower, Fsync, HeadFile, Kept, MacKey, Options, Verification, events, files, lines, verify, verify_against,
+};
 use pgtandem::config::LoggedValues;
 use pgtandem::shadow::{MismatchLog, ValueWriter};
 use serde_json::{Map, Value, json};
@@ -196,6 +198,112 @@ fn every_alteration_is_found_where_it_is() {
     assert_eq!(log.verify().broken.len(), 1);
     fs::rename(log.directory.path().join("elsewhere"), old).unwrap();
     assert!(log.verify().intact);
+}
+
+#[test]
+fn rotated_files_that_changed_places_are_found() {
+    let mut log = Log::new();
+    log.options.max_bytes = 2000;
+    log.write(20);
+    let found = files(log.path()).unwrap();
+    let (one, other) = (fs::read(&found[0]).unwrap(), fs::read(&found[1]).unwrap());
+    fs::write(&found[0], other).unwrap();
+    fs::write(&found[1], one).unwrap();
+    let verified = log.verify();
+    assert!(verified.broken.len() >= 3, "{verified}");
+    assert!(verified.broken[0].what.contains("the chain begins with"), "{verified}");
+}
+
+/// Whoever cuts the end off and says the same in the file beside the log leaves a chain that is whole:
+/// only a head that was kept elsewhere betrays it, then and after the next start.
+#[test]
+fn an_end_that_was_cut_off_is_found_by_a_head_that_was_kept() {
+    let mut log = Log::new();
+    log.options.max_bytes = 2000;
+    log.write(20);
+    let kept = log.verify().head;
+    let against = |log: &Log, hash: &str| verify_against(log.path(), None, Some(hash)).unwrap();
+    assert_eq!(against(&log, &kept.hash).kept, Some(Kept::Line(kept.seq)));
+    log.write(3);
+    let later = against(&log, &kept.hash);
+    assert!(later.intact && later.kept == Some(Kept::Line(kept.seq)), "{later}");
+
+    // Old files were archived elsewhere: the rest goes on from the head of a report of that time.
+    let oldest = files(log.path()).unwrap().remove(0);
+    let text = fs::read_to_string(&oldest).unwrap();
+    let of_that_time = pgtandem::chain::sha256(text.lines().last().unwrap().as_bytes());
+    fs::remove_file(&oldest).unwrap();
+    assert!(!log.verify().intact);
+    let rest = against(&log, &of_that_time);
+    assert!(rest.intact && rest.kept == Some(Kept::BeforeTheFirst), "{rest}");
+    assert!(!against(&log, &"5f".repeat(32)).intact);
+    fs::write(&oldest, text).unwrap();
+
+    let newest = log.verify().head;
+    let text = fs::read_to_string(log.path()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let (last, rest) = lines.split_last().unwrap();
+    assert!(last.contains(&format!("\"seq\":{}", newest.seq)));
+    fs::write(
+        log.path(),
+        rest.iter().map(|line| format!("{line}\n")).collect::<String>(),
+    )
+    .unwrap();
+    let cut = match rest.last() {
+        Some(line) => json!({ "seq": newest.seq - 1, "hash": pgtandem::chain::sha256(line.as_bytes()) }),
+        None => panic!("the file had one line"),
+    };
+    fs::write(log.directory.path().join("mismatches.jsonl.head"), cut.to_string()).unwrap();
+    assert!(log.verify().intact, "the chain alone cannot know");
+    let found = against(&log, &newest.hash);
+    assert!(!found.intact && found.kept == Some(Kept::Missing), "{found}");
+    log.write(1);
+    assert!(log.verify().intact);
+    assert_eq!(against(&log, &newest.hash).kept, Some(Kept::Missing));
+}
+
+/// Killed after the file was renamed, before or after the new one was made.
+#[test]
+fn a_kill_in_the_middle_of_a_rotation_breaks_nothing() {
+    for made in [false, true] {
+        let log = Log::new();
+        log.write(3);
+        let rotated = log.directory.path().join("mismatches.jsonl.000000000001");
+        fs::rename(log.path(), &rotated).unwrap();
+        if made {
+            fs::write(log.path(), "").unwrap();
+        }
+        let before = log.verify();
+        assert!(before.intact && before.lines == 4, "{before}");
+        log.write(2);
+        let after = log.verify();
+        assert!(
+            after.intact && after.lines == 7 && after.incidents.is_empty(),
+            "{after}"
+        );
+    }
+}
+
+#[test]
+fn a_clock_that_went_back_breaks_nothing_and_is_told() {
+    let log = Log::new();
+    // As a writer left it whose clock was a year ahead.
+    let line = |seq: u64, prev: &str| {
+        json!({ "version": 2, "seq": seq, "time": "2999-01-02T03:04:05.6Z", "event": "mismatch", "prev": prev })
+            .to_string()
+    };
+    let first = line(1, &"0".repeat(64));
+    let second = line(2, &pgtandem::chain::sha256(first.as_bytes()));
+    fs::write(log.path(), format!("{first}\n{second}\n")).unwrap();
+    log.write(2);
+    let verified = log.verify();
+    assert!(verified.intact && verified.lines == 5, "{verified}");
+    let told: Vec<_> = verified
+        .incidents
+        .iter()
+        .map(|one| (one.seq, one.event.as_str()))
+        .collect();
+    assert_eq!(told, [(3, "clock_went_back")]);
 }
 
 #[test]

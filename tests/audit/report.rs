@@ -4,12 +4,12 @@
 use std::fs;
 use std::time::Duration;
 
-use pgtandem::admin::api::ShadowsAnswer;
+use pgtandem::admin::api::{ShadowsAnswer, Status};
 use pgtandem::control::{Phase, Side};
 use serde_json::Value;
 use tokio_postgres::Client;
 
-use crate::rig::{DATABASE, OWN_ROLE, Rig};
+use crate::rig::{self, DATABASE, OWN_ROLE, Rig};
 
 const CONSTANT: &str = "a value that nobody else may read";
 
@@ -85,7 +85,11 @@ fn acknowledge(rig: &Rig, which: &[&str], reason: &str, by: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_as_an_auditor_sees_it() {
-    let (mut rig, client) = comparing("{ mac_key: only the auditor has it, statistics_every: 1h }", 20).await;
+    let (mut rig, client) = comparing(
+        "{ mac_key: only the auditor has it, statistics_every: 1h, count_back: 0s }",
+        20,
+    )
+    .await;
     let known = until_known(&rig, &client).await;
     for _ in 0..20 {
         client.simple_query("SELECT * FROM item").await.unwrap();
@@ -202,6 +206,15 @@ async fn a_migration_as_an_auditor_sees_it() {
         "values are hidden"
     );
     rig.check(&["report", "--md"], 0, "# Migration report");
+    // Killed once; that somebody acknowledged something in between was no run.
+    let told = report(&rig, 0, &[]);
+    let runs: Vec<_> = told["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| run["ended"].clone())
+        .collect();
+    assert_eq!(runs, ["killed", "running"], "{}", told["runs"]);
     // As the databases record it, with who and why; one that was given up besides.
     let flips = report(&rig, 0, &[])["flips"].clone();
     assert_eq!(flips.as_array().unwrap().len(), 2, "{flips}");
@@ -247,6 +260,114 @@ async fn a_migration_as_an_auditor_sees_it() {
     assert_eq!(edited["log"]["chain"]["intact"], false);
 }
 
+/// A proxy that is killed loses what came after its last line of statistics; what is shown by the
+/// next one says since when it counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_counted_outlives_the_proxy() {
+    let (mut rig, client) = comparing("{ statistics_every: 1h }\nwrites: { rehearse_percent: 100 }", 5).await;
+    until_known(&rig, &client).await;
+    // Known to the rehearsals, too.
+    let rehearsed = |status: &Status| status.databases[0].rehearsed_writes.clone().unwrap_or_default();
+    while rehearsed(&rig.status().await.unwrap()).counts.matched == 0 {
+        client.simple_query("UPDATE item SET id = 1 WHERE false").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    settled(&rig).await;
+    rig.until(|status| rehearsed(status).waiting == 0).await;
+    // A report has the newest counts written.
+    let first = report(&rig, 0, &[]);
+    let before = rig.status().await.unwrap();
+    rig.kill_proxy();
+
+    let without_proxy = report(&rig, 0, &[]);
+    let shop = &without_proxy["databases"][0];
+    assert_eq!(shop["writes"], first["databases"][0]["writes"]);
+    let told = rehearsed(&before);
+    assert_eq!(shop["writes"]["totals"]["matched"], told.counts.matched);
+    let update = &shop["writes"]["statements"][0];
+    assert_eq!(update["text"], "update item set id = ? where false");
+    assert!(update["new"]["p50_ms"].as_f64().unwrap() > 0.0, "{update}");
+
+    // The next one goes on from there, by name since when.
+    rig.serve(Phase::DualRead).await;
+    let reads = before.databases[0].shadow_reads.clone();
+    rig.until(|status| status.databases[0].shadow_reads.matched >= reads.matched)
+        .await;
+    let now = rig.status().await.unwrap();
+    let shown = &now.databases[0].shadow_reads;
+    assert_eq!(
+        (&shown.since, shown.matched, shown.skipped),
+        (&reads.since, reads.matched, reads.skipped)
+    );
+    assert_eq!(rehearsed(&now), told);
+    // Killed once, and what was to be compared.
+    let told = report(&rig, 0, &[]);
+    let runs: Vec<_> = told["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| run["ended"].clone())
+        .collect();
+    assert_eq!(runs, ["killed", "running"], "{}", told["runs"]);
+    assert!(told["runs"][0]["blind_seconds"].as_f64().is_some());
+    let sampled = told["sampled"].as_array().unwrap();
+    assert_eq!(sampled.len(), 2, "{sampled:?}");
+    assert_eq!(sampled[1]["sampling"]["shadow"]["percent"], 100.0);
+    assert_eq!(sampled[1]["sampling"]["rehearse"]["percent"], 100.0);
+    // Another proxy's log: both counts, each with its head.
+    let path = rig.directory.path().join("mismatches.jsonl");
+    let other = rig.directory.path().join("other.jsonl");
+    fs::copy(&path, &other).unwrap();
+    let (path, other) = (path.to_string_lossy(), other.to_string_lossy());
+    let both = report(&rig, 0, &["--log", &path, "--log", &other]);
+    assert_eq!(
+        both["overall"]["compared"],
+        2 * told["overall"]["compared"].as_u64().unwrap()
+    );
+    assert_eq!(both["runs"].as_array().unwrap().len(), 4);
+    assert_eq!(both["runs"][3]["log"], 1);
+    assert_eq!(both["other_logs"][0]["chain"]["intact"], true);
+    let absent = rig.command(&["report", "--log", "nowhere.jsonl"]);
+    assert_eq!(absent.status.code(), Some(2), "{absent:?}");
+    let head = told["log"]["chain"]["head"]["hash"].as_str().unwrap();
+    rig.check(
+        &["mismatches", "--verify-log", "--head", head],
+        0,
+        "the head that was kept is line number",
+    );
+    rig.check(
+        &["mismatches", "--verify-log", "--head", &"5f".repeat(32)],
+        1,
+        "is none of its lines",
+    );
+    rig.check(&["mismatches", "--verify-log", "--head", "5f"], 2, "64 hex digits");
+    let since = format!("since {}", reads.since[..19].replace('T', " "));
+    rig.check(&["status"], 0, &since);
+    let gates = rig::printed(&rig.command(&["switchover", "--to", "new", "--dry-run"]));
+    assert!(gates.contains(&format!("reads compared {since}")), "{gates}");
+    let answer: ShadowsAnswer = rig.admin().get("/api/v1/shadows").await.unwrap();
+    let told = &answer.databases[DATABASE];
+    assert_eq!(told.since, reads.since);
+    assert!(told.running_since.as_ref().is_some_and(|since| *since > reads.since));
+    assert_eq!(told.totals.counts.matched, reads.matched);
+    // What is counted now comes on top, and is told to the log once.
+    let client = rig.client().await;
+    loop {
+        client.simple_query("SELECT * FROM item").await.unwrap();
+        if settled(&rig).await > reads.matched {
+            break;
+        }
+    }
+    let all = settled(&rig).await;
+    assert_eq!(report(&rig, 0, &[])["databases"][0]["reads"]["totals"]["matched"], all);
+    rig.kill_proxy();
+    rig.extra = rig.extra.replace("1h", "1h, count_back: 0s");
+    rig.serve(Phase::DualRead).await;
+    let now = rig.status().await.unwrap();
+    assert_eq!(now.databases[0].shadow_reads.matched, 0);
+    assert!(now.databases[0].shadow_reads.since > reads.since);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
     let (rig, client) = comparing("{ path: logs/mismatches.jsonl, key_file: the.key }", 1).await;
@@ -273,7 +394,7 @@ async fn a_log_that_cannot_be_written_is_told_and_stops_nobody() {
 /// Killed again and again while mismatches and statistics are being written, over many rotations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_that_is_killed_while_it_writes_leaves_a_whole_chain() {
-    let (mut rig, client) = comparing("{ max_size: 64KiB, statistics_every: 1s }", 20).await;
+    let (mut rig, client) = comparing("{ max_size: 64KiB, statistics_every: 1s, count_back: 0s }", 20).await;
     until_known(&rig, &client).await;
     on_new(&rig, "UPDATE item SET name = 'other'").await;
     let path = rig.directory.path().join("mismatches.jsonl");

@@ -244,6 +244,17 @@ async fn what_only_new_refuses_is_found() {
             assert_eq!((last.rows.primary, last.rows.secondary), (2, 1));
         }
     }
+    // Another type behind the same name: RETURNING tells, whatever the rows are.
+    app.batch_execute("alter table warm alter n type bigint").await.unwrap();
+    let returning = "insert into warm values (1) returning n, n as again";
+    client.simple_query(returning).await.unwrap();
+    settled(&rig, &client).await;
+    let found = mismatches(&rig).await;
+    let last = found.last().unwrap();
+    assert_eq!(
+        (last.kind, &last.differing_columns),
+        (Kind::WriteColumns, &vec!["n".into(), "again".into()])
+    );
     // The other way round: new lets through what legacy refuses.
     rig.direct(Side::Legacy, APP)
         .await
@@ -255,6 +266,128 @@ async fn what_only_new_refuses_is_found() {
     let found = statement(&report, "update part set n = ?");
     assert_eq!(found.last_difference, Some(["42501".into(), "00000".into()]));
     assert_eq!(found.counts.mismatched, 1, "{report:#?}");
+}
+
+/// Deferred constraints and triggers are tried, though nothing is committed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_checked_at_commit_is_tried() {
+    let rig = rig(Phase::DualWrite).await;
+    let client = rig.client().await;
+    client
+        .batch_execute(
+            "create table warm (n int);
+             create table parent (id int primary key);
+             insert into parent values (1), (2), (4);
+             create table child (id int, parent int references parent deferrable initially deferred);
+             create table pair (a int, b int unique deferrable);
+             insert into warm values (1)",
+        )
+        .await
+        .unwrap();
+    known(&rig, &client).await;
+
+    // Both sides refuse it alike: at the end of a statement by itself, at COMMIT, and by order.
+    let child = "insert into child values (1, 9)";
+    for texts in [
+        vec![child],
+        vec!["begin", child, "savepoint a", "release a", "commit"],
+        vec!["begin", child, "update parent set id = id where false", "commit"],
+        vec!["begin", child, "set constraints all immediate", "rollback"],
+        vec!["begin", "insert into pair values (1, 1), (2, 1)", "rollback"],
+        vec![
+            "begin",
+            "set constraints all deferred",
+            "insert into pair values (1, 1), (2, 1)",
+            "commit",
+        ],
+    ] {
+        let mut refused = 0;
+        for text in &texts {
+            refused += u32::from(client.simple_query(text).await.is_err());
+        }
+        assert_eq!(refused, 1, "{texts:?}");
+    }
+    // And what is right in the end is right on both.
+    for text in [
+        "begin",
+        "set constraints all deferred",
+        "insert into child values (2, 3)",
+        "insert into parent values (3)",
+        "insert into pair values (1, 1), (2, 2)",
+        "update pair set b = 3 - b",
+        "set constraints all immediate",
+        "commit",
+    ] {
+        client.simple_query(text).await.unwrap();
+    }
+    let report = settled(&rig, &client).await;
+    let counts = &report.totals.counts;
+    assert_eq!((counts.mismatched, mismatches(&rig).await), (0, vec![]), "{report:#?}");
+    assert!(counts.failed.is_empty(), "{report:#?}");
+    let matched = statement(&report, "insert into child values (...)").counts.matched;
+    assert!(matched >= 4, "{report:#?}");
+
+    // What only new has is found.
+    rig.wait_caught_up().await;
+    rig.direct(Side::New, APP)
+        .await
+        .batch_execute(
+            "alter table pair add constraint known foreign key (a) references parent deferrable initially deferred;
+             create function never() returns trigger language plpgsql as $$ begin raise unique_violation; end $$;
+             create constraint trigger never after update on warm deferrable initially deferred
+                for each row execute function never()",
+        )
+        .await
+        .unwrap();
+    for (texts, code, write) in [
+        (
+            // Alike in whichever state it runs.
+            vec!["update warm set n = 5"],
+            "23505",
+            "update warm set n = ?",
+        ),
+        (
+            vec!["begin", "update warm set n = 6", "select 1", "commit"],
+            "23505",
+            "update warm set n = ?",
+        ),
+        // Rolled back it leaves the secondary as it is, so there its state is the right one for sure.
+        (
+            vec![
+                "begin",
+                "update pair set a = 8 where a = 1",
+                "set constraints all immediate",
+                "rollback",
+            ],
+            "23503",
+            "set constraints all immediate",
+        ),
+    ] {
+        rig.wait_caught_up().await;
+        for text in &texts {
+            client.simple_query(text).await.unwrap();
+        }
+        let report = settled(&rig, &client).await;
+        let found = statement(&report, write);
+        let codes = Some(["00000".into(), code.into()]);
+        assert_eq!(found.last_difference, codes, "{texts:?} {report:#?}");
+        let rolled_back = texts.contains(&"rollback");
+        assert!(!rolled_back || found.counts.mismatched == 1, "{report:#?}");
+    }
+    let found = mismatches(&rig).await;
+    let last = found.last().unwrap();
+    assert_eq!(
+        (last.kind, last.error.secondary.as_deref()),
+        (Kind::WriteError, Some("23503"))
+    );
+    // Nothing of it stays.
+    let own = rig.direct(Side::New, OWN_ROLE).await;
+    let marks = own
+        .query_one("select count(*) from pgtandem.rehearsing", &[])
+        .await
+        .unwrap();
+    assert_eq!(marks.get::<_, i64>(0), 0);
+    rig.assert_equal().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -86,7 +86,7 @@ fn plant(kind: Kind) -> Plant {
         // `what_is_slower_on_new_is_told_with_both_plans`: no wrong answer, so no read shows it.
         Kind::Slower => ("", &[]),
         // Of rehearsed writes: tests/mirror/rehearsals.rs.
-        Kind::WriteError | Kind::WriteTag => ("", &[]),
+        Kind::WriteError | Kind::WriteTag | Kind::WriteColumns => ("", &[]),
     };
     Plant { on_new, reads }
 }

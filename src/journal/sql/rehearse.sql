@@ -33,6 +33,25 @@ CREATE CONSTRAINT TRIGGER never_commit AFTER INSERT ON pgtandem.rehearsing
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION pgtandem.never_commit();
 ALTER TABLE pgtandem.rehearsing ENABLE ALWAYS TRIGGER never_commit;
 
+-- Has what is due at COMMIT checked now: a rehearsal has none. Each constraint by its name, since SET
+-- CONSTRAINTS ALL would fire the trigger above. As the caller and under his settings, as COMMIT does it:
+-- the application's own deferred triggers run here.
+CREATE OR REPLACE FUNCTION pgtandem.check_deferred() RETURNS void
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    due text;
+BEGIN
+    SELECT pg_catalog.string_agg(DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname), ', ') INTO due
+      FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace
+     WHERE c.condeferrable AND n.nspname <> 'pgtandem' AND n.nspname !~ '^pg_'
+       AND pg_catalog.has_schema_privilege(n.oid, 'USAGE');
+    IF due IS NOT NULL THEN
+        EXECUTE 'SET CONSTRAINTS ' || due || ' IMMEDIATE';
+    END IF;
+END
+$$;
+
 -- Makes the transaction a rehearsal. Answers the last round of which the secondary has all, or null
 -- where it is between two.
 CREATE OR REPLACE FUNCTION pgtandem.rehearse(key text) RETURNS bigint

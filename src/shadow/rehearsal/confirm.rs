@@ -2,6 +2,8 @@
 //!
 //! Two kinds of proof are accepted; what neither settles is counted as unsettled.
 //!
+//! The columns of RETURNING rest on definitions alone, and are asked of both sides by themselves.
+//!
 //! *By definitions*: the secondary refuses the statement for what it is (a missing column, function
 //! or privilege). EXPLAIN asks both sides as the client's user, without running anything, after a
 //! round that began when the primary's definitions were looked at; they are looked at again at the
@@ -22,7 +24,7 @@ use std::collections::HashMap;
 use tokio::time::{Duration, timeout};
 
 use super::super::confirm::DEFINITIONS;
-use super::super::connection::{Connection, ConnectionError, PoolKey};
+use super::super::connection::{Columns, Connection, ConnectionError, PoolKey};
 use super::super::read::Call;
 use super::run::Run;
 use super::worker::Worker;
@@ -164,6 +166,49 @@ impl Worker {
         Ok(proven)
     }
 
+    /// Both sides' columns of a write's RETURNING, primary first, where they are not the same, by the same
+    /// definitions. They rest on no rows, and so on no state.
+    pub(super) async fn other_columns(
+        &self,
+        transaction: &Transaction,
+        types: &[Vec<u8>],
+        at: usize,
+    ) -> Result<Option<[Columns; 2]>, ConnectionError> {
+        let keys =
+            [transaction.control.primary, transaction.control.secondary()].map(|side| self.key(transaction, side));
+        let [Some(primary_key), Some(secondary_key)] = keys else {
+            return Ok(None);
+        };
+        let mut primary = self.pool.take(&primary_key, self.deadline).await?;
+        let mut secondary = self.pool.take(&secondary_key, self.deadline).await?;
+        let asked = async {
+            let own = &transaction.steps[at].types;
+            let here = described(&mut secondary, transaction, &types[at], at).await?;
+            let there = described(&mut primary, transaction, own, at).await?;
+            if here == there || here.is_none() || there.is_none() {
+                return Ok(None);
+            }
+            // A schema change on its way makes such a difference, too.
+            let (defined, _) = primary.digest(DEFINITIONS, &Call::Simple, 0).await?;
+            if !self.shared.pace.round_after_now().await {
+                return Ok(None);
+            }
+            let here = described(&mut secondary, transaction, &types[at], at).await?;
+            let there = described(&mut primary, transaction, own, at).await?;
+            let (now, _) = primary.digest(DEFINITIONS, &Call::Simple, 0).await?;
+            Ok(there
+                .zip(here)
+                .filter(|(there, here)| there != here && defined == now)
+                .map(<[Columns; 2]>::from))
+        };
+        let found = timeout(self.patience(), asked)
+            .await
+            .unwrap_or(Err(ConnectionError::Deadline))?;
+        self.pool.give(primary_key, primary);
+        self.pool.give(secondary_key, secondary);
+        Ok(found)
+    }
+
     pub(super) fn key(&self, transaction: &Transaction, side: Side) -> Option<PoolKey> {
         Some(PoolKey {
             target: self.targets.target(side).clone(),
@@ -171,6 +216,22 @@ impl Worker {
             settings: transaction.settings.clone()?,
         })
     }
+}
+
+/// What a step would give, under the settings of its transaction.
+async fn described(
+    connection: &mut Connection,
+    transaction: &Transaction,
+    types: &[u8],
+    at: usize,
+) -> Result<Option<Columns>, ConnectionError> {
+    connection.command("look at a statement", b"begin read only").await?;
+    for step in transaction.steps[..at].iter().filter(|step| step.part == Part::Control) {
+        connection.perform(&step.text, &[], b"\0\0\0\0\0\0").await?;
+    }
+    let columns = connection.describe(&transaction.steps[at].text, types).await?;
+    connection.command("look at a statement", b"rollback").await?;
+    Ok(columns)
 }
 
 /// The SQLSTATE with which EXPLAIN of a step is refused, under the settings of its transaction.

@@ -14,6 +14,7 @@
 
 mod confirm;
 mod desk;
+mod interval;
 mod run;
 mod sink;
 mod stats;
@@ -25,10 +26,12 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use dashmap::DashMap;
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use interval::{WriteInterval, WritePeriod};
 pub use sink::RehearsalSink;
 pub use stats::{RehearsalReport, Rehearsed, RehearsedStatement, SlowerWrite, WriteCounts};
 pub use worker::read_reach;
@@ -57,6 +60,8 @@ pub struct Transaction {
     pub round: u64,
     pub steps: Vec<Step>,
     pub committed: bool,
+    /// A refusal of its last write may be what COMMIT said: of what is checked only then.
+    pub refused_at_end: bool,
     /// Why it is not to be rehearsed, where that is known already.
     pub left_out: Option<LeftOut>,
 }
@@ -99,6 +104,13 @@ impl Said {
             Self::Done(_) => None,
             Self::Refused(code) => Some(code),
         }
+    }
+}
+
+impl Transaction {
+    /// What is checked at COMMIT is held against it.
+    fn last_write(&self) -> Option<usize> {
+        self.steps.iter().rposition(Step::is_write)
     }
 }
 
@@ -180,6 +192,7 @@ pub fn spawn_rehearsals(rehearsals: Rehearsals<'_>) -> (RehearsalSink, Rehearsal
         log_counters: reads.0.counters.clone(),
         pool: Pool::new(),
         desk,
+        alike: DashMap::new(),
         deadline: rehearse.timeout,
         truncations: Mutex::default(),
     };

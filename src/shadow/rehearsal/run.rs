@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::super::connection::{Connection, ConnectionError};
+use super::super::connection::{Connection, ConnectionError, Heard};
 use super::worker::Worker;
-use super::{Said, Transaction};
+use super::{Said, Step, Transaction};
 use crate::control::Side;
+use crate::sql::{Class, SetWhat};
 use crate::upstream::cancel::cancel;
 
 /// How long a rehearsal waits for a lock.
@@ -37,6 +38,15 @@ impl Run {
     }
 }
 
+impl Heard {
+    fn said(self) -> Said {
+        match self.refused {
+            None => Said::Done(self.tag),
+            Some(refused) => Said::Refused(refused.sqlstate),
+        }
+    }
+}
+
 /// Bind's body behind the names for a statement without parameters.
 const NO_VALUES: &[u8] = b"\0\0\0\0\0\0";
 
@@ -56,17 +66,26 @@ pub(super) async fn run(
             let round = begin(worker, connection, side).await?;
             let mut said = Vec::with_capacity(transaction.steps.len());
             for (step, types) in transaction.steps.iter().zip(types) {
-                let bind = if step.bind.is_empty() { NO_VALUES } else { &step.bind };
-                let (heard, took) = connection.perform(&step.text, types, bind).await?;
-                let here = match heard.refused {
-                    None => Said::Done(heard.tag),
-                    Some(refused) => Said::Refused(refused.sqlstate),
+                let (here, took) = if checks_all(step) {
+                    check_deferred(connection).await?.map_or_else(
+                        || (Said::Done("SET CONSTRAINTS".into()), Duration::ZERO),
+                        |refused| (refused, Duration::ZERO),
+                    )
+                } else {
+                    let bind = if step.bind.is_empty() { NO_VALUES } else { &step.bind };
+                    let (heard, took) = connection.perform(&step.text, types, bind).await?;
+                    (heard.said(), took)
                 };
                 let differs = step.said.as_ref() != Some(&here);
                 said.push((here, took));
                 if differs {
                     break;
                 }
+            }
+            if let Some(last) = due(transaction, &said)
+                && let Some(refused) = check_deferred(connection).await?
+            {
+                said[last].0 = refused;
             }
             connection.command("roll the rehearsal back", b"rollback").await?;
             Ok((round, said))
@@ -95,6 +114,40 @@ pub(super) async fn run(
     };
     let (round, said) = outcome?;
     Ok(Run { round, said, gave_way })
+}
+
+/// The write that what is checked at COMMIT is held against, where it has come to that: all went as on
+/// the primary, which committed; or all but this one, which the primary may have refused only then.
+fn due(transaction: &Transaction, said: &[(Said, Duration)]) -> Option<usize> {
+    let last = transaction.last_write()?;
+    let alike = |at: usize| transaction.steps[at].said.as_ref() == said.get(at).map(|(said, _)| said);
+    let all = (0..transaction.steps.len()).all(alike);
+    let refused_there = (0..last).all(alike)
+        && matches!(transaction.steps[last].said, Some(Said::Refused(_)))
+        && matches!(said.get(last), Some((Said::Done(_), _)));
+    (all && transaction.committed || refused_there && transaction.refused_at_end).then_some(last)
+}
+
+/// Has what is due at COMMIT checked; what is refused of it, if anything is.
+async fn check_deferred(connection: &mut Connection) -> Result<Option<Said>, ConnectionError> {
+    let (heard, _) = connection
+        .perform(b"select pgtandem.check_deferred()", &[], NO_VALUES)
+        .await?;
+    Ok(Some(heard.said()).filter(|said| matches!(said, Said::Refused(_))))
+}
+
+/// `SET CONSTRAINTS ALL IMMEDIATE`: as it stands it would fire the mark's own trigger.
+fn checks_all(step: &Step) -> bool {
+    let sets = step
+        .script
+        .single()
+        .is_some_and(|statement| matches!(&statement.class, Class::Set(set) if set.what == SetWhat::Constraints));
+    let text = String::from_utf8_lossy(&step.text).to_lowercase();
+    let words: Vec<&str> = text
+        .split(|at: char| !at.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .collect();
+    sets && words.ends_with(&["all", "immediate"])
 }
 
 /// Opens the transaction and marks it as one that is never committed.

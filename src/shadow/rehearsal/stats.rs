@@ -115,28 +115,39 @@ impl WriteCounts {
         self.compared += 1;
     }
 
-    fn add(&mut self, other: &Self) {
-        self.executions += other.executions;
-        self.compared += other.compared;
-        self.matched += other.matched;
-        self.mismatched += other.mismatched;
-        self.unsettled += other.unsettled;
-        for (mine, theirs) in [
-            (&mut self.left_out, &other.left_out),
-            (&mut self.skipped, &other.skipped),
-            (&mut self.dropped, &other.dropped),
-            (&mut self.failed, &other.failed),
-        ] {
-            for (reason, count) in theirs {
-                *mine.entry(reason.clone()).or_default() += count;
-            }
+    pub(super) fn combined(&self, other: &Self, how: impl Fn(u64, u64) -> u64) -> Self {
+        let maps = |one: &BTreeMap<String, u64>, other: &BTreeMap<String, u64>| -> BTreeMap<String, u64> {
+            let of = |map: &BTreeMap<String, u64>, reason: &String| map.get(reason).copied().unwrap_or(0);
+            one.keys()
+                .chain(other.keys())
+                .map(|reason| (reason.clone(), how(of(one, reason), of(other, reason))))
+                .filter(|(_, count)| *count > 0)
+                .collect()
+        };
+        Self {
+            executions: how(self.executions, other.executions),
+            compared: how(self.compared, other.compared),
+            matched: how(self.matched, other.matched),
+            mismatched: how(self.mismatched, other.mismatched),
+            unsettled: how(self.unsettled, other.unsettled),
+            left_out: maps(&self.left_out, &other.left_out),
+            skipped: maps(&self.skipped, &other.skipped),
+            dropped: maps(&self.dropped, &other.dropped),
+            failed: maps(&self.failed, &other.failed),
         }
+    }
+
+    pub fn plus(&self, other: &Self) -> Self {
+        self.combined(other, u64::saturating_add)
     }
 }
 
 /// `status`, for each database: what became of the rehearsed writes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rehearsed {
+    /// When counting began, RFC 3339.
+    #[serde(default)]
+    pub since: String,
     #[serde(flatten)]
     pub counts: WriteCounts,
     /// Transactions waiting or running now.
@@ -148,6 +159,10 @@ pub struct Rehearsed {
 pub struct RehearsalReport {
     /// When counting began, RFC 3339.
     pub since: String,
+    /// When the running proxy itself began; what was counted before, the mismatch log told it.
+    /// Absent in a report of the log.
+    #[serde(default)]
+    pub running_since: Option<String>,
     pub totals: Rehearsed,
     /// Of all writes, the share that was compared, 0 to 1.
     pub coverage: f64,
@@ -275,27 +290,26 @@ impl Counters {
 
     fn reports(&self) -> Vec<RehearsedStatement> {
         let others = (String::new(), self.others.clone());
-        let mut reports: Vec<_> = self
-            .statements
+        self.statements
             .iter()
             .map(|slot| (slot.key().to_string(), slot.value().clone()))
             .chain(std::iter::once(others))
             .map(|(id, entry)| report(id, &entry.lock().unwrap_or_else(PoisonError::into_inner)))
             .filter(|report| report.counts.executions > 0)
-            .collect();
-        reports.sort_by(|one, other| {
-            (other.counts.executions, &one.fingerprint).cmp(&(one.counts.executions, &other.fingerprint))
-        });
-        reports
+            .collect()
     }
 
     pub(super) fn totals(&self, waiting: usize) -> Rehearsed {
         let mut counts = WriteCounts::default();
         for slot in &self.statements {
-            counts.add(&slot.value().lock().unwrap_or_else(PoisonError::into_inner).counts);
+            counts = counts.plus(&slot.value().lock().unwrap_or_else(PoisonError::into_inner).counts);
         }
-        counts.add(&self.others.lock().unwrap_or_else(PoisonError::into_inner).counts);
-        Rehearsed { counts, waiting }
+        counts = counts.plus(&self.others.lock().unwrap_or_else(PoisonError::into_inner).counts);
+        Rehearsed {
+            since: self.since.clone(),
+            counts,
+            waiting,
+        }
     }
 
     /// Everything that is known. `slower`: how many times as slow as legacy a statement must be on
@@ -304,7 +318,20 @@ impl Counters {
         let statements = self.reports();
         let totals = self.totals(waiting);
         RehearsalReport {
-            since: self.since.clone(),
+            running_since: Some(self.since.clone()),
+            ..RehearsalReport::of(totals, statements, slower)
+        }
+    }
+}
+
+impl RehearsalReport {
+    pub(super) fn of(totals: Rehearsed, mut statements: Vec<RehearsedStatement>, slower: f64) -> Self {
+        statements.sort_by(|one, other| {
+            (other.counts.executions, &one.fingerprint).cmp(&(one.counts.executions, &other.fingerprint))
+        });
+        Self {
+            since: totals.since.clone(),
+            running_since: None,
             coverage: share(totals.counts.compared, totals.counts.executions),
             totals,
             slower: slower_on_new(&statements, slower),
@@ -345,7 +372,7 @@ fn slower_on_new(statements: &[RehearsedStatement], ratio: f64) -> Vec<SlowerWri
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-fn share(part: u64, whole: u64) -> f64 {
+pub(super) fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 

@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Weak};
 
+use dashmap::DashMap;
 use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Duration, sleep, timeout};
+use tokio::time::{Duration, Instant, sleep, timeout};
 
 use super::super::compare::Kind;
-use super::super::connection::{ConnectionError, Pool};
+use super::super::connection::{Columns, ConnectionError, Pool};
 use super::super::log::{BothSides, Mismatch, MismatchLog};
 use super::super::stats::Counters as ReadCounters;
 use super::super::worker::is_circumstance;
@@ -19,7 +20,7 @@ use super::stats::{Failed, Outcome, Skipped};
 use super::{Said, Step, Transaction};
 use crate::config::DatabaseConfig;
 use crate::control::{Control, Side};
-use crate::sql::{LeftOut, REACH_QUERY, Reach};
+use crate::sql::{FingerprintId, LeftOut, REACH_QUERY, Reach};
 use crate::upstream::control::connect;
 
 /// Between looks at the idle connections.
@@ -28,6 +29,10 @@ const TIDY: Duration = Duration::from_secs(30);
 const REACH_REFRESH: Duration = Duration::from_secs(10);
 /// For a copy of the sequences; somebody's open DDL may stand in its way.
 const SEQUENCES_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the columns of a write's RETURNING are taken to be the same on both sides.
+const ASK_COLUMNS_AGAIN: Duration = Duration::from_secs(30);
+/// Of so many writes.
+const ALIKE_MAX: usize = 4096;
 /// At most so often.
 const REACH_REFRESH_MIN: Duration = Duration::from_millis(500);
 
@@ -41,6 +46,8 @@ pub(super) struct Worker {
     pub(super) log_counters: Arc<ReadCounters>,
     pub(super) pool: Pool,
     pub(super) desk: Desk,
+    /// Writes whose RETURNING gave the same columns on both sides, and when that was asked.
+    pub(super) alike: DashMap<FingerprintId, Instant>,
     /// How long a statement may run.
     pub(super) deadline: Duration,
     /// How often this primary's journal tables had been emptied when it was last asked.
@@ -194,10 +201,47 @@ impl Worker {
         let found = match run.difference(transaction) {
             Some(at) if !known && refused(&run).as_deref() == Some("23505") => Some((at, Outcome::Unsettled)),
             Some(at) => Some((at, self.judge(transaction, types, &run, at).await?)),
-            None => None,
+            None => self.judge_columns(transaction, types, &run).await?,
         };
         self.count(transaction, &run, found);
         Ok(())
+    }
+
+    /// Of a transaction that went alike: the first write whose RETURNING gives other columns there.
+    async fn judge_columns(
+        &self,
+        transaction: &Transaction,
+        types: &[Vec<u8>],
+        run: &Run,
+    ) -> Result<Option<(usize, Outcome)>, ConnectionError> {
+        for (at, step) in transaction.steps.iter().enumerate() {
+            let done = matches!(run.said.get(at), Some((Said::Done(_), _)));
+            if !done || !step.is_write() || !returns(&step.text) {
+                continue;
+            }
+            let id = step.script.fingerprint(&step.text).id;
+            if self
+                .alike
+                .get(&id)
+                .is_some_and(|asked| asked.elapsed() < ASK_COLUMNS_AGAIN)
+            {
+                continue;
+            }
+            match self.other_columns(transaction, types, at).await? {
+                Some(columns) => {
+                    let round = self.shared.pace.applied_round();
+                    self.log_mismatch(transaction, step, &run.said[at], round, Some(columns));
+                    return Ok(Some((at, Outcome::Mismatched)));
+                }
+                None => {
+                    if self.alike.len() >= ALIKE_MAX {
+                        self.alike.clear();
+                    }
+                    self.alike.insert(id, Instant::now());
+                }
+            }
+        }
+        Ok(None)
     }
 
     async fn run(&self, transaction: &Transaction, types: &[Vec<u8>]) -> Result<Run, ConnectionError> {
@@ -259,7 +303,7 @@ impl Worker {
         };
         Ok(match round {
             Some(round) => {
-                self.log_mismatch(transaction, step, &run.said[at], round);
+                self.log_mismatch(transaction, step, &run.said[at], round, None);
                 Outcome::Mismatched
             }
             None => Outcome::Unsettled,
@@ -309,7 +353,15 @@ impl Worker {
         }
     }
 
-    fn log_mismatch(&self, transaction: &Transaction, step: &Step, here: &(Said, Duration), round: u64) {
+    /// `columns`: both sides', where it is they that differ.
+    fn log_mismatch(
+        &self,
+        transaction: &Transaction,
+        step: &Step,
+        here: &(Said, Duration),
+        round: u64,
+        columns: Option<[Columns; 2]>,
+    ) {
         let fingerprint = step.script.fingerprint(&step.text);
         let values = &self.log.values;
         let there = step.said.as_ref();
@@ -317,11 +369,17 @@ impl Worker {
             primary: there.and_then(Said::sqlstate).map(str::to_owned),
             secondary: here.0.sqlstate().map(str::to_owned),
         };
-        let kind = if error.primary == error.secondary {
+        let kind = if columns.is_some() {
+            Kind::WriteColumns
+        } else if error.primary == error.secondary {
             Kind::WriteTag
         } else {
             Kind::WriteError
         };
+        let [of_primary, of_secondary] = columns.unwrap_or_default();
+        let name = |column: &(String, Option<u32>)| column.0.clone();
+        let differing = of_primary.iter().enumerate();
+        let differing = differing.filter(|(at, column)| of_secondary.get(*at) != Some(column));
         let mismatch = Mismatch {
             seq: 0,
             time: String::new(),
@@ -342,8 +400,8 @@ impl Worker {
             },
             digest: BothSides::default(),
             error,
-            columns: Vec::new(),
-            differing_columns: Vec::new(),
+            differing_columns: differing.map(|(_, column)| name(column)).collect(),
+            columns: of_primary.iter().map(name).collect(),
             keys: Vec::new(),
             first_rows: BothSides::default(),
             latency_ms: BothSides {
@@ -355,4 +413,10 @@ impl Worker {
         };
         self.log.write(mismatch, &self.log_counters);
     }
+}
+
+/// Whether a write may give rows.
+fn returns(text: &[u8]) -> bool {
+    const WORD: &[u8] = b"returning";
+    text.windows(WORD.len()).any(|part| part.eq_ignore_ascii_case(WORD))
 }

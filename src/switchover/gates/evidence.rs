@@ -39,18 +39,28 @@ pub(super) fn verification(tables: &[TableStatus], within: Option<Duration>, now
     gate("verification", measured, required, open)
 }
 
-/// Of the reads since this proxy started.
+/// Of the reads since counting began.
 pub(super) fn shadow_coverage(reads: &ShadowReads, least: Option<f64>) -> Gate {
     let compared = compared(reads);
     let others: u64 = reads.not_comparable.values().chain(reads.failed.values()).sum();
     let all = compared + others + reads.skipped + reads.dropped;
-    share_gate("shadow coverage", compared, all, "reads compared", least)
+    let (of, nothing) = said("reads compared", reads);
+    share_gate("shadow coverage", [compared, all], [&of, &nothing], least)
 }
 
 pub(super) fn shadow_match_rate(reads: &ShadowReads, least: Option<f64>) -> Gate {
     let compared = compared(reads);
     let alike = compared - reads.mismatched;
-    share_gate("shadow match rate", alike, compared, "compared reads alike", least)
+    let (of, nothing) = said("compared reads alike", reads);
+    share_gate("shadow match rate", [alike, compared], [&of, &nothing], least)
+}
+
+/// What is counted, since when; and that there was nothing of it.
+fn said(what: &str, reads: &ShadowReads) -> (String, String) {
+    let since = reads.since.get(..19).map_or_else(String::new, |since| {
+        format!(" since {} UTC", since.replacen('T', " ", 1))
+    });
+    (format!("{what}{since}"), format!("there were no {what}{since}"))
 }
 
 const fn compared(reads: &ShadowReads) -> u64 {
@@ -90,11 +100,11 @@ pub(super) fn canary(canary: Option<&CanaryStatus>, least: Option<Duration>) -> 
 }
 
 /// Where there was nothing to measure, nothing is proved.
-fn share_gate(name: &str, part: u64, all: u64, of: &str, least: Option<f64>) -> Gate {
+fn share_gate(name: &str, [part, all]: [u64; 2], [of, nothing]: [&str; 2], least: Option<f64>) -> Gate {
     let share = (all > 0).then(|| 100.0 * part as f64 / all as f64);
     let measured = match share {
         Some(share) => format!("{share:.2} % ({part} of {all} {of})"),
-        None => format!("there were no {of}"),
+        None => nothing.to_owned(),
     };
     let required = least.map_or_else(|| NOTHING.to_owned(), |least| format!("at least {least} %"));
     let open = least.is_none_or(|least| share.is_some_and(|share| share >= least));

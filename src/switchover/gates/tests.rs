@@ -207,6 +207,7 @@ fn shadow_reads_need_evidence_where_a_share_is_asked_for() {
     };
     let reads = |database: &mut DatabaseStatus| {
         database.shadow_reads = ShadowReads {
+            since: "2026-01-02T03:04:05.678Z".into(),
             matched: 97,
             transient: 1,
             mismatched: 2,
@@ -217,13 +218,13 @@ fn shadow_reads_need_evidence_where_a_share_is_asked_for() {
     };
     check(
         says("shadow coverage", &asked, reads),
-        "25.00 % (100 of 400 reads compared)",
+        "25.00 % (100 of 400 reads compared since 2026-01-02 03:04:05 UTC)",
         "at least 20 %",
         true,
     );
     check(
         says("shadow match rate", &asked, reads),
-        "98.00 % (98 of 100 compared reads alike)",
+        "98.00 % (98 of 100 compared reads alike since 2026-01-02 03:04:05 UTC)",
         "at least 99 %",
         false,
     );
