@@ -11,7 +11,7 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 11;
+const VERSION: i32 = 12;
 
 const SCRIPTS: [&str; 10] = [
     include_str!("sql/schema.sql"),
