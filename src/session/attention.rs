@@ -189,7 +189,6 @@ impl Session {
     }
 
     fn attend_client(&mut self, kind: u8, body: &[u8], mark: Mark, gather: &mut Gather<'_>) -> bool {
-        let awaits_withheld = self.tracker.awaits_withheld();
         let attention = self.attention.get_or_insert_default();
         match (kind, mark, &mut attention.outside) {
             (b'C', Mark::Withheld, Some(outside)) => {
@@ -206,7 +205,7 @@ impl Session {
                 return false;
             }
             // The ReadyForQuery of the statement's own batch.
-            (b'Z', _, Some(_)) if !awaits_withheld => {
+            (b'Z', _, Some(_)) if !self.tracker.awaits_withheld() => {
                 if let Some(outside) = attention.outside.take()
                     && outside.succeeded
                 {
