@@ -51,9 +51,11 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
         return Err(JournalError::Privileges(missing.join(" ")));
     }
     let transaction = client.transaction().await.map_err(doing("install schema pgtandem"))?;
+    // The event triggers of an older installation take what is known already for no client's DDL.
     transaction
         .batch_execute(&format!(
             "SET LOCAL synchronous_commit = on; SET LOCAL client_min_messages = warning; SET LOCAL search_path = pg_catalog;
+             SET LOCAL pgtandem.ddl = '{{\"tag\": \"installation\"}}';
              SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"
         ))
         .await
