@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use tokio_postgres::{Client, Row};
 
-use super::session::read_watermark;
 use super::{ApplyError, doing};
+use crate::catalog::quote::literal;
 use crate::catalog::{Oid, PINNED_SETTINGS};
 use crate::control::{Epoch, Side};
 
@@ -33,21 +33,48 @@ pub async fn begin_direction(
     primary_side: Side,
     epoch: Epoch,
 ) -> Result<(), BeginError> {
-    let begun = begin(primary, secondary, primary_side, epoch, Trial::No).await;
-    begun.map_err(BeginError::from)
+    let tables = Tables::read(primary, secondary).await?;
+    let (head, _) = Head::take(primary, &tables.standing.since).await?;
+    let record = tables.record_sql(&head, primary_side, epoch);
+    Ok(write(secondary, &record, Trial::No).await?)
 }
 
 /// As [`begin_direction`], and takes it back: finds what would be in its way while nobody waits, and
-/// leaves both servers with what they need for it at hand.
+/// keeps what takes time for [`begin_as_tried`].
 pub async fn try_direction(
     primary: &Client,
     secondary: &mut Client,
     primary_side: Side,
     epoch: Epoch,
-) -> Result<(), BeginError> {
-    let begun = begin(primary, secondary, primary_side, epoch, Trial::Yes).await;
-    begun.map_err(BeginError::from)
+) -> Result<Tried, BeginError> {
+    let tables = Tables::read(primary, secondary).await?;
+    let (head, _) = Head::take(primary, &tables.standing.since).await?;
+    let record = tables.record_sql(&head, primary_side, epoch);
+    write(secondary, &record, Trial::Yes).await?;
+    Ok(Tried(tables))
 }
+
+/// As [`begin_direction`], with what a trial has read. False, with nothing done, where the new
+/// primary's definitions, or what is known of its tables, have changed since.
+pub async fn begin_as_tried(
+    primary: &Client,
+    secondary: &mut Client,
+    primary_side: Side,
+    epoch: Epoch,
+    Tried(tables): &Tried,
+) -> Result<bool, BeginError> {
+    let (head, standing) = Head::take(primary, &tables.standing.since).await?;
+    if standing != tables.standing {
+        return Ok(false);
+    }
+    let record = tables.record_sql(&head, primary_side, epoch);
+    write(secondary, &record, Trial::No).await?;
+    Ok(true)
+}
+
+/// What a trial has read. In a database of a thousand tables that takes a second, for which clients
+/// need not be held.
+pub struct Tried(Tables);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trial {
@@ -55,106 +82,166 @@ enum Trial {
     No,
 }
 
-async fn begin(
-    primary: &Client,
-    secondary: &mut Client,
-    primary_side: Side,
-    epoch: Epoch,
-    trial: Trial,
-) -> Result<(), ApplyError> {
-    primary
-        .batch_execute(PINNED_SETTINGS)
-        .await
-        .map_err(doing("prepare the connection"))?;
-    // What the applier's DDL changed here went past the hook: the records of captured tables
-    // are brought up to date, or the next DDL would take it for its own.
-    primary
-        .batch_execute(
-            "UPDATE pgtandem.captured c
-                SET schema = s.schema, name = s.name, shape = s.shape, filenode = s.filenode,
-                    attributes = s.attributes, attribute_count = s.attribute_count, names = s.names
-               FROM pgtandem.shape s
-              WHERE s.rel = c.rel AND (s.schema, s.name, s.shape, s.filenode, s.attributes, s.attribute_count, s.names)
-                    IS DISTINCT FROM (c.schema, c.name, c.shape, c.filenode, c.attributes, c.attribute_count, c.names)",
-        )
-        .await
-        .map_err(doing("refresh the captured tables"))?;
-    let head = primary
-        .query_one(
-            "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text",
-            &[],
-        )
-        .await
-        .map_err(doing("take the first snapshot"))?;
-    let (snapshot, position): (String, String) = (head.get(0), head.get(1));
-    let tables = primary
-        .query(
-            // What is put together from several tables is no better than the worst of them.
-            "SELECT h.rel, s.rel, h.schema, h.name, CASE WHEN o.synced THEN s.state ELSE 'unseeded' END, COALESCE(s.paused, o.paused), s.note,
-                    h.columns, h.shape, h.filenode, h.attributes, h.rel <> h.source, h.exact
-               FROM pgtandem.seeding s JOIN pgtandem.mirrored h ON h.source = s.local
-              CROSS JOIN LATERAL (SELECT bool_and(o.state = 'synced') OR cardinality(h.sources) = 1 AS synced, min(o.paused) AS paused
-                                    FROM pgtandem.seeding o WHERE o.local = ANY (h.sources)) o",
-            &[],
-        )
-        .await
-        .map_err(doing("read the old direction's tables"))?;
-    let faces = faces_of(secondary).await?;
-    let tables_of = |rel: Oid| match faces.get(&rel) {
-        Some(tables) => tables.iter().map(|table| table.oid).collect(),
-        None => vec![rel],
-    };
-    let left_behind = held_or_discarded(primary).await?;
-    let left_behind: Vec<Oid> = left_behind.into_iter().flat_map(tables_of).collect();
-    let old_round = read_watermark(primary).await?.map_or(0, |watermark| watermark.round);
+/// Tells whether definitions have changed, cheaper than reading them: the number of rows of each
+/// catalog, and how many of them were written by `since` or later.
+#[derive(Debug, PartialEq, Eq)]
+struct Standing {
+    since: String,
+    rows: String,
+}
 
+/// What the tables' definitions and their mirroring are read from.
+const WATCHED: [&str; 8] = [
+    "pg_class",
+    "pg_attribute",
+    "pg_type",
+    "pg_trigger",
+    "pg_proc",
+    "pg_namespace",
+    "pgtandem.seeding",
+    "pgtandem.transform",
+];
+
+/// An expression for [`Standing::rows`].
+fn watched_sql(since: &str) -> String {
+    let counts = WATCHED.map(|catalog| {
+        format!(
+            "(SELECT concat(count(*), ':', count(*) FILTER (WHERE age(xmin) <= age('{since}'::xid))) FROM {catalog})"
+        )
+    });
+    format!("concat_ws(' ', {})", counts.join(", "))
+}
+
+/// Where a direction begins.
+struct Head {
+    snapshot: String,
+    position: String,
+    /// The old direction's last.
+    round: i64,
+    /// Tables of which the new primary lacks something.
+    left_behind: Vec<Oid>,
+}
+
+impl Head {
+    /// With what the definitions look like in the same snapshot.
+    async fn take(primary: &Client, since: &str) -> Result<(Self, Standing), ApplyError> {
+        let row = primary
+            .query_one(
+                &format!(
+                    "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
+                            COALESCE((SELECT w.round FROM pgtandem.watermark w), 0), ARRAY({LEFT_BEHIND}), {}",
+                    watched_sql(since)
+                ),
+                &[],
+            )
+            .await
+            .map_err(doing("take the first snapshot"))?;
+        let head = Self {
+            snapshot: row.get(0),
+            position: row.get(1),
+            round: row.get(2),
+            left_behind: row.get(3),
+        };
+        let standing = Standing {
+            since: since.to_owned(),
+            rows: row.get(4),
+        };
+        Ok((head, standing))
+    }
+}
+
+/// The new direction's tables.
+struct Tables {
+    /// As it was before they were read.
+    standing: Standing,
+    /// Rows of `pgtandem.seeding`.
+    rows: Value,
+    faces: HashMap<Oid, Vec<Behind>>,
+}
+
+impl Tables {
+    async fn read(primary: &Client, secondary: &Client) -> Result<Self, ApplyError> {
+        primary
+            .batch_execute(PINNED_SETTINGS)
+            .await
+            .map_err(doing("prepare the connection"))?;
+        let since: String = primary
+            .query_one("SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text", &[])
+            .await
+            .map_err(doing("read the new primary's tables"))?
+            .get(0);
+        let (_, standing) = Head::take(primary, &since).await?;
+        // What the applier's DDL changed here went past the hook: the records of captured tables
+        // are brought up to date, or the next DDL would take it for its own.
+        primary
+            .batch_execute(
+                "UPDATE pgtandem.captured c
+                    SET schema = s.schema, name = s.name, shape = s.shape, filenode = s.filenode,
+                        attributes = s.attributes, attribute_count = s.attribute_count, names = s.names
+                   FROM pgtandem.shape s
+                  WHERE s.rel = c.rel AND (s.schema, s.name, s.shape, s.filenode, s.attributes, s.attribute_count, s.names)
+                        IS DISTINCT FROM (c.schema, c.name, c.shape, c.filenode, c.attributes, c.attribute_count, c.names)",
+            )
+            .await
+            .map_err(doing("refresh the captured tables"))?;
+        let tables = primary
+            .query(
+                // What is put together from several tables is no better than the worst of them.
+                "SELECT h.rel, s.rel, h.schema, h.name, CASE WHEN o.synced THEN s.state ELSE 'unseeded' END, COALESCE(s.paused, o.paused), s.note,
+                        h.columns, h.shape, h.filenode, h.attributes, h.rel <> h.source, h.exact
+                   FROM pgtandem.seeding s JOIN pgtandem.mirrored h ON h.source = s.local
+                  CROSS JOIN LATERAL (SELECT bool_and(o.state = 'synced') OR cardinality(h.sources) = 1 AS synced, min(o.paused) AS paused
+                                        FROM pgtandem.seeding o WHERE o.local = ANY (h.sources)) o",
+                &[],
+            )
+            .await
+            .map_err(doing("read the old direction's tables"))?;
+        let faces = faces_of(secondary).await?;
+        let rows = tables.iter().map(|row| turned_round(row, &faces)).collect();
+        Ok(Self { standing, rows, faces })
+    }
+
+    /// Statements that make the direction's records, all at once: clients are held meanwhile.
+    fn record_sql(&self, head: &Head, primary_side: Side, epoch: Epoch) -> String {
+        let tables_of = |rel: &Oid| match self.faces.get(rel) {
+            Some(tables) => tables.iter().map(|table| table.oid.to_string()).collect(),
+            None => vec![rel.to_string()],
+        };
+        let left_behind: Vec<String> = head.left_behind.iter().flat_map(tables_of).collect();
+        format!(
+            "SET LOCAL synchronous_commit = on; DELETE FROM pgtandem.seeding;
+             INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes)
+             SELECT rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes
+               FROM pg_catalog.json_to_recordset({rows}::json) AS t(rel oid, local oid, schema text, name text, state text, paused text,
+                    note text, columns text, shape text, filenode oid, attributes text);
+             -- A forced flip leaves what is in quarantine, or was discarded, on the old primary only.
+             UPDATE pgtandem.seeding SET state = 'unseeded',
+                    note = 'a forced switchover left transactions behind that the new primary never had'
+              WHERE local = ANY ('{{{left_behind}}}'::oid[]);
+             INSERT INTO pgtandem.watermark AS w (epoch, primary_side, round, snapshot, position)
+             VALUES ({epoch}, '{primary_side}', {round}, {snapshot}, {position}::pg_lsn)
+             ON CONFLICT (one) DO UPDATE SET epoch = EXCLUDED.epoch, primary_side = EXCLUDED.primary_side,
+                 round = GREATEST(w.round, EXCLUDED.round), snapshot = EXCLUDED.snapshot, position = EXCLUDED.position,
+                 target = NULL, target_position = NULL, piece = NULL, outside = NULL, applied_at = pg_catalog.clock_timestamp()",
+            rows = literal(&self.rows.to_string()),
+            left_behind = left_behind.join(","),
+            epoch = epoch.0,
+            round = head.round,
+            snapshot = literal(&head.snapshot),
+            position = literal(&head.position),
+        )
+    }
+}
+
+async fn write(secondary: &mut Client, record: &str, trial: Trial) -> Result<(), ApplyError> {
     let transaction = secondary
         .transaction()
         .await
         .map_err(doing("begin the new direction"))?;
     transaction
-        .batch_execute("SET LOCAL synchronous_commit = on; DELETE FROM pgtandem.seeding")
+        .batch_execute(record)
         .await
         .map_err(doing("begin the new direction"))?;
-    let recorded: Vec<Value> = tables.iter().map(|row| turned_round(row, &faces)).collect();
-    // All at once: clients are held meanwhile.
-    transaction
-        .execute(
-            "INSERT INTO pgtandem.seeding (rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes)
-             SELECT rel, local, schema, name, state, paused, note, columns, shape, filenode, attributes
-               FROM pg_catalog.json_to_recordset($1::text::json) AS t(rel oid, local oid, schema text, name text, state text, paused text,
-                    note text, columns text, shape text, filenode oid, attributes text)",
-            &[&Value::from(recorded).to_string()],
-        )
-        .await
-        .map_err(doing("record the new direction's tables"))?;
-    // A forced flip leaves what is in quarantine, or was discarded, on the old primary only.
-    transaction
-        .execute(
-            "UPDATE pgtandem.seeding SET state = 'unseeded',
-                    note = 'a forced switchover left transactions behind that the new primary never had'
-              WHERE local = ANY ($1)",
-            &[&left_behind],
-        )
-        .await
-        .map_err(doing("record the new direction's tables"))?;
-    transaction
-        .execute(
-            "INSERT INTO pgtandem.watermark AS w (epoch, primary_side, round, snapshot, position)
-             VALUES ($1, $2, $3, $4, $5::text::pg_lsn)
-             ON CONFLICT (one) DO UPDATE SET epoch = EXCLUDED.epoch, primary_side = EXCLUDED.primary_side,
-                 round = GREATEST(w.round, EXCLUDED.round), snapshot = EXCLUDED.snapshot, position = EXCLUDED.position,
-                 target = NULL, target_position = NULL, piece = NULL, outside = NULL, applied_at = clock_timestamp()",
-            &[
-                &(epoch.0 as i64),
-                &primary_side.as_str(),
-                &(old_round as i64),
-                &snapshot,
-                &position,
-            ],
-        )
-        .await
-        .map_err(doing("store the first watermark"))?;
     let ended = match trial {
         Trial::Yes => transaction.rollback().await,
         Trial::No => transaction.commit().await,
@@ -223,17 +310,9 @@ async fn faces_of(primary: &Client) -> Result<HashMap<Oid, Vec<Behind>>, ApplyEr
 
 /// The old primary's tables of which the new one lacks something. The entries stay there, under
 /// the old epoch, for whoever wants to look at them.
-async fn held_or_discarded(primary: &Client) -> Result<Vec<Oid>, ApplyError> {
-    let rows = primary
-        .query(
-            "SELECT c.rel FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q ON q.id = c.id
-              WHERE NOT c.void AND c.rel <> 0 AND q.epoch = (SELECT w.epoch FROM pgtandem.watermark w)
-             UNION
-             SELECT s.rel FROM pgtandem.seeding s JOIN pgtandem.divergence d ON (d.schema, d.name) = (s.schema, s.name)
-              WHERE d.kind = 'discarded'",
-            &[],
-        )
-        .await
-        .map_err(doing("look for what the old direction left behind"))?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
-}
+const LEFT_BEHIND: &str = "\
+SELECT c.rel FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q ON q.id = c.id
+ WHERE NOT c.void AND c.rel <> 0 AND q.epoch = (SELECT w.epoch FROM pgtandem.watermark w)
+ UNION
+SELECT s.rel FROM pgtandem.seeding s JOIN pgtandem.divergence d ON (d.schema, d.name) = (s.schema, s.name)
+ WHERE d.kind = 'discarded'";

@@ -59,12 +59,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use awaited::Awaited;
-pub use direction::{BeginError, begin_direction, try_direction};
+pub use direction::{BeginError, Tried, begin_as_tried, begin_direction, try_direction};
 pub use heal::{HealOrder, Healed};
 pub(crate) use lease::{depose, this_proxy};
 pub use mend::{Mend, MendRows, Mended};
 pub use quarantine::{Entry, Order, Outcome, QuarantineStatus, list as list_quarantine};
-pub use sequences::{SequenceError, copy_sequences};
+pub use sequences::{PreparedSequences, SequenceError, copy_sequences};
 pub(crate) use session::purpose as applier_purpose;
 pub use status::{
     ApplierState, ApplierStatus, JournalStatus, Lag, NotMirrored, Seeding, TableStatus, Verified, WatermarkStatus,

@@ -1,12 +1,12 @@
 //! Sequences are not transactional, so no trigger and no snapshot shows them: the primary's
 //! values are copied, exactly (also backwards: setval may go back).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, SimpleQueryMessage};
+use tokio_postgres::{Client, SimpleQueryMessage, Statement};
 
 use super::session::Session;
 use super::{ApplyError, doing};
@@ -73,7 +73,7 @@ impl Session {
         }
         if self.sequences.names.is_empty() {
             let listed = list(&self.aside).await?;
-            let here: std::collections::HashSet<(String, String)> = list(&self.secondary).await?.into_iter().collect();
+            let here: HashSet<(String, String)> = list(&self.secondary).await?.into_iter().collect();
             self.sequences.renamed = renamed(&self.aside, &self.secondary)
                 .await
                 .map_err(doing("look for sequences of transformed tables"))?;
@@ -152,9 +152,7 @@ impl Session {
 /// A server failed, the secondary refuses a value, or a client's open DDL has locked a sequence (for
 /// longer than the connections' lock_timeout). Sequences that the secondary has not are left out.
 pub async fn copy_sequences(primary: &Client, secondary: &Client) -> Result<usize, SequenceError> {
-    let here: std::collections::HashSet<(String, String)> = list(secondary).await?.into_iter().collect();
-    let mut names = list(primary).await?;
-    names.retain(|name| here.contains(name));
+    let names = on_both(primary, secondary).await?;
     let (wanted, found) = tokio::try_join!(read(primary, &names), read(secondary, &names))?;
     if let Some((schema, name)) = names
         .iter()
@@ -164,6 +162,11 @@ pub async fn copy_sequences(primary: &Client, secondary: &Client) -> Result<usiz
             "{schema}.{name} is locked by somebody's open transaction"
         )));
     }
+    bring_forward(secondary, &wanted, &found).await
+}
+
+/// Returns how many were not as they should be.
+async fn bring_forward(secondary: &Client, wanted: &Values, found: &Values) -> Result<usize, SequenceError> {
     let changes: Vec<String> = wanted
         .iter()
         .filter(|(name, value)| found.get(name) != Some(value))
@@ -183,6 +186,73 @@ pub async fn copy_sequences(primary: &Client, secondary: &Client) -> Result<usiz
             .map_err(doing("bring sequences forward"))?;
     }
     Ok(changes.len())
+}
+
+/// Statements that read all sequences of both sides, planned while nobody waits: planning takes many
+/// times as long as running them.
+pub struct PreparedSequences {
+    names: Vec<(String, String)>,
+    primary: Vec<Statement>,
+    secondary: Vec<Statement>,
+}
+
+impl PreparedSequences {
+    /// # Errors
+    /// A server failed, or one was dropped meanwhile.
+    pub async fn prepare(primary: &Client, secondary: &Client) -> Result<Self, SequenceError> {
+        let names = on_both(primary, secondary).await?;
+        let (primary, secondary) = tokio::try_join!(prepare(primary, &names), prepare(secondary, &names))?;
+        let prepared = Self {
+            names,
+            primary,
+            secondary,
+        };
+        Ok(prepared)
+    }
+
+    /// As [`copy_sequences`], which takes longer, and is needed where there are other sequences now.
+    ///
+    /// # Errors
+    /// As there; also where a client's DDL holds one just now, or one is gone.
+    pub async fn copy(&self, primary: &Client, secondary: &Client) -> Result<usize, SequenceError> {
+        let (wanted, found) = tokio::try_join!(self.run(primary, &self.primary), self.run(secondary, &self.secondary))?;
+        bring_forward(secondary, &wanted, &found).await
+    }
+
+    async fn run(&self, client: &Client, statements: &[Statement]) -> Result<Values, ApplyError> {
+        let mut values = HashMap::with_capacity(self.names.len());
+        for (statement, chunk) in statements.iter().zip(self.names.chunks(CHUNK)) {
+            let rows = client.query(statement, &[]).await.map_err(doing("read sequences"))?;
+            for row in rows {
+                let index: i32 = row.get(0);
+                if let Some(name) = usize::try_from(index).ok().and_then(|index| chunk.get(index)) {
+                    let (last, called) = (row.get(1), row.get(2));
+                    values.insert(name.clone(), Value { last, called });
+                }
+            }
+        }
+        Ok(values)
+    }
+}
+
+async fn prepare(client: &Client, names: &[(String, String)]) -> Result<Vec<Statement>, ApplyError> {
+    let mut statements = Vec::new();
+    for chunk in names.chunks(CHUNK) {
+        let statement = client.prepare(&chunk_sql(chunk)).await;
+        let statement = statement.map_err(doing("prepare to read sequences"))?;
+        // Planned by its first run, not before.
+        client.query(&statement, &[]).await.map_err(doing("read sequences"))?;
+        statements.push(statement);
+    }
+    Ok(statements)
+}
+
+/// Those of the primary that the secondary has, too.
+async fn on_both(primary: &Client, secondary: &Client) -> Result<Vec<(String, String)>, ApplyError> {
+    let (mut names, here) = tokio::try_join!(list(primary), list(secondary))?;
+    let here: HashSet<(String, String)> = here.into_iter().collect();
+    names.retain(|name| here.contains(name));
+    Ok(names)
 }
 
 /// Why sequences could not be made equal.
@@ -228,7 +298,8 @@ fn is_locked(error: &tokio_postgres::Error) -> bool {
     error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
 }
 
-async fn read_chunk(client: &Client, chunk: &[(String, String)]) -> Result<Values, tokio_postgres::Error> {
+/// Each row with its place in the chunk.
+fn chunk_sql(chunk: &[(String, String)]) -> String {
     let arms: Vec<String> = chunk
         .iter()
         .enumerate()
@@ -236,8 +307,12 @@ async fn read_chunk(client: &Client, chunk: &[(String, String)]) -> Result<Value
             format!("SELECT {index}, last_value, is_called FROM {}", qualified(schema, name))
         })
         .collect();
+    arms.join(" UNION ALL ")
+}
+
+async fn read_chunk(client: &Client, chunk: &[(String, String)]) -> Result<Values, tokio_postgres::Error> {
     let messages = client
-        .simple_query(&format!("{LOCK_TIMEOUT}{}", arms.join(" UNION ALL ")))
+        .simple_query(&format!("{LOCK_TIMEOUT}{}", chunk_sql(chunk)))
         .await?;
     let mut values = HashMap::with_capacity(chunk.len());
     for message in messages {

@@ -118,11 +118,7 @@ pub async fn set_role(client: &mut Client, role: SideRole) -> Result<(), Journal
 
 /// Reads, changes and writes the state under [`LOCK_STATE`].
 pub(crate) async fn change(client: &mut Client, alter: impl FnOnce(&mut SlotState)) -> Result<(), JournalError> {
-    let transaction = begin(client).await?;
-    transaction
-        .batch_execute(&format!("SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"))
-        .await
-        .map_err(doing("lock the side's state"))?;
+    let transaction = lock(client).await?;
     alter_and_commit(transaction, alter).await
 }
 
@@ -132,11 +128,7 @@ pub(crate) async fn change_if(
     condition: &str,
     alter: impl FnOnce(&mut SlotState),
 ) -> Result<bool, JournalError> {
-    let transaction = begin(client).await?;
-    transaction
-        .batch_execute(&format!("SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"))
-        .await
-        .map_err(doing("lock the side's state"))?;
+    let transaction = lock(client).await?;
     let holds: bool = transaction
         .query_one(condition, &[])
         .await
@@ -162,9 +154,26 @@ pub(crate) async fn try_change(client: &mut Client, alter: impl FnOnce(&mut Slot
     }
 }
 
+/// A transaction that holds [`LOCK_STATE`].
+async fn lock(client: &mut Client) -> Result<Transaction<'_>, JournalError> {
+    let transaction = client.transaction().await.map_err(doing("lock the side's state"))?;
+    // In one: clients may be held meanwhile.
+    transaction
+        .batch_execute(&format!(
+            "SET LOCAL synchronous_commit = on; SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"
+        ))
+        .await
+        .map_err(doing("lock the side's state"))?;
+    Ok(transaction)
+}
+
 /// A transaction that holds [`LOCK_STATE`], or `None` when somebody else does.
 pub(crate) async fn try_lock(client: &mut Client) -> Result<Option<Transaction<'_>>, JournalError> {
-    let transaction = begin(client).await?;
+    let transaction = client.transaction().await.map_err(doing("lock the side's state"))?;
+    transaction
+        .batch_execute("SET LOCAL synchronous_commit = on")
+        .await
+        .map_err(doing("lock the side's state"))?;
     let locked = transaction
         .query_one("SELECT pg_try_advisory_xact_lock($1, $2)", &[&LOCK_CLASS, &LOCK_STATE])
         .await
@@ -175,15 +184,6 @@ pub(crate) async fn try_lock(client: &mut Client) -> Result<Option<Transaction<'
         return Ok(None);
     }
     Ok(Some(transaction))
-}
-
-async fn begin(client: &mut Client) -> Result<Transaction<'_>, JournalError> {
-    let transaction = client.transaction().await.map_err(doing("change the side's state"))?;
-    transaction
-        .batch_execute("SET LOCAL synchronous_commit = on")
-        .await
-        .map_err(doing("change the side's state"))?;
-    Ok(transaction)
 }
 
 async fn alter_and_commit(

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use metrics::histogram;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
@@ -197,9 +198,10 @@ impl<'a> Lead<'a> {
         match step {
             Step::Preparing => self.answers("prepared", PREPARE_MAX).await,
             Step::Probing => {
+                let flip = &self.flip.id;
+                let probed = join_all(self.crossings.iter_mut().map(|crossing| crossing.probe(flip))).await;
                 let mut measured = json!({});
-                for crossing in &mut self.crossings {
-                    let probed = crossing.probe(&self.flip.id).await;
+                for (crossing, probed) in self.crossings.iter().zip(probed) {
                     let name = crossing.tandem.name();
                     measured[name] = probed
                         .map_err(|cause| format!("database {name}: the reverse direction does not work: {cause}"))?;
@@ -208,42 +210,53 @@ impl<'a> Lead<'a> {
             }
             Step::Holding => self.answers("held", self.hold_max()).await,
             Step::Fencing => {
-                for crossing in &mut self.crossings {
-                    let fenced = crossing.fence(self.order.policy.drain_timeout).await;
-                    let name = crossing.tandem.name();
-                    self.fenced
-                        .push(fenced.map_err(|cause| format!("database {name}: fence the old primary: {cause}"))?);
-                }
-                Ok(json!({ "fenced_out": self.silent }))
-            }
-            Step::Draining => {
-                let mut measured = json!({});
-                let forced = self.order.forced.is_some();
-                for (crossing, fenced) in self.crossings.iter_mut().zip(std::mem::take(&mut self.fenced)) {
-                    let drained = crossing
-                        .last_round(fenced, self.order.policy.drain_timeout, forced)
-                        .await;
-                    let name = crossing.tandem.name();
-                    let (drained, of_database) =
-                        drained.map_err(|cause| format!("database {name}: apply the last round: {cause}"))?;
-                    self.drained.push(drained);
-                    measured[name] = of_database;
-                }
-                Ok(measured)
-            }
-            Step::Decided => {
-                // None of ours may be in the way; those of other proxies are ended.
-                for tandem in self.order.tandems {
-                    tandem.stop_applier().await;
-                }
-                for crossing in &mut self.crossings {
-                    if let Err(cause) = crossing.turn_new().await {
-                        tracing::warn!(cause, "the new side is turned over another connection");
-                        turn_all(self.order.tandems, &self.flip).await?;
-                        break;
+                let patience = self.order.policy.drain_timeout;
+                let fenced = join_all(self.crossings.iter_mut().map(|crossing| crossing.fence(patience))).await;
+                let mut failed = Ok(());
+                for (crossing, fenced) in self.crossings.iter().zip(fenced) {
+                    match fenced {
+                        Ok(fenced) => self.fenced.push(fenced),
+                        Err(cause) => {
+                            failed = Err(format!(
+                                "database {}: fence the old primary: {cause}",
+                                crossing.tandem.name()
+                            ));
+                        }
                     }
                 }
-                Ok(json!({}))
+                failed.map(|()| json!({ "fenced_out": self.silent }))
+            }
+            Step::Draining => {
+                let (patience, forced) = (self.order.policy.drain_timeout, self.order.forced.is_some());
+                let fenced = self.crossings.iter_mut().zip(std::mem::take(&mut self.fenced));
+                let drained =
+                    join_all(fenced.map(|(crossing, fenced)| crossing.last_round(fenced, patience, forced))).await;
+                let (mut measured, mut failed) = (json!({}), Ok(()));
+                for (crossing, drained) in self.crossings.iter().zip(drained) {
+                    let name = crossing.tandem.name();
+                    match drained {
+                        Ok((drained, of_database)) => {
+                            self.drained.push(drained);
+                            measured[name] = of_database;
+                        }
+                        Err(cause) => failed = Err(format!("database {name}: apply the last round: {cause}")),
+                    }
+                }
+                failed.map(|()| measured)
+            }
+            Step::Decided => {
+                let began = Instant::now();
+                // None of ours may be in the way; those of other proxies are ended.
+                join_all(self.order.tandems.iter().map(|tandem| tandem.stop_applier())).await;
+                let stopped = began.elapsed();
+                let turned = join_all(self.crossings.iter_mut().map(Crossing::turn_new)).await;
+                if let Some(cause) = turned.into_iter().find_map(Result::err) {
+                    tracing::warn!(cause, "the new side is turned over another connection");
+                    turn_all(self.order.tandems, &self.flip).await?;
+                }
+                Ok(
+                    json!({ "stop_ms": stopped.as_secs_f64() * 1000.0, "turn_ms": (began.elapsed() - stopped).as_secs_f64() * 1000.0 }),
+                )
             }
             Step::Turned => self.answers("released", RELEASE_MAX).await,
             Step::Done | Step::Aborted => Ok(json!({})),
@@ -333,18 +346,7 @@ impl<'a> Lead<'a> {
             &measured,
             patience,
         );
-        let mut drained = std::mem::take(&mut self.drained).into_iter();
-        let last = self.crossings.len().saturating_sub(1);
-        let mut turned = Ok(());
-        for (index, crossing) in self.crossings.iter().enumerate() {
-            let Some(proof) = drained.next() else { break };
-            turned = crossing.turn_old(proof, (index == last).then(|| record.clone())).await;
-            if turned.is_err() {
-                break;
-            }
-        }
-        drop(drained);
-        match turned {
+        match self.turn_old(&record).await {
             Ok(()) => {
                 self.flip.step = Step::Decided;
                 // The copy on the other side is for those who read the history there.
@@ -362,6 +364,18 @@ impl<'a> Lead<'a> {
                 }
             }
         }
+    }
+
+    /// Turns every old side; the one whose record decides only after all others.
+    async fn turn_old(&mut self, record: &str) -> Result<(), TurnError> {
+        let mut drained = std::mem::take(&mut self.drained);
+        let (Some((seat, others)), Some(proof)) = (self.crossings.split_last(), drained.pop()) else {
+            return Err(TurnError::Refused("there is no database".into()));
+        };
+        let others = others.iter().zip(drained);
+        let turned = join_all(others.map(|(crossing, proof)| crossing.turn_old(proof, None))).await;
+        turned.into_iter().collect::<Result<(), _>>()?;
+        seat.turn_old(proof, Some(record.to_owned())).await
     }
 
     /// Goes back, whatever it takes.

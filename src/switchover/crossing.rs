@@ -18,7 +18,7 @@ use super::probe;
 use super::records::{FlipRow, recorded};
 use super::recover::Recorded;
 use super::tandem::Tandem;
-use crate::apply;
+use crate::apply::{self, PreparedSequences, Tried};
 use crate::catalog::quote::literal;
 use crate::control::{Control, Epoch, Side};
 use crate::journal::{self, FenceError, SideRole, SideState, SlotState};
@@ -38,6 +38,8 @@ pub(super) struct Crossing {
     old: Connection,
     new: Connection,
     fencing: Option<Connection>,
+    /// What the trial has found, so that clients need not wait while it is read.
+    tried: Option<(Tried, PreparedSequences)>,
 }
 
 /// Writers are fenced off the old primary while this lives; dropping it lets them go on.
@@ -98,6 +100,7 @@ impl Crossing {
             old,
             new,
             fencing: Some(fencing),
+            tried: None,
         })
     }
 
@@ -113,9 +116,13 @@ impl Crossing {
             .map_err(|error| error_chain(&error))?;
         let measured = probe::send(&self.new, &self.old).await?;
         self.check_capture().await?;
-        apply::try_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
+        let tried = apply::try_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
             .await
             .map_err(|error| error.to_string())?;
+        let sequences = PreparedSequences::prepare(&self.old, &self.new)
+            .await
+            .map_err(|error| format!("sequences: {error}"))?;
+        self.tried = Some((tried, sequences));
         Ok(measured)
     }
 
@@ -170,25 +177,49 @@ impl Crossing {
                 "after it {held} transactions are in quarantine and {diverged} rows have diverged"
             ));
         }
-        let sequences = apply::copy_sequences(&self.old, &self.new)
-            .await
-            .map_err(|error| format!("sequences: {error}"))?;
-        self.arm_reverse().await?;
+        let (sequences, as_tried) = match self.arm_as_tried().await? {
+            Some(sequences) => (sequences, true),
+            None => (self.arm_anew().await?, false),
+        };
         let measured = json!({
             "round_ms": applied.as_secs_f64() * 1000.0,
             "sequences": sequences,
+            "as_tried": as_tried,
             "all_ms": began.elapsed().as_secs_f64() * 1000.0,
         });
         Ok((Drained { fenced }, measured))
     }
 
-    /// Makes sure that every table of the new primary is captured, and stores on the old side from
-    /// where its changes are to be applied; nobody writes on either side now.
-    async fn arm_reverse(&mut self) -> Result<(), String> {
+    /// Brings the sequences forward and stores on the old side from where the new primary's changes are
+    /// to be applied, with what the trial has read; nobody writes on either side now. Returns how many
+    /// sequences were behind; `None` where definitions have changed since the trial.
+    async fn arm_as_tried(&mut self) -> Result<Option<usize>, String> {
+        let Some((tried, sequences)) = &self.tried else {
+            return Ok(None);
+        };
+        let sequences = match sequences.copy(&self.old, &self.new).await {
+            Ok(sequences) => sequences,
+            Err(cause) => {
+                tracing::debug!(%cause, "sequences are listed anew");
+                return Ok(None);
+            }
+        };
+        let begun = apply::begin_as_tried(&self.new, &mut self.old, self.to.primary, self.to.epoch, tried)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(begun.then_some(sequences))
+    }
+
+    /// The same with all of it read now, and every table of the new primary captured.
+    async fn arm_anew(&mut self) -> Result<usize, String> {
+        let sequences = apply::copy_sequences(&self.old, &self.new)
+            .await
+            .map_err(|error| format!("sequences: {error}"))?;
         self.check_capture().await?;
         apply::begin_direction(&self.new, &mut self.old, self.to.primary, self.to.epoch)
             .await
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        Ok(sequences)
     }
 
     async fn check_capture(&self) -> Result<(), String> {

@@ -360,14 +360,24 @@ impl<H: Host> Part<'_, H> {
     }
 
     pub(super) async fn ask(&mut self, side: Side, tell: bool) -> Asked {
+        let holds = self.hold.is_some();
         let asked = timeout(LOOK_MAX, async {
             let client = self.link(side).await?;
-            let look = records::look(client).await.map_err(|error| error_chain(&error))?;
-            let proxies = match tell && look.role.is_some() {
-                true => Some(records::proxies(client).await.map_err(|error| error_chain(&error))?),
-                false => None,
+            let told = async || match tell {
+                true => records::proxies(client).await.map(Some),
+                false => Ok(None),
             };
-            Ok::<_, String>((look, proxies))
+            let found = if holds {
+                // Both at once: clients wait.
+                tokio::try_join!(records::look_at(client), told())
+            } else {
+                match records::look(client).await {
+                    Ok(look) if look.role.is_none() => Ok((look, None)),
+                    Ok(look) => told().await.map(|proxies| (look, proxies)),
+                    Err(error) => Err(error),
+                }
+            };
+            found.map_err(|error| error_chain(&error))
         })
         .await
         .unwrap_or_else(|_| Err("no answer".into()));

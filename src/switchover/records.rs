@@ -183,9 +183,14 @@ pub async fn look(client: &Client) -> Result<Look, tokio_postgres::Error> {
         )
         .await?
         .get::<_, bool>(0);
-    if !installed {
-        return Ok(Look::default());
+    match installed {
+        true => look_at(client).await,
+        false => Ok(Look::default()),
     }
+}
+
+/// The same where pgtandem is known to be installed: clients are held meanwhile.
+pub async fn look_at(client: &Client) -> Result<Look, tokio_postgres::Error> {
     let row = client
         .query_one(
             &format!(

@@ -169,3 +169,70 @@ async fn a_stray_writer_of_a_table_with_odd_columns_is_refused() {
         .unwrap();
     bed.assert_same(&applier).await;
 }
+
+/// What a flip has read before it holds anybody is used under the fence only while it is still so.
+#[tokio::test]
+async fn what_a_trial_has_read_is_not_used_once_it_is_no_longer_true() {
+    let (bed, applier) = Bed::mirrored("as_tried", SCHEMA).await;
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute("INSERT INTO t (v) VALUES (1), (2)")
+        .await
+        .unwrap();
+    applier.catch_up().await.unwrap();
+    applier.stop().await;
+    let (new, mut old) = (bed.proxy(Side::New).await, bed.proxy(Side::Legacy).await);
+    let epoch = Epoch(2);
+    let recorded = async |old: &tokio_postgres::Client| -> Vec<String> {
+        let sql = "SELECT to_jsonb(s)::text FROM pgtandem.seeding s UNION ALL SELECT to_jsonb(w) ->> 'epoch' FROM pgtandem.watermark w ORDER BY 1";
+        old.query(sql, &[])
+            .await
+            .unwrap()
+            .iter()
+            .map(|row| row.get(0))
+            .collect()
+    };
+    for disturbance in [
+        "CREATE TABLE public.late (id int)",
+        "ALTER TABLE public.t ADD COLUMN more int",
+        "DROP TABLE public.late",
+        "ALTER TABLE public.t DISABLE TRIGGER zzz_pgtandem_row",
+        "CREATE SEQUENCE public.more",
+        "UPDATE pgtandem.seeding SET note = 'looked at'",
+    ] {
+        let tried = apply::try_direction(&new, &mut old, Side::New, epoch).await.unwrap();
+        new.batch_execute(disturbance).await.unwrap();
+        let begun = apply::begin_as_tried(&new, &mut old, Side::New, epoch, &tried).await;
+        assert!(!begun.unwrap(), "{disturbance}");
+        assert_eq!(recorded(&old).await, Vec::<String>::new(), "{disturbance}");
+    }
+    let tried = apply::try_direction(&new, &mut old, Side::New, epoch).await.unwrap();
+    assert!(
+        apply::begin_as_tried(&new, &mut old, Side::New, epoch, &tried)
+            .await
+            .unwrap()
+    );
+    let as_tried = recorded(&old).await;
+    begin_direction(&new, &mut old, Side::New, epoch).await.unwrap();
+    assert_eq!(as_tried, recorded(&old).await);
+    assert_eq!(as_tried.len(), 3, "two tables and the watermark: {as_tried:?}");
+}
+
+#[tokio::test]
+async fn prepared_sequences_are_copied_until_one_is_gone() {
+    let (bed, applier) = Bed::mirrored("prepared_sequences", "CREATE SEQUENCE a; CREATE SEQUENCE b").await;
+    applier.stop().await;
+    let (old, new) = (bed.proxy(Side::Legacy).await, bed.proxy(Side::New).await);
+    let prepared = apply::PreparedSequences::prepare(&old, &new).await.unwrap();
+    assert_eq!(prepared.copy(&old, &new).await.unwrap(), 0);
+    old.batch_execute("SELECT nextval('public.a'), nextval('public.a'), setval('public.b', 7, false)")
+        .await
+        .unwrap();
+    assert_eq!(prepared.copy(&old, &new).await.unwrap(), 2);
+    let values = "SELECT (SELECT (last_value, is_called)::text FROM public.a) || (SELECT (last_value, is_called)::text FROM public.b)";
+    let row = new.query_one(values, &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>(0), "(2,t)(7,f)");
+    old.batch_execute("DROP SEQUENCE public.b").await.unwrap();
+    assert!(prepared.copy(&old, &new).await.is_err());
+    assert_eq!(apply::copy_sequences(&old, &new).await.unwrap(), 0);
+}
