@@ -536,6 +536,22 @@ mod tests {
                 "alter index all in tablespace x set tablespace y",
                 "alter index all in tablespace x set tablespace y",
             ),
+            (
+                "alter index s.\"P\" attach partition a",
+                "alter index s.\"P\" attach partition a",
+            ),
+            (
+                "alter index a no depends on extension x",
+                "alter index a no depends on extension x",
+            ),
+            (
+                "alter index a depends on extension x",
+                "alter index a depends on extension x",
+            ),
+            (
+                "alter index attach rename to no",
+                "alter index  IF EXISTS attach rename to no",
+            ),
         ] {
             assert_eq!(tolerant(statement), expected);
         }

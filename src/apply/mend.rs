@@ -155,7 +155,7 @@ impl Session {
         let changes = self
             .secondary
             .query(
-                "SELECT c.rel, c.op, c.old, c.new FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q USING (id)
+                "SELECT c.rel, c.op, c.old, c.new, c.old_bytes, c.new_bytes FROM pgtandem.quarantine_change c JOIN pgtandem.quarantine q USING (id)
                   WHERE q.epoch = $1 AND NOT c.void LIMIT $2",
                 &[&epoch, &(HELD_MAX as i64 + 1)],
             )
@@ -164,29 +164,32 @@ impl Session {
         if changes.len() > HELD_MAX {
             return refused("too many changes to be mended at one cut");
         }
-        let mut images: BTreeMap<Oid, BTreeSet<String>> = BTreeMap::new();
+        let mut images: BTreeMap<Oid, BTreeSet<Vec<u8>>> = BTreeMap::new();
         for change in &changes {
             if change.get::<_, i8>(1) as u8 != b'R' {
                 return refused("DDL or a TRUNCATE");
             }
-            let both = [2, 3].into_iter().filter_map(|at| change.get::<_, Option<String>>(at));
+            let texts = [2, 3].map(|at| change.get::<_, Option<String>>(at).map(String::into_bytes));
+            let bytes = [4, 5].map(|at| change.get::<_, Option<Vec<u8>>>(at));
+            let both = texts.into_iter().chain(bytes).flatten();
             images.entry(change.get(0)).or_default().extend(both);
         }
         let mut rows = Vec::with_capacity(images.len());
         for (rel, images) in images {
             let Some(touched) = self.rows_of_images(rel, images) else {
-                return refused("rows of a table that is not mirrored now");
+                return refused("rows of a table that is not mirrored now, or that are no text here");
             };
             rows.push((rel, touched));
         }
         Ok(Ok((rows, entries.iter().map(|row| row.get(0)).collect())))
     }
 
-    fn rows_of_images(&self, rel: Oid, images: BTreeSet<String>) -> Option<MendRows> {
+    fn rows_of_images(&self, rel: Oid, images: BTreeSet<Vec<u8>>) -> Option<MendRows> {
         let writer = self.tables.get(rel)?.writer.as_ref()?;
         let table = writer.table();
         let Some(key) = &table.key else {
-            return Some(MendRows::Images(images.into_iter().collect()));
+            let texts: Result<_, _> = images.into_iter().map(String::from_utf8).collect();
+            return texts.ok().map(MendRows::Images);
         };
         let type_of = |name: &String| {
             let column = table.columns.iter().find(|column| column.name == *name)?;
@@ -194,7 +197,7 @@ impl Session {
         };
         let keys: Option<BTreeSet<Vec<String>>> = images
             .iter()
-            .map(|image| image::key_fields(image.as_bytes(), &writer.key_positions))
+            .map(|image| image::key_fields(image, &writer.key_positions))
             .collect();
         Some(MendRows::Keys {
             columns: key.columns.iter().map(type_of).collect::<Option<_>>()?,

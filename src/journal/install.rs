@@ -11,7 +11,7 @@ use crate::catalog::{objects, privileges};
 use crate::control::{Epoch, Side};
 
 /// Grows with every change of the SQL; an older installation is brought up to date in place.
-const VERSION: i32 = 12;
+const VERSION: i32 = 13;
 
 const SCRIPTS: [&str; 10] = [
     include_str!("sql/schema.sql"),
@@ -51,9 +51,11 @@ pub async fn install(client: &mut Client, side: Side, role: SideRole, epoch: Epo
         return Err(JournalError::Privileges(missing.join(" ")));
     }
     let transaction = client.transaction().await.map_err(doing("install schema pgtandem"))?;
+    // The event triggers of an older installation take what is known already for no client's DDL.
     transaction
         .batch_execute(&format!(
             "SET LOCAL synchronous_commit = on; SET LOCAL client_min_messages = warning; SET LOCAL search_path = pg_catalog;
+             SET LOCAL pgtandem.ddl = '{{\"tag\": \"installation\"}}';
              SELECT pg_advisory_xact_lock({LOCK_CLASS}, {LOCK_STATE})"
         ))
         .await

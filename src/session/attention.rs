@@ -11,6 +11,7 @@
 //!   the hook runs by itself, and its ReadyForQuery is the one that the client gets.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::observe::Observation;
@@ -58,10 +59,20 @@ impl Steps {
         }
     }
 
-    /// Characters of the text before the statement that runs now, as error positions count them.
+    /// What is sent of the text for a statement: with all that stands behind it up to the next one,
+    /// and before the first. So the server has the words around it that it would have had (a syntax
+    /// error `at or near ";"`), and a single statement is, to its very `current_query()`, as the
+    /// client sent it.
+    fn part(&self, at: usize) -> Range<usize> {
+        let begins = |at: usize| self.script.statements.get(at).map(|statement| statement.span.start);
+        let start = if at == 0 { Some(0) } else { begins(at) };
+        start.unwrap_or(self.text.len())..begins(at + 1).unwrap_or(self.text.len())
+    }
+
+    /// Characters of the text before the part that runs now, as error positions count them.
     fn characters_before(&self) -> usize {
-        let running = self.next.checked_sub(1).and_then(|at| self.script.statements.get(at));
-        let before = running.map_or(&[][..], |statement| &self.text[..statement.span.start]);
+        let before = self.next.checked_sub(1).map_or(0, |running| self.part(running).start);
+        let before = &self.text[..before];
         if self.utf8 {
             // Continuation bytes begin no character.
             before.iter().filter(|&&byte| byte & 0xc0 != 0x80).count()
@@ -178,7 +189,6 @@ impl Session {
     }
 
     fn attend_client(&mut self, kind: u8, body: &[u8], mark: Mark, gather: &mut Gather<'_>) -> bool {
-        let awaits_withheld = self.tracker.awaits_withheld();
         let attention = self.attention.get_or_insert_default();
         match (kind, mark, &mut attention.outside) {
             (b'C', Mark::Withheld, Some(outside)) => {
@@ -195,7 +205,7 @@ impl Session {
                 return false;
             }
             // The ReadyForQuery of the statement's own batch.
-            (b'Z', _, Some(_)) if !awaits_withheld => {
+            (b'Z', _, Some(_)) if !self.tracker.awaits_withheld() => {
                 if let Some(outside) = attention.outside.take()
                     && outside.succeeded
                 {
@@ -300,10 +310,9 @@ impl Session {
         let statement = steps.script.statements.get(steps.next);
         match statement {
             Some(statement) if !self.tracker.skipping() => {
-                let text = statement.of(&steps.text);
                 let is_ddl = matches!(&statement.class, Class::Ddl(ddl) if ddl.kind == DdlKind::Transactional);
                 self.put_hook_before(&statement.class, out);
-                frontend::put_parse(out, b"", text, &[]);
+                frontend::put_parse(out, b"", &steps.text[steps.part(steps.next)], &[]);
                 frontend::put_bind(out, b"", b"", &[]);
                 frontend::put_describe_portal(out, b"");
                 frontend::put_execute(out, b"");
@@ -313,7 +322,7 @@ impl Session {
                 let mark = if is_ddl { Mark::Withheld } else { Mark::None };
                 self.tracker.note(b'E', Owner::Step, mark);
                 if is_ddl {
-                    self.put_hook(text, out);
+                    self.put_hook(statement.of(&steps.text), out);
                 }
                 out.extend_from_slice(frontend::FLUSH);
                 steps.next += 1;

@@ -274,15 +274,21 @@ fn names(cursor: &mut Cursor<'_>) -> Vec<QualifiedName> {
     names
 }
 
-/// Where IF EXISTS belongs in a DROP INDEX or ALTER INDEX that lacks it, as a byte offset.
+/// Where IF EXISTS belongs in a DROP INDEX or ALTER INDEX that lacks it, as a byte offset; `None`
+/// also where Postgres' grammar has no place for it.
 pub fn place_for_if_exists(text: &[u8]) -> Option<usize> {
     let mut cursor = Cursor::new(text, LexSettings::default());
     if !cursor.eat_any(&["DROP", "ALTER"]) || !cursor.eat("INDEX") {
         return None;
     }
     cursor.eat("CONCURRENTLY");
-    let absent = !cursor.at("IF") && !cursor.at("ALL");
-    absent.then(|| text.len() - cursor.rest().len())
+    if cursor.at_any(&["IF", "ALL"]) {
+        return None;
+    }
+    let place = text.len() - cursor.rest().len();
+    cursor.name()?;
+    let takes_none = cursor.at_any(&["ATTACH", "DEPENDS", "NO"]);
+    (!takes_none).then_some(place)
 }
 
 /// Whether a comma at the outermost level announces another action of ALTER TABLE.

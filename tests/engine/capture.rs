@@ -338,3 +338,25 @@ async fn an_older_installation_gets_the_functions_of_now() {
         .unwrap();
     bed.assert_same(&applier).await;
 }
+
+/// Where the event triggers of a superuser's installation see how a later version takes its place.
+#[tokio::test]
+async fn an_installation_is_no_clients_ddl() {
+    let (bed, applier) = Bed::mirrored("reinstalled", "CREATE TABLE t (id int PRIMARY KEY)").await;
+    for statement in [
+        "ALTER ROLE pgtandem SUPERUSER",
+        "UPDATE pgtandem.side SET version = version - 1",
+    ] {
+        for side in [Side::Legacy, Side::New] {
+            bed.admin(side).await.batch_execute(statement).await.unwrap();
+        }
+        bed.install().await;
+    }
+    bed.app(Side::Legacy)
+        .await
+        .batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    bed.assert_same(&applier).await;
+    assert_eq!(applier.status().borrow().quarantine.transactions, 0);
+}

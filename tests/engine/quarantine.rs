@@ -1,7 +1,7 @@
 //! What the secondary refuses: held whole with what follows it, the rest exact, taken up again or
 //! dropped by order.
 
-use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, Order, Outcome};
+use pgtandem::apply::{self, Applier, ApplierConfig, ApplierState, Mend, Order, Outcome};
 use pgtandem::control::Side;
 use pgtandem::journal::{DDL_HOOK, DDL_HOOK_OUTSIDE};
 use rand::rngs::StdRng;
@@ -274,6 +274,44 @@ async fn a_type_that_refuses_the_value() {
         .unwrap();
     retry(&applier, None).await;
     bed.assert_same(&applier).await;
+}
+
+/// The primary may have what is no text in any encoding; a cast stands in for SQL_ASCII here.
+#[tokio::test]
+async fn bytes_that_are_no_text_there_are_held_and_stop_nothing() {
+    let schema = "CREATE TABLE n (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v int)";
+    let (bed, applier) = Bed::mirrored("no_text", schema).await;
+    let legacy = bed.admin(Side::Legacy).await;
+    legacy
+        .batch_execute("CREATE CAST (bytea AS text) WITHOUT FUNCTION")
+        .await
+        .unwrap();
+    for statement in [
+        "INSERT INTO n VALUES (1, CAST(bytea '\\x63c3' AS text)), (2, 'é')",
+        "INSERT INTO n VALUES (3, 'whole'); INSERT INTO u VALUES (1)",
+    ] {
+        legacy.batch_execute(statement).await.unwrap();
+    }
+    caught_up(&applier).await;
+    assert_eq!(held(&applier), (1, 1));
+    let new = bed.admin(Side::New).await;
+    assert_eq!(values(&new, "SELECT id FROM n").await, ["(3)"]);
+    assert_eq!(values(&new, "SELECT id FROM u").await, ["(1)"]);
+    let entries = apply::list_quarantine(&new).await.unwrap();
+    assert_eq!(entries[0].sqlstate.as_deref(), Some("22021"));
+    assert_eq!(entries[0].keys[0], ("public.n".to_owned(), "(1)".to_owned()));
+    let outcome = retry(&applier, None).await;
+    assert_eq!(outcome.refused[0].0, entries[0].id);
+
+    // Mended on the primary: what follows is held behind it, and the rows are brought over whole.
+    legacy.batch_execute("UPDATE n SET v = 'c' WHERE id = 1").await.unwrap();
+    caught_up(&applier).await;
+    assert_eq!(held(&applier), (2, 1));
+    let actor = "tester".to_owned();
+    applier.mend(Mend::Held { actor }).await.unwrap();
+    caught_up(&applier).await;
+    assert_eq!(held(&applier), (0, 0));
+    assert_eq!(bed.differences().await, []);
 }
 
 #[tokio::test]

@@ -264,6 +264,19 @@ pub(crate) const CASES: &[Case] = &[
         ],
     ),
     case(
+        "indexes of partitions, attached one by one",
+        &[
+            Q(
+                "create table \"P p\" (id int, k int) partition by list (k); create table p1 partition of \"P p\" for values in (1); create table p2 partition of \"P p\" for values in (2)",
+            ),
+            Q("create index \"I i\" on only \"P p\" (id); create index i1 on p1 (id)"),
+            Q("alter index \"I i\" attach partition i1; create index i2 on p2 (id)"),
+            X("alter index \"I i\" attach partition i2"),
+            Q("alter index \"I i\" rename to attach; alter index attach rename to i"),
+            Q("insert into \"P p\" values (1, 1), (2, 2)"),
+        ],
+    ),
+    case(
         "concurrent detach by the extended protocol, quoted",
         &[
             Q(

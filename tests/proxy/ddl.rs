@@ -133,6 +133,12 @@ async fn answers_are_those_of_the_server_alone() {
         "comment on table a is 'x'; values (1), (2)",
         "begin; create table d (); declare c cursor for select 1; fetch all from c; rollback",
         "create table e (x int) wit",
+        "drop table;",
+        " /* é */ alter table rename ;; -- x",
+        "drop index /* ; */ ; -- é",
+        "create table g () /* never closed",
+        " /* é */ create table h as select current_query() as q ; -- x",
+        "select q from h",
     ] {
         let (proxied, alone) = (raw.query(text).await, direct.query(text).await);
         let comparable = |frames: Vec<Frame>| {

@@ -63,8 +63,9 @@ impl Session {
             // All its tables are paused, which says that they need seeding.
             return Ok(());
         }
+        let utf8 = self.keeps_utf8().await?;
         let touched = unit.touches(|rel| self.key_places(rel));
-        let keys = serde_json::to_string(&self.shown_keys(unit)).unwrap_or_else(|_| "[]".into());
+        let keys = serde_json::to_string(&self.shown_keys(unit, utf8)).unwrap_or_else(|_| "[]".into());
         let id = self.number_of(unit).await?;
         self.secondary
             .execute(
@@ -88,10 +89,13 @@ impl Session {
             .map_err(doing("put a transaction into quarantine"))?;
         let mut rows = BytesMut::new();
         for change in &unit.changes {
-            copy_change(&mut rows, id, change, is_void(change));
+            copy_change(&mut rows, id, change, is_void(change), utf8);
         }
-        self.copy("pgtandem.quarantine_change (id, pos, rel, op, old, new, void)", rows)
-            .await?;
+        self.copy(
+            "pgtandem.quarantine_change (id, pos, rel, op, old, old_bytes, new, new_bytes, void)",
+            rows,
+        )
+        .await?;
         self.copy("pgtandem.quarantine_key (id, rel, key)", key_rows(id, &touched))
             .await?;
         self.note_held(id).await?;
@@ -101,6 +105,16 @@ impl Session {
             Some(_) => tracing::warn!(id, xid = unit.xid, error, "a transaction was put into quarantine"),
         }
         Ok(())
+    }
+
+    /// Whether every text can be kept on the secondary.
+    async fn keeps_utf8(&self) -> Result<bool, ApplyError> {
+        let row = self
+            .secondary
+            .query_one("SELECT current_setting('server_encoding') = 'UTF8'", &[])
+            .await
+            .map_err(doing("read the secondary's encoding"))?;
+        Ok(row.get(0))
     }
 
     async fn number_of(&mut self, unit: &Unit<'_>) -> Result<i64, ApplyError> {
@@ -258,7 +272,7 @@ impl Session {
         names.into_iter().collect()
     }
 
-    fn shown_keys(&self, unit: &Unit<'_>) -> Vec<(String, String)> {
+    fn shown_keys(&self, unit: &Unit<'_>, utf8: bool) -> Vec<(String, String)> {
         let mut shown = BTreeSet::new();
         for change in &unit.changes {
             let Some((table, writer)) = self
@@ -270,6 +284,7 @@ impl Session {
             };
             for image in [change.old, change.new].into_iter().flatten() {
                 if let Some(key) = image::key_text(image, &writer.key_positions) {
+                    let key = key.replace(|c: char| c == '\0' || !(utf8 || c.is_ascii()), "?");
                     shown.insert((format!("{}.{}", table.schema, table.name), key));
                 }
             }
@@ -296,7 +311,7 @@ impl Session {
 }
 
 /// A row for COPY in text format.
-fn copy_change(out: &mut BytesMut, id: i64, change: &Change<'_>, void: bool) {
+fn copy_change(out: &mut BytesMut, id: i64, change: &Change<'_>, void: bool, utf8: bool) {
     let op = match change.operation {
         Operation::Row => 'R',
         Operation::Truncate => 'T',
@@ -304,17 +319,33 @@ fn copy_change(out: &mut BytesMut, id: i64, change: &Change<'_>, void: bool) {
         Operation::DdlOutside => 'O',
     };
     out.put_slice(format!("{id}\t{}\t{}\t{op}\t", lsn(change.position), change.rel).as_bytes());
-    copy_text(out, change.old);
+    copy_image(out, change.old, utf8);
     out.put_u8(b'\t');
-    copy_text(out, change.new);
+    copy_image(out, change.new, utf8);
     out.put_slice(if void { b"\tt\n" } else { b"\tf\n" });
 }
 
-fn copy_text(out: &mut BytesMut, text: Option<&[u8]>) {
-    let Some(text) = text else {
-        out.put_slice(b"\\N");
-        return;
-    };
+/// Two columns, text and bytes. The primary may have what the secondary takes for no text at all
+/// (SQL_ASCII, a function in C): that must not keep it from being held.
+fn copy_image(out: &mut BytesMut, image: Option<&[u8]>, utf8: bool) {
+    let is_text =
+        |image: &[u8]| !image.contains(&0) && (image.is_ascii() || utf8 && std::str::from_utf8(image).is_ok());
+    match image {
+        None => out.put_slice(b"\\N\t\\N"),
+        Some(image) if is_text(image) => {
+            copy_text(out, image);
+            out.put_slice(b"\t\\N");
+        }
+        Some(image) => {
+            out.put_slice(b"\\N\t\\\\x");
+            for byte in image {
+                out.put_slice(format!("{byte:02x}").as_bytes());
+            }
+        }
+    }
+}
+
+fn copy_text(out: &mut BytesMut, text: &[u8]) {
     for &byte in text {
         match byte {
             b'\\' => out.put_slice(b"\\\\"),
@@ -354,7 +385,22 @@ mod tests {
             old: None,
             new: Some(b"(\"a\tb\\\\\n\")"),
         };
-        copy_change(&mut out, 3, &change, false);
-        assert_eq!(&out[..], b"3\t0/10\t7\tR\t\\N\t(\"a\\tb\\\\\\\\\\n\")\tf\n");
+        copy_change(&mut out, 3, &change, false, true);
+        assert_eq!(&out[..], b"3\t0/10\t7\tR\t\\N\t\\N\t(\"a\\tb\\\\\\\\\\n\")\t\\N\tf\n");
+    }
+
+    #[test]
+    fn what_is_no_text_there_goes_as_bytes() {
+        for (image, utf8, copied) in [
+            (&b"(a)"[..], false, &b"(a)\t\\N"[..]),
+            ("(é)".as_bytes(), true, "(é)\t\\N".as_bytes()),
+            ("(é)".as_bytes(), false, b"\\N\t\\\\x28c3a929"),
+            (b"(\xc3)", true, b"\\N\t\\\\x28c329"),
+            (b"(\0)", true, b"\\N\t\\\\x280029"),
+        ] {
+            let mut out = BytesMut::new();
+            copy_image(&mut out, Some(image), utf8);
+            assert_eq!(&out[..], copied);
+        }
     }
 }

@@ -196,7 +196,8 @@ impl Session {
         writes.text("TRUNCATE pgtandem.staged");
         writes.text(format!(
             "INSERT INTO pgtandem.staged (rel, op, pos, old, new)
-             SELECT rel, op, pos, old, new FROM pgtandem.quarantine_change WHERE id = {id} AND NOT void AND op IN ('R', 'T')"
+             SELECT rel, op, pos, COALESCE(old, convert_from(old_bytes, 'UTF8')), COALESCE(new, convert_from(new_bytes, 'UTF8'))
+               FROM pgtandem.quarantine_change WHERE id = {id} AND NOT void AND op IN ('R', 'T')"
         ));
         writes.text("ANALYZE pgtandem.staged");
         self.write(&writes).await?;

@@ -30,6 +30,10 @@ CREATE TABLE IF NOT EXISTS pgtandem.quarantine_change (
     new text,
     void boolean NOT NULL DEFAULT false
 );
+-- Instead of old and new: an image that is no text in this database's encoding, as UTF-8 or
+-- whatever bytes the other side had.
+ALTER TABLE pgtandem.quarantine_change ADD COLUMN IF NOT EXISTS old_bytes bytea;
+ALTER TABLE pgtandem.quarantine_change ADD COLUMN IF NOT EXISTS new_bytes bytea;
 CREATE INDEX IF NOT EXISTS quarantine_change_id ON pgtandem.quarantine_change (id);
 
 -- `key` null: the whole table.
