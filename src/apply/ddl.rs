@@ -82,7 +82,10 @@ impl Session {
             .settings
             .get("check_function_bodies")
             .map_or("on", String::as_str);
-        self.run_for(&record.role, &tolerant(&record.statement), check_bodies)
+        let statement = as_detached_here(secondary, &record.statement)
+            .await
+            .map_err(doing("look for a partition that is being detached"))?;
+        self.run_for(&record.role, &tolerant(&statement), check_bodies)
             .await
             .map_err(doing("run a DDL statement on the secondary"))
     }
@@ -403,6 +406,9 @@ impl Session {
             )));
         }
         drop_invalid_index(secondary, &record.statement).await?;
+        let statement = as_detached_here(secondary, &record.statement)
+            .await
+            .map_err(doing("look for a partition that is being detached"))?;
         secondary
             .batch_execute(&format!(
                 "SET session_replication_role = origin; {}",
@@ -412,7 +418,7 @@ impl Session {
             .map_err(doing("take over the settings of a DDL statement"))?;
         // The extended protocol takes one statement only: nothing can follow it under our role.
         let result = match secondary.batch_execute(&becoming).await {
-            Ok(()) => secondary.execute(&record.statement, &[]).await,
+            Ok(()) => secondary.execute(&*statement, &[]).await,
             Err(no_such_role) => Err(no_such_role),
         };
         secondary
@@ -475,6 +481,31 @@ fn tolerant(statement: &str) -> Cow<'_, str> {
         Some(at) => Cow::Owned(format!("{} IF EXISTS {}", &statement[..at], &statement[at..])),
         None => Cow::Borrowed(statement),
     }
+}
+
+/// A concurrent DETACH that was cut short has left its partition half detached on one side only:
+/// on the primary, where FINALIZE then completes what was never begun here; or here, by a crash of
+/// the applier.
+async fn as_detached_here<'a>(secondary: &Client, statement: &'a str) -> Result<Cow<'a, str>, tokio_postgres::Error> {
+    let Some(detach) = sql::detach(statement.as_bytes()) else {
+        return Ok(Cow::Borrowed(statement));
+    };
+    // Servers before 14 have no such column.
+    let half_detached: bool = secondary
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+                             WHERE to_jsonb(i) ->> 'inhdetachpending' = 'true' AND c.relname = $1 AND n.nspname = COALESCE($2, n.nspname))",
+            &[&detach.partition.name, &detach.partition.schema],
+        )
+        .await?
+        .get(0);
+    let word = match (detach.finalizes, half_detached) {
+        (true, false) => "",
+        (false, true) => "FINALIZE",
+        _ => return Ok(Cow::Borrowed(statement)),
+    };
+    let (before, after) = (&statement[..detach.word.start], &statement[detach.word.end..]);
+    Ok(Cow::Owned(format!("{before}{word}{after}")))
 }
 
 /// Outside a transaction there is no function around the statement to keep it in its role, so

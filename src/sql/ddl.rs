@@ -4,6 +4,8 @@
 //! calls `PreventInTransactionBlock` there. Nothing here depends on sqlparser: a schema change
 //! it cannot parse is a schema change all the same.
 
+use std::ops::Range;
+
 use super::class::{Ddl, DdlKind, NotMirrored, QualifiedName};
 use super::cursor::Cursor;
 use super::lexer::{LexSettings, TokenKind};
@@ -272,6 +274,45 @@ fn names(cursor: &mut Cursor<'_>) -> Vec<QualifiedName> {
         names.extend(cursor.name());
     }
     names
+}
+
+/// How `ALTER TABLE … DETACH PARTITION` is to be done, where it says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Detach {
+    pub partition: QualifiedName,
+    /// `FINALIZE` completes what a `CONCURRENTLY` that was cut short began.
+    pub finalizes: bool,
+    /// Where that word stands in the text.
+    pub word: Range<usize>,
+}
+
+/// `None` for any other statement.
+pub fn detach(text: &[u8]) -> Option<Detach> {
+    let mut cursor = Cursor::new(text, LexSettings::default());
+    if !cursor.eat("ALTER") || !cursor.eat("TABLE") {
+        return None;
+    }
+    if_exists(&mut cursor);
+    cursor.eat("ONLY");
+    cursor.name()?;
+    if cursor.peek_kind() == Some(TokenKind::Symbol) {
+        cursor.next(); // ALTER TABLE name *
+    }
+    if !cursor.eat("DETACH") || !cursor.eat("PARTITION") {
+        return None;
+    }
+    let partition = cursor.name()?;
+    let finalizes = cursor.at("FINALIZE");
+    if !finalizes && !cursor.at("CONCURRENTLY") {
+        return None;
+    }
+    let start = text.len() - cursor.rest().len();
+    let length = if finalizes { "FINALIZE" } else { "CONCURRENTLY" }.len();
+    Some(Detach {
+        partition,
+        finalizes,
+        word: start..start + length,
+    })
 }
 
 /// Where IF EXISTS belongs in a DROP INDEX or ALTER INDEX that lacks it, as a byte offset; `None`

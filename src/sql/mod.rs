@@ -38,7 +38,7 @@ pub use comparable::{
     FUNCTIONS_QUERY, FunctionCatalog, FunctionVolatility, NotComparable, RELATIONS_QUERY, RelationKind,
     VOLATILE_OTHERS_QUERY, Volatility, shadowable, single_read,
 };
-pub use ddl::place_for_if_exists;
+pub use ddl::{Detach, detach, place_for_if_exists};
 pub use explain::{CanaryAnswer, CanaryShare, ExplainContext, ExplainedStatement, Explanation, Mirrored, explain};
 pub use expression::is_one_expression;
 pub use fingerprint::{Fingerprint, FingerprintId, fingerprint, fingerprint_as, fingerprint_id};

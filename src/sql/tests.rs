@@ -908,3 +908,26 @@ mod properties {
         }
     }
 }
+
+#[test]
+fn how_a_partition_is_detached() {
+    for (text, expected) in [
+        (
+            "alter table s.p detach partition s.\"Q 1\" finalize;",
+            Some(("Q 1", true, "finalize")),
+        ),
+        (
+            "ALTER TABLE IF EXISTS ONLY p DETACH PARTITION q /* x */ CONCURRENTLY",
+            Some(("q", false, "CONCURRENTLY")),
+        ),
+        ("alter table p detach partition q", None),
+        ("alter table p attach partition q default", None),
+        ("alter index p attach partition q", None),
+    ] {
+        let detach = detach(text.as_bytes());
+        let found = detach
+            .as_ref()
+            .map(|detach| (&*detach.partition.name, detach.finalizes, &text[detach.word.clone()]));
+        assert_eq!(found, expected, "{text}");
+    }
+}

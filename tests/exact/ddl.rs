@@ -34,6 +34,28 @@ pub(crate) const CASES: &[Case] = &[
             Q("update a set w = 6"),
         ],
     ),
+    // The primary's partition stays half detached; the other side has never heard of it.
+    case(
+        "a concurrent detach that was cut short, and completed",
+        &[
+            Q(
+                "create table a (id int not null) partition by list (id); create table a_1 (id int not null check (id = 1)); alter table a attach partition a_1 for values in (1)",
+            ),
+            Q("insert into a values (1)"),
+            Session(1),
+            Q("begin; select * from a"),
+            Session(0),
+            Q("set statement_timeout = '300ms'"),
+            Fails("57014", "alter table a detach partition a_1 concurrently"),
+            Q("reset statement_timeout"),
+            Session(1),
+            Q("commit"),
+            Session(0),
+            Q("insert into a_1 values (1)"),
+            Q("alter table a detach partition a_1 finalize"),
+            Q("insert into a_1 values (1)"),
+        ],
+    ),
     case(
         "rolled back, in part and in whole",
         &[
