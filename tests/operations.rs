@@ -276,11 +276,7 @@ async fn gates_close_on_what_was_measured_and_are_passed_by_a_reason_only() {
         1,
         "public.t never was (required: every table found equal within 60 min)",
     );
-    rig.check(
-        &dry_run,
-        1,
-        "there were no compared reads alike (required: at least 99 %)",
-    );
+    rig.check(&dry_run, 1, "there were no compared reads alike since ");
     rig.check(&["verify"], 0, "");
     let open = |status: &Status, name: &str| {
         let gate = status.gates.iter().find(|gate| gate.name == format!("shop: {name}"));
