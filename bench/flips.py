@@ -21,11 +21,15 @@ LOAD_SECONDS = 900
 def flips(bench):
     options = bench.options
     clients, idle = options.flip_clients, options.flip_idle
-    print(f"\n{options.flips} flips under TPC-B by {clients} clients and {idle} idle sessions, through two proxies", flush=True)
+    more = f", {options.flip_tables} more tables" if options.flip_tables else ""
+    print(f"\n{options.flips} flips under TPC-B by {clients} clients and {idle} idle sessions, through two proxies{more}", flush=True)
     for server in (bench.legacy, bench.new):
         server.create_database(DBNAME)
     proxies = [Pgtandem(bench.workshop, bench.program, bench.legacy, bench.new, DBNAME, "dual_write", name=f"flips-{n}") for n in (1, 2)]
     bench.initialise(proxies[0].port, DBNAME, "dtGvp")
+    for first in range(0, options.flip_tables, 50):
+        tables = range(first, min(first + 50, options.flip_tables))
+        bench.client_sql(proxies[0].port, DBNAME, "; ".join(f"CREATE TABLE more_{n} (id bigserial PRIMARY KEY, note text, at timestamptz)" for n in tables))
     proxies[0].wait_caught_up(300)
     prefix = os.path.join(bench.directory, "flips")
     loads = [start_load(bench, proxy, clients // 2, f"{prefix}-{n}") for n, proxy in enumerate(proxies)]
