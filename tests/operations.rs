@@ -293,7 +293,6 @@ async fn gates_close_on_what_was_measured_and_are_passed_by_a_reason_only() {
     }
     rig.check(&dry_run, 0, "the flip could begin");
 
-    // It holds no lock of ours, so that only the gate is in the way.
     client
         .batch_execute("BEGIN; SELECT pg_current_xact_id(); PREPARE TRANSACTION 'forgotten'")
         .await
@@ -304,11 +303,17 @@ async fn gates_close_on_what_was_measured_and_are_passed_by_a_reason_only() {
         1,
         "nothing was changed: a gate is closed",
     );
+    // No reason helps past the fence.
     let force = ["switchover", "--to", "new", "--force", "--reason", "asked its owner"];
+    rig.check(&force, 1, "the prepared transaction 'forgotten'");
+    let legacy = rig.direct(Side::Legacy, APP).await;
+    legacy.batch_execute("ROLLBACK PREPARED 'forgotten'").await.unwrap();
+
+    rig.extra = "reads: { shadow_percent: 100 }\nswitchover: { gates: { verified_within: 1ms } }".into();
+    rig.set_phase(Phase::DualRead).await.unwrap();
+    rig.check(&dry_run, 1, "(required: every table found equal within");
     rig.check(&force, 0, "forced: asked its owner");
     rig.check(&["switchover", "--history"], 0, "forced: asked its owner");
     assert_eq!(rig.status().await.unwrap().primary, Side::New);
-    let legacy = rig.direct(Side::Legacy, APP).await;
-    legacy.batch_execute("ROLLBACK PREPARED 'forgotten'").await.unwrap();
     rig.assert_equal().await;
 }
