@@ -406,9 +406,6 @@ impl Session {
             )));
         }
         drop_invalid_index(secondary, &record.statement).await?;
-        let statement = as_detached_here(secondary, &record.statement)
-            .await
-            .map_err(doing("look for a partition that is being detached"))?;
         secondary
             .batch_execute(&format!(
                 "SET session_replication_role = origin; {}",
@@ -417,10 +414,7 @@ impl Session {
             .await
             .map_err(doing("take over the settings of a DDL statement"))?;
         // The extended protocol takes one statement only: nothing can follow it under our role.
-        let result = match secondary.batch_execute(&becoming).await {
-            Ok(()) => secondary.execute(&*statement, &[]).await,
-            Err(no_such_role) => Err(no_such_role),
-        };
+        let result = run_outside_as(secondary, &becoming, &record.statement).await;
         secondary
             .batch_execute(&format!(
                 "SET ROLE NONE; {PINNED_SETTINGS} SET session_replication_role = replica"
@@ -483,9 +477,15 @@ fn tolerant(statement: &str) -> Cow<'_, str> {
     }
 }
 
+async fn run_outside_as(secondary: &Client, becoming: &str, statement: &str) -> Result<u64, tokio_postgres::Error> {
+    secondary.batch_execute(becoming).await?;
+    let statement = as_detached_here(secondary, statement).await?;
+    secondary.execute(&*statement, &[]).await
+}
+
 /// A concurrent DETACH that was cut short has left its partition half detached on one side only:
 /// on the primary, where FINALIZE then completes what was never begun here; or here, by a crash of
-/// the applier.
+/// the applier. The statement's search path is set.
 async fn as_detached_here<'a>(secondary: &Client, statement: &'a str) -> Result<Cow<'a, str>, tokio_postgres::Error> {
     let Some(detach) = sql::detach(statement.as_bytes()) else {
         return Ok(Cow::Borrowed(statement));
@@ -493,9 +493,10 @@ async fn as_detached_here<'a>(secondary: &Client, statement: &'a str) -> Result<
     // Servers before 14 have no such column.
     let half_detached: bool = secondary
         .query_one(
-            "SELECT EXISTS (SELECT FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-                             WHERE to_jsonb(i) ->> 'inhdetachpending' = 'true' AND c.relname = $1 AND n.nspname = COALESCE($2, n.nspname))",
-            &[&detach.partition.name, &detach.partition.schema],
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_inherits i
+                             WHERE i.inhrelid OPERATOR(pg_catalog.=) pg_catalog.to_regclass($1)
+                               AND pg_catalog.to_jsonb(i) OPERATOR(pg_catalog.->>) 'inhdetachpending' OPERATOR(pg_catalog.=) 'true')",
+            &[&detach.partition.quoted()],
         )
         .await?
         .get(0);

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use tokio_postgres::{Client, Row};
 
+use super::seeding::FINGERPRINT;
 use super::{ApplyError, doing};
 use crate::catalog::quote::literal;
 use crate::catalog::{Oid, PINNED_SETTINGS};
@@ -33,10 +34,8 @@ pub async fn begin_direction(
     primary_side: Side,
     epoch: Epoch,
 ) -> Result<(), BeginError> {
-    let tables = Tables::read(primary, secondary).await?;
-    let (head, _) = Head::take(primary, &tables.standing.since).await?;
-    let record = tables.record_sql(&head, primary_side, epoch);
-    Ok(write(secondary, &record, Trial::No).await?)
+    begin(primary, secondary, primary_side, epoch, Trial::No).await?;
+    Ok(())
 }
 
 /// As [`begin_direction`], and takes it back: finds what would be in its way while nobody waits, and
@@ -47,10 +46,7 @@ pub async fn try_direction(
     primary_side: Side,
     epoch: Epoch,
 ) -> Result<Tried, BeginError> {
-    let tables = Tables::read(primary, secondary).await?;
-    let (head, _) = Head::take(primary, &tables.standing.since).await?;
-    let record = tables.record_sql(&head, primary_side, epoch);
-    write(secondary, &record, Trial::Yes).await?;
+    let tables = begin(primary, secondary, primary_side, epoch, Trial::Yes).await?;
     Ok(Tried(tables))
 }
 
@@ -63,7 +59,7 @@ pub async fn begin_as_tried(
     epoch: Epoch,
     Tried(tables): &Tried,
 ) -> Result<bool, BeginError> {
-    let (head, standing) = Head::take(primary, &tables.standing.since).await?;
+    let (head, standing) = Head::take(primary).await?;
     if standing != tables.standing {
         return Ok(false);
     }
@@ -82,34 +78,35 @@ enum Trial {
     No,
 }
 
-/// Tells whether definitions have changed, cheaper than reading them: the number of rows of each
-/// catalog, and how many of them were written by `since` or later.
-#[derive(Debug, PartialEq, Eq)]
-struct Standing {
-    since: String,
-    rows: String,
+async fn begin(
+    primary: &Client,
+    secondary: &mut Client,
+    primary_side: Side,
+    epoch: Epoch,
+    trial: Trial,
+) -> Result<Tables, ApplyError> {
+    let tables = Tables::read(primary, secondary).await?;
+    let (head, _) = Head::take(primary).await?;
+    let record = tables.record_sql(&head, primary_side, epoch);
+    write(secondary, &record, trial).await?;
+    Ok(tables)
 }
 
-/// What the tables' definitions and their mirroring are read from.
-const WATCHED: [&str; 8] = [
-    "pg_class",
-    "pg_attribute",
-    "pg_type",
-    "pg_trigger",
-    "pg_proc",
-    "pg_namespace",
-    "pgtandem.seeding",
-    "pgtandem.transform",
+/// What tables are read from, beside the catalogs that [`FINGERPRINT`] watches: `(key, rows)`.
+const WATCHED_TOO: [(&str, &str); 4] = [
+    ("oid", "pg_type WHERE oid >= 16384"),
+    ("oid", "pg_proc WHERE pronamespace = 'pgtandem'::regnamespace"),
+    ("rel", "pgtandem.seeding"),
+    ("rel", "pgtandem.transform"),
 ];
 
-/// An expression for [`Standing::rows`].
-fn watched_sql(since: &str) -> String {
-    let counts = WATCHED.map(|catalog| {
-        format!(
-            "(SELECT concat(count(*), ':', count(*) FILTER (WHERE age(xmin) <= age('{since}'::xid))) FROM {catalog})"
-        )
+/// An expression that changes with every definition, and with what is known of the tables; much cheaper
+/// than to read them.
+fn standing_sql() -> String {
+    let more = WATCHED_TOO.map(|(key, rows)| {
+        format!("(SELECT concat(count(*), ':', sum(hashint8({key}::bigint * 4294967296 + xmin::text::bigint)::bigint)) FROM {rows})")
     });
-    format!("concat_ws(' ', {})", counts.join(", "))
+    format!("concat_ws(' ', ({FINGERPRINT}), {})", more.join(", "))
 }
 
 /// Where a direction begins.
@@ -123,14 +120,14 @@ struct Head {
 }
 
 impl Head {
-    /// With what the definitions look like in the same snapshot.
-    async fn take(primary: &Client, since: &str) -> Result<(Self, Standing), ApplyError> {
+    /// With [`standing_sql`] in the same snapshot.
+    async fn take(primary: &Client) -> Result<(Self, String), ApplyError> {
         let row = primary
             .query_one(
                 &format!(
                     "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
                             COALESCE((SELECT w.round FROM pgtandem.watermark w), 0), ARRAY({LEFT_BEHIND}), {}",
-                    watched_sql(since)
+                    standing_sql()
                 ),
                 &[],
             )
@@ -142,18 +139,14 @@ impl Head {
             round: row.get(2),
             left_behind: row.get(3),
         };
-        let standing = Standing {
-            since: since.to_owned(),
-            rows: row.get(4),
-        };
-        Ok((head, standing))
+        Ok((head, row.get(4)))
     }
 }
 
 /// The new direction's tables.
 struct Tables {
-    /// As it was before they were read.
-    standing: Standing,
+    /// [`standing_sql`] before they were read.
+    standing: String,
     /// Rows of `pgtandem.seeding`.
     rows: Value,
     faces: HashMap<Oid, Vec<Behind>>,
@@ -165,12 +158,7 @@ impl Tables {
             .batch_execute(PINNED_SETTINGS)
             .await
             .map_err(doing("prepare the connection"))?;
-        let since: String = primary
-            .query_one("SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text", &[])
-            .await
-            .map_err(doing("read the new primary's tables"))?
-            .get(0);
-        let (_, standing) = Head::take(primary, &since).await?;
+        let (_, standing) = Head::take(primary).await?;
         // What the applier's DDL changed here went past the hook: the records of captured tables
         // are brought up to date, or the next DDL would take it for its own.
         primary

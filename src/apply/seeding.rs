@@ -47,7 +47,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(2);
 /// Cheap enough for every second: changes with every table, column, trigger or index created,
 /// changed or dropped. pg_class itself is updated in place by VACUUM and ANALYZE, which leaves
 /// xmin alone.
-const FINGERPRINT: &str = "\
+pub(super) const FINGERPRINT: &str = "\
 SELECT concat_ws(' ',
     EXISTS (SELECT FROM pg_largeobject_metadata),
     (SELECT concat(count(*), ':', sum(hashint8(c.oid::bigint * 4294967296 + c.xmin::text::bigint)::bigint))

@@ -200,30 +200,15 @@ impl<'a> Lead<'a> {
             Step::Probing => {
                 let flip = &self.flip.id;
                 let probed = join_all(self.crossings.iter_mut().map(|crossing| crossing.probe(flip))).await;
-                let mut measured = json!({});
-                for (crossing, probed) in self.crossings.iter().zip(probed) {
-                    let name = crossing.tandem.name();
-                    measured[name] = probed
-                        .map_err(|cause| format!("database {name}: the reverse direction does not work: {cause}"))?;
-                }
-                Ok(measured)
+                let (probed, failed) = by_database(&self.crossings, probed, "the reverse direction does not work");
+                failed.map(|()| probed.into_iter().collect())
             }
             Step::Holding => self.answers("held", self.hold_max()).await,
             Step::Fencing => {
                 let patience = self.order.policy.drain_timeout;
                 let fenced = join_all(self.crossings.iter_mut().map(|crossing| crossing.fence(patience))).await;
-                let mut failed = Ok(());
-                for (crossing, fenced) in self.crossings.iter().zip(fenced) {
-                    match fenced {
-                        Ok(fenced) => self.fenced.push(fenced),
-                        Err(cause) => {
-                            failed = Err(format!(
-                                "database {}: fence the old primary: {cause}",
-                                crossing.tandem.name()
-                            ));
-                        }
-                    }
-                }
+                let (fenced, failed) = by_database(&self.crossings, fenced, "fence the old primary");
+                self.fenced = fenced.into_iter().map(|(_, fenced)| fenced).collect();
                 failed.map(|()| json!({ "fenced_out": self.silent }))
             }
             Step::Draining => {
@@ -231,16 +216,11 @@ impl<'a> Lead<'a> {
                 let fenced = self.crossings.iter_mut().zip(std::mem::take(&mut self.fenced));
                 let drained =
                     join_all(fenced.map(|(crossing, fenced)| crossing.last_round(fenced, patience, forced))).await;
-                let (mut measured, mut failed) = (json!({}), Ok(()));
-                for (crossing, drained) in self.crossings.iter().zip(drained) {
-                    let name = crossing.tandem.name();
-                    match drained {
-                        Ok((drained, of_database)) => {
-                            self.drained.push(drained);
-                            measured[name] = of_database;
-                        }
-                        Err(cause) => failed = Err(format!("database {name}: apply the last round: {cause}")),
-                    }
+                let (drained, failed) = by_database(&self.crossings, drained, "apply the last round");
+                let mut measured = json!({});
+                for (name, (drained, of_database)) in drained {
+                    measured[name] = of_database;
+                    self.drained.push(drained);
                 }
                 failed.map(|()| measured)
             }
@@ -484,4 +464,21 @@ fn why(proxy: &ProxyRow) -> String {
 fn with_outcome(mut measured: Value, outcome: &str) -> Value {
     measured["outcome"] = json!(outcome);
     measured
+}
+
+/// What a step came to in each database, by name, also where it failed in another one.
+fn by_database<T>(
+    crossings: &[Crossing],
+    outcomes: Vec<Result<T, String>>,
+    doing: &str,
+) -> (Vec<(String, T)>, Result<(), String>) {
+    let (mut done, mut failed) = (Vec::new(), Ok(()));
+    for (crossing, outcome) in crossings.iter().zip(outcomes) {
+        let name = crossing.tandem.name().to_owned();
+        match outcome {
+            Ok(outcome) => done.push((name, outcome)),
+            Err(cause) => failed = Err(format!("database {name}: {doing}: {cause}")),
+        }
+    }
+    (done, failed)
 }
